@@ -1,0 +1,32 @@
+# make demo    from nothing to a table 'SFT | SFT continued | GRPO_rank' and a plot (about 17 minutes on two cores)
+# make test    the tests (about 5 minutes on two cores)
+# Both make .venv when it is not there; everything is resumable, what is finished is not done again.
+
+PYTHON ?= python3
+PROCS ?= $(shell nproc 2>/dev/null || echo 1)
+PY = .venv/bin/python
+# one process per core with one thread each: small models are faster side by side than each on all cores
+DIST = $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(if $(filter 1,$(PROCS)),1,2)
+WORLD = data/moving_shapes
+POLICY = --data $(WORLD)/train.json --num_clips 40
+
+.PHONY: demo test results
+
+.venv/done: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+test: .venv/done
+	$(PY) -m pytest
+
+demo: export OMP_NUM_THREADS = 1
+demo: .venv/done
+	$(PY) moving_shapes.py
+	OMP_NUM_THREADS=2 $(PY) pretrain_tiny.py
+	$(DIST) sft.py --name oracle --resume
+	$(DIST) sft.py --name policy_s0 $(POLICY) --steps 400 --resume
+	$(DIST) grpo_rank.py --G 5 --resume
+	$(DIST) sft.py --name continued_s0 $(POLICY) --model runs/sft/policy_s0/final --steps 150 --lr 3e-4 --resume
+	$(PY) evaluate.py --runs runs/sft/policy_s0 runs/sft/continued_s0 runs/grpo_rank/context_s0 \
+	    --labels "SFT,SFT continued,GRPO_rank" --out runs/demo

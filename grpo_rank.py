@@ -1,0 +1,411 @@
+"""GRPO_rank: learn from an oracle's *ranking* of G answers to one (video, question).
+
+Run      torchrun --nproc_per_node=4 grpo_rank.py --G 5            the embedded world; builds data and SFT start if missing
+         python grpo_rank.py --G 5                                 the same on one process
+         python grpo_rank.py --oracle reference --name upper       a perfect oracle: the upper bound, not RLAIF
+         python grpo_rank.py --advantage published --name printed  what the paper prints (D1)
+Papers   [OR] Oracle-RLAIF, arXiv:2510.02561      [G] GRPO: DeepSeekMath, arXiv:2402.03300
+Claim    with few labels, an oracle's order of the policy's own answers to *unlabelled* videos improves the policy; the
+         measured gains, controls and seeds stand in docs/grpo_rank.md.
+
+Differs  D1  the advantage. [OR] ranks the answers twice, by the oracle (t) and by the policy's own log-probability (p),
+             and rewards the answers on which both agree. That is agreement, not quality: a bad answer that the policy
+             already ranks last has penalty 0 and is pushed *up*; the best answer, if the policy finds it unlikely, has
+             the largest penalty and is pushed *down*. `--advantage published` does what is printed (and loses
+             accuracy); the default `oracle_rank` judges an answer as if it were the one shown, at slot 0, so that its
+             penalty is that of showing an answer of its rank; `signed` keeps [OR]'s penalty and takes the direction
+             from p - t. Same penalty function, same zero-sum form in all three.
+         D2  the penalty's closed form. [OR] as available to us prints no formula, only two values, delta(0->4) = 0.4830
+             and delta(4->3) = 0.0243, and three properties (zero-sum, bounded, top-heavy). `penalty` is the simplest
+             form found that meets both values and all three; the form in second-hand notes, 1 - DCG(p)/DCG(t), gives
+             0.9226 and -0.3916 and is unbounded below.
+         D3  the advantage is divided by the group's standard deviation (--scale_advantages), as in [G]; [OR] does not.
+         D4  ties: equal answers get equal ranks, tied ranks share the mean of the gains of the places they occupy. A
+             group whose answers are all tied has advantage 0; it is counted (rank/tied_groups), its KL still acts.
+         D5  the mean is over the tokens of the *global* batch; [G] means over each answer first, which lets the
+             length of an answer change the weight of its tokens.
+         D6  the KL to the SFT start is in the loss (as in [G]), estimated by k3 = r - 1 - log r with r = pi_ref/pi:
+             never negative, low variance; on-policy its gradient is that of KL(pi_ref || pi). k1 as a *loss* would
+             have zero expected gradient.
+         D7  unpublished in [OR]: learning rate, beta, clip range, entropy coefficient, temperature. Ours are tuned on
+             the embedded world; the published ones are G = 5, batch 64, 4 epochs, QLoRA r = 64, alpha = 16.
+
+symbol        name          shape    meaning                                                       made in
+G             args.G        ()       answers per question                                          --G
+o_{i,t}       tokens        (B,G,T)  sampled answers; N = B*G rows, row = b*G + g                  step 1
+m_{i,t}       mask          (N,T)    1 on answer tokens *including EOS*, from lengths              step 1
+t_i           oracle_ranks  (B,G)    the oracle's rank, 0 = best, ties share the better place      step 2
+p_i           policy_ranks  (B,G)    rank by the policy's own sequence log-probability             step 3
+g(r)          gain          (B,G)    log2(2+r)/(1+r): 1, .7925, .6667, .5805, .5170                step 3
+delta_i       delta         (B,G)    rank penalty in [0,1)                                         step 3
+A_i           advantages    (B,G)    mean_j delta_j - delta_i                                      step 3
+rho_{i,t}     ratio         (N,T)    pi / pi_old                                                   step 4
+"""
+
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.hf_argparser import HfArg
+
+import evaluate
+import harness
+from data import DataError, VideoError, read_records, report_lines
+from oracle import DESCRIBE, make_oracle, ranks_of
+from video_llm import FeatureCache, Prefix, add_lora, answer_mask, generate, load_model, reference_of, token_logprobs, unwrap
+
+WORLD = "data/moving_shapes"
+ADVANTAGES = ("oracle_rank", "published", "signed", "score", "random")
+
+
+@dataclass
+class Args:
+    # -- the paper's hyper-parameters
+    G: int = HfArg(default=5, help="answers per question [OR: 5]")
+    advantage: str = HfArg(default="oracle_rank", help="oracle_rank | published | signed (D1) | score: GRPO on the oracle's "
+                           "scores [G] | random: control, ranks drawn at random")
+    scale_advantages: bool = HfArg(default=True, help="divide by the group's standard deviation (D3)")
+    oracle: str = HfArg(default="context", help="context | judge: AI feedback; reference: token F1 to the labelled answer")
+    clip_range: float = HfArg(default=0.2, help="epsilon of the clipped surrogate [G Eq. 3]")
+    beta: float = HfArg(default=0.03, help="weight of the KL to the SFT start, k3 in the loss (D6)")
+    entropy_coef: float = HfArg(default=0.0, help="weight of the entropy bonus")
+    inner_epochs: int = HfArg(default=1, help="optimizer steps on each batch of answers; the ratio clips from the second on")
+    lora_r: int = HfArg(default=0, help="LoRA rank on the decoder [OR: 64]; 0 trains all weights but CLIP's")
+    lora_alpha: int = HfArg(default=16, help="LoRA alpha [OR: 16]")
+    quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
+    # -- budget
+    steps: int = HfArg(default=150, help="rollout steps")
+    prompts_per_step: int = HfArg(default=48, help="questions per step, over all processes [OR: 64]")
+    micro_batch_size: int = HfArg(default=12, help="questions (times G answers) per forward pass and process")
+    lr: float = HfArg(default=3e-4, help="peak learning rate; short warm-up, then linear to zero")
+    max_new_tokens: int = HfArg(default=16, help="longest answer, EOS included")
+    temperature: float = HfArg(default=1.0, help="sampling temperature, the same in every log-probability")
+    # -- data and models
+    data: str = HfArg(default=f"{WORLD}/train.json", help="videos and questions; their answers are read by --oracle reference only")
+    video_root: str = HfArg(default="", help="where the videos are; empty: beside the annotation file")
+    eval_data: str = HfArg(default=f"{WORLD}/val.json", help="held-out questions for the learning curve; empty: none")
+    eval_questions: int = HfArg(default=500, help="how many of them")
+    eval_steps: int = HfArg(default=25, help="steps between evaluations")
+    model: str = HfArg(default="", help="the SFT start; empty: runs/sft/policy_s<seed>/final, built if missing")
+    oracle_model: str = HfArg(default="runs/sft/oracle/final", help="the judging model, a model of its own; built if missing")
+    # -- plumbing
+    name: str = HfArg(default="context", help="run name: runs/grpo_rank/<name>_s<seed>")
+    seed: int = HfArg(default=0, help="order of the questions and all sampled answers")
+    cache: str = HfArg(default="cache", help="folder of cached CLIP features and narratives")
+    save_steps: int = HfArg(default=50, help="steps between checkpoints")
+    resume: bool = HfArg(default=False, help="continue the run of this name where it stopped")
+    prompts_per_rank: int = field(init=False)
+
+    def __post_init__(self):
+        world = harness.world_size()
+        if self.prompts_per_step % (world * self.micro_batch_size):
+            raise ValueError(f"--prompts_per_step {self.prompts_per_step} must be a multiple of processes x "
+                             f"--micro_batch_size ({world} x {self.micro_batch_size})")
+        if self.advantage not in ADVANTAGES:
+            raise ValueError(f"--advantage {self.advantage}: choose one of {', '.join(ADVANTAGES)}")
+        if self.oracle not in ("context", "judge", "reference"):
+            raise ValueError(f"--oracle {self.oracle}: choose context, judge or reference")
+        if self.quantize not in ("none", "nf4") or self.quantize == "nf4" and not self.lora_r:
+            raise ValueError(f"--quantize {self.quantize}: choose none, or nf4 with --lora_r")
+        for flag, low in (("G", 2), ("steps", 1), ("micro_batch_size", 1), ("inner_epochs", 1), ("max_new_tokens", 1),
+                          ("eval_steps", 1), ("save_steps", 1), ("beta", 0), ("entropy_coef", 0), ("lora_r", 0)):
+            if getattr(self, flag) < low:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least {low}")
+        if not 0 < self.clip_range < 1 or self.temperature <= 0 or self.lr <= 0:
+            raise ValueError("--clip_range must lie between 0 and 1, --temperature and --lr above 0")
+        self.prompts_per_rank = self.prompts_per_step // world
+        self.model = self.model or f"runs/sft/policy_s{self.seed}/final"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Equations: tensors in, tensors out
+# ---------------------------------------------------------------------------------------------------------------
+def gain(ranks):
+    """[D2, D4] g(r) = log2(2+r)/(1+r), and the place r itself, both averaged over the places that tied answers occupy.
+
+    ranks (B,G) long, 0 = best, tied answers share the better place -> gain (B,G), place (B,G).
+    """
+    G = ranks.shape[-1]
+    r = torch.arange(G, dtype=torch.float64)
+    g = torch.log2(2 + r) / (1 + r)  # (G,)
+    tied = ranks.unsqueeze(-1) == ranks.unsqueeze(-2)  # (B,G,G)
+    occupied = torch.arange(G) - ranks.unsqueeze(-1)  # (B,G,G) place k is occupied by rank r's ties for r <= k < r + ties
+    occupied = (occupied >= 0) & (occupied < tied.sum(-1, keepdim=True))
+    mean = lambda x: (occupied * x).sum(-1) / occupied.sum(-1)
+    return mean(g), mean(r)
+
+
+def penalty(true_ranks, shown_ranks):
+    """[D2] delta = |g(t) - g(p)| / (1 + ln(1 + t)): what it costs to show at place p what belongs at place t.
+
+    delta(0->4) = 0.4830, delta(4->3) = 0.0243 as printed in [OR]; 0 only where the ranks agree; below 1; errors at the
+    top cost most. (B,G), (B,G) -> (B,G).
+    """
+    g_true, place = gain(true_ranks)
+    g_shown, _ = gain(shown_ranks)
+    return (g_true - g_shown).abs() / (1 + torch.log1p(place))
+
+
+def rank_advantages(kind, oracle_ranks, policy_ranks):
+    """[OR; D1] Zero-sum advantages (B,G) of a group's answers from two rankings of them, (B,G) each."""
+    if kind == "oracle_rank":  # delta(0 -> t) = 1 - g(t): the answer as if it were the one shown
+        delta = 1 - gain(oracle_ranks)[0]
+        A = delta.mean(-1, keepdim=True) - delta
+    elif kind == "published":  # as printed: what policy and oracle agree on is pushed up, good or bad
+        delta = penalty(oracle_ranks, policy_ranks)
+        A = delta.mean(-1, keepdim=True) - delta
+    elif kind == "signed":  # underrated answers (p > t) up, overrated ones down
+        s = torch.sign(gain(policy_ranks)[1] - gain(oracle_ranks)[1]) * penalty(oracle_ranks, policy_ranks)
+        A = s - s.mean(-1, keepdim=True)
+    all_tied = (oracle_ranks == oracle_ranks[:, :1]).all(-1, keepdim=True)
+    return torch.where(all_tied, 0.0, A)  # [D4] an oracle without preference gives no direction
+
+
+def scale_by_std(A):
+    """[D3; G Sec. 4.1.2] Divide zero-mean advantages (B,G) by the group's standard deviation; all-zero groups stay zero."""
+    std = A.square().mean(-1, keepdim=True).sqrt()
+    return torch.where(std > 1e-8, A / std.clamp(min=1e-8), 0.0)
+
+
+def clipped_surrogate(logprobs, old_logprobs, advantages, clip_range):
+    """[G Eq. 3] J = min(rho A, clip(rho, 1-eps, 1+eps) A) per token, to be maximised. (N,T) (N,T) (N,) () -> (N,T)."""
+    ratio = (logprobs - old_logprobs).exp()
+    A = advantages.unsqueeze(1)  # (N,1) constant over an answer's tokens
+    return torch.minimum(ratio * A, ratio.clamp(1 - clip_range, 1 + clip_range) * A)  # min for both signs of A
+
+
+def kl_k3(logprobs, ref_logprobs):
+    """[D6; G Eq. 4] KL estimate per token, k3 = r - 1 - log r with r = pi_ref/pi >= 0. (N,T), (N,T) -> (N,T)."""
+    log_r = ref_logprobs - logprobs
+    return log_r.exp() - 1 - log_r
+
+
+def lr_at(step, args):
+    return args.lr * min((step + 1) / 10, (args.steps - step) / args.steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The algorithm
+# ---------------------------------------------------------------------------------------------------------------
+def main(args):
+    rank, world, device = harness.setup_dist()
+    build_embedded_prerequisites(args, rank)
+    folder = f"runs/grpo_rank/{args.name}_s{args.seed}"
+    checkpoint = harness.open_run(folder, args, rank)
+
+    with harness.one_line_errors(DataError, OSError):
+        records, report = read_records(args.data.split(","), args.video_root or None)
+        start_model, processor = load_model(args.model, args.quantize, device=str(device))
+        if args.lora_r:  # the reference is the same weights with the adapter off
+            model = add_lora(start_model, args.lora_r, args.lora_alpha) if not checkpoint else (
+                load_model(checkpoint, args.quantize, device=str(device))[0])
+            reference = reference_of(model)
+        else:  # the reference is a frozen copy
+            reference = reference_of(start_model)
+            model = load_model(checkpoint, device=str(device))[0] if checkpoint else start_model
+    eos = processor.tokenizer.eos_token_id
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    start = harness.load_trainer(checkpoint, optimizer) if checkpoint else 0
+
+    cache = FeatureCache(unwrap(model), processor, args.cache)
+    records, evals = choose_questions(args, records, report, cache, folder, rank, world)
+    oracle = make_oracle(args.oracle, records, args.oracle_model, args.cache, str(device))
+    if args.oracle != "reference":
+        records = [{**r, "answer": None} for r in records]  # RL sees videos and questions only
+    ddp = harness.wrap_ddp(model, device)
+    log = harness.Log(folder, args.steps, start, rank)
+
+    for step in range(start, args.steps):
+        if evals and step % args.eval_steps == 0:
+            log_accuracy(log, evals[rank::world], model, processor, cache)
+        clock = [time.time()]
+        mine = question_indices(len(records), step, args)[rank::world]  # B of this process
+        batch = [records[i] for i in mine]
+        clips, questions = [r["clip"] for r in batch], [r["question"] for r in batch]
+
+        # 1. Rollout: o_1..o_G ~ pi_old(. | video, question), one prefill per group              [G Alg. 1, line 7]
+        #    Every draw is keyed by (seed, step, question): world size and interruptions do not change it.
+        prefix = Prefix.build(processor, cache, questions, clips, device)
+        uniforms = np.stack([np.random.default_rng([args.seed, step, i]).random((args.G, args.max_new_tokens)) for i in mine])
+        tokens, lengths = generate(model, prefix, torch.from_numpy(uniforms), eos, args.temperature)  # (B,G,T), (B,G)
+        answers = processor.decode_answers(tokens, lengths)
+        mask = answer_mask(lengths, tokens.shape[-1])  # (N,T)
+        clock.append(time.time())
+
+        # 2. Feedback: the oracle orders each group; groups it cannot rank are counted and masked, not dropped,
+        #    so that every process runs the same number of micro-batches                            [OR Fig. 1]
+        scores, ok = oracle.score(clips, questions, answers)  # (B,G), (B,)
+        if args.advantage == "random":
+            scores = random_scores(answers, mine, step, args.seed)
+        oracle_ranks = ranks_of(scores)
+        clock.append(time.time())
+
+        # 3. Advantage                                                                                 [OR; D1-D4]
+        with torch.no_grad():
+            old_logprobs = per_micro(args, prefix, tokens, lengths, lambda *x: token_logprobs(model, *x, args.temperature)[0])
+            with reference() as ref:
+                ref_logprobs = per_micro(args, prefix, tokens, lengths, lambda *x: token_logprobs(ref, *x, args.temperature)[0])
+        sequence_logprobs = old_logprobs.sum(-1).view(-1, args.G).cpu()
+        policy_ranks = ranks_of((sequence_logprobs * 1e4).round())  # equal answers: equal up to rounding
+        if args.advantage == "score":
+            advantages = scores.double() - scores.double().mean(-1, keepdim=True)
+        else:
+            advantages = rank_advantages("oracle_rank" if args.advantage == "random" else args.advantage, oracle_ranks, policy_ranks)
+        if args.scale_advantages:
+            advantages = scale_by_std(advantages)
+        advantages = (advantages * ok.unsqueeze(-1)).float().view(-1).to(device)  # (N,)
+        mask = mask * ok.repeat_interleave(args.G).unsqueeze(-1).to(device)
+        n_tokens = harness.all_sum(mask.sum()).clamp(min=1)  # D5: tokens of all processes and micro-batches
+
+        # 4. Update: `inner_epochs` steps on J - beta KL + c H                                     [G Eq. 3; D5, D6]
+        for epoch in range(args.inner_epochs):
+            for g in optimizer.param_groups:
+                g["lr"] = lr_at(step, args)
+            for i in range(0, len(mine), args.micro_batch_size):
+                b, n = slice(i, i + args.micro_batch_size), slice(i * args.G, (i + args.micro_batch_size) * args.G)
+                with harness.no_sync(ddp, when=i + args.micro_batch_size < len(mine)):
+                    logprobs, entropy = token_logprobs(ddp, prefix.rows(b), tokens[b], lengths[b], args.temperature)
+                    J = clipped_surrogate(logprobs, old_logprobs[n], advantages[n], args.clip_range)  # (n,T)
+                    kl = kl_k3(logprobs, ref_logprobs[n])
+                    loss = (-J + args.beta * kl - args.entropy_coef * entropy) * mask[n]
+                    (loss.sum() / n_tokens * world).backward()  # DDP averages over processes; * world undoes it
+                log_update(log, logprobs.detach(), old_logprobs[n], J.detach(), kl.detach(), entropy.detach(), advantages[n], mask[n], args)
+            grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+            harness.stop_if_not_finite(grad_norm, folder, step, [dict(question=str(q), answers=a) for q, a in zip(questions, answers)])
+            optimizer.step()
+            optimizer.zero_grad()
+            log.add("policy/grad_norm", grad_norm)
+        clock.append(time.time())
+
+        # 5. Log, save
+        log_groups(log, answers, lengths, oracle_ranks, policy_ranks, scores, ok, tokens, eos)
+        for key, a, b in zip(("rollout", "oracle", "update"), clock, clock[1:]):
+            log.add(f"time/{key}_s", b - a)
+        log.add("charts/lr", lr_at(step, args))
+        log.step(step, show=["objective/score", "objective/kl", "policy/entropy", "rank/tied_groups", "rollout/len"])
+        if rank == 0 and step % 25 == 0:
+            write_samples(folder, step, batch, answers, oracle_ranks, advantages.view(-1, args.G))
+        if rank == 0 and (step + 1) % args.save_steps == 0 and step + 1 < args.steps:
+            harness.save_checkpoint(folder, f"checkpoint-{step + 1}", model, processor, optimizer, step + 1)
+    harness.finish(folder, model, processor, rank)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plumbing
+# ---------------------------------------------------------------------------------------------------------------
+def build_embedded_prerequisites(args, rank):
+    """Data, SFT start and oracle of the embedded default; paths of the user's own are never built."""
+    if args.data.startswith(WORLD):
+        harness.build_if_missing(f"{WORLD}/clips.json", ["moving_shapes.py"], "under a minute", rank)
+    if args.model == f"runs/sft/policy_s{args.seed}/final":
+        harness.build_if_missing(args.model, policy_sft_command(args.seed), "about a minute", rank)
+    if args.oracle != "reference" and args.oracle_model == "runs/sft/oracle/final":
+        harness.build_if_missing(args.oracle_model, ["sft.py", "--name", "oracle", "--resume"], "about 6 minutes", rank)
+
+
+def policy_sft_command(seed):
+    """The label-scarce start of every RL run: the labels of 40 clips, which differ from seed to seed."""
+    return ["sft.py", "--name", f"policy_s{seed}", "--data", f"{WORLD}/train.json", "--num_clips", "40", "--steps", "400",
+            "--seed", str(seed), "--resume"]
+
+
+def choose_questions(args, records, report, cache, folder, rank, world):
+    """The questions RL may ask: not those whose clips the SFT start saw the labels of, no broken videos, no requests
+    for descriptions (an oracle that compares short answers cannot rank them). -> records, held-out records."""
+    seen_file = Path(args.model).parent / "labelled_clips.json"
+    seen = set(json.loads(seen_file.read_text())) if seen_file.exists() else set()
+    records = [r for r in records if r["clip"] and r["question"] != DESCRIBE and str(r["clip"].path) not in seen]
+    broken = harness.prepare_videos(cache, [r["clip"] for r in records], folder, rank, world)
+    records = [r for r in records if r["clip"] not in broken]
+    if len(records) < args.prompts_per_step:
+        sys.exit(f"{args.data}: {len(records)} usable questions, fewer than --prompts_per_step {args.prompts_per_step}")
+    if rank == 0:
+        print("\n".join(report_lines(report)))
+        print(f"{len(records)} questions; {len(seen)} clips left out because the SFT start saw their labels; {len(broken)} broken")
+    evals = []
+    if args.eval_data:
+        with harness.one_line_errors(DataError):
+            evals = [r for r in read_records(args.eval_data.split(","), args.video_root or None)[0] if r["question"] != DESCRIBE]
+        evals = random.Random(0).sample(evals, min(args.eval_questions, len(evals)))
+        bad = harness.prepare_videos(cache, [r["clip"] for r in evals], folder, rank, world)
+        evals = [r for r in evals if r["clip"] not in bad]
+    return records, evals
+
+
+def question_indices(count, step, args):
+    """The questions of one step, over all processes: an endless sequence of permutations keyed by (seed, epoch)."""
+    first, out = step * args.prompts_per_step, []
+    for k in range(first, first + args.prompts_per_step):
+        epoch, place = divmod(k, count)
+        if not out or place == 0:
+            order = np.random.default_rng([args.seed, epoch]).permutation(count)
+        out.append(int(order[place]))
+    return out
+
+
+def random_scores(answers, indices, step, seed):
+    """Control: a random order of the distinct answers of each group, keyed like the rollouts."""
+    rows = []
+    for group, i in zip(answers, indices):
+        draw = random.Random(f"{seed} {step} {i} control")
+        value = {a: draw.random() for a in dict.fromkeys(group)}
+        rows.append([value[a] for a in group])
+    return torch.tensor(rows)
+
+
+def per_micro(args, prefix, tokens, lengths, fn):
+    """fn over micro-batches of questions, concatenated."""
+    size = args.micro_batch_size
+    return torch.cat([fn(prefix.rows(slice(i, i + size)), tokens[i : i + size], lengths[i : i + size])
+                      for i in range(0, len(tokens), size)])
+
+
+def log_update(log, logprobs, old_logprobs, J, kl, entropy, advantages, mask, args):
+    n, log_ratio, A = mask.sum(), (logprobs - old_logprobs) * mask, advantages.unsqueeze(1)
+    ratio = log_ratio.exp()
+    log.add("losses/policy_loss", -(J * mask).sum(), n)
+    log.add("losses/kl_loss", args.beta * (kl * mask).sum(), n)
+    log.add("objective/kl", (kl * mask).sum(), n)
+    log.add("policy/entropy", (entropy * mask).sum(), n)
+    log.add("policy/approx_kl", ((ratio - 1 - log_ratio) * mask).sum(), n)
+    log.add("policy/ratio", (ratio * mask).sum(), n)
+    log.add("policy/clipfrac_low", ((ratio < 1 - args.clip_range) & (A < 0)).float().mul(mask).sum(), n)
+    log.add("policy/clipfrac_high", ((ratio > 1 + args.clip_range) & (A > 0)).float().mul(mask).sum(), n)
+
+
+def log_groups(log, answers, lengths, oracle_ranks, policy_ranks, scores, ok, tokens, eos):
+    B, G = oracle_ranks.shape
+    ended = tokens.cpu().gather(-1, (lengths.cpu() - 1).unsqueeze(-1)).squeeze(-1) == eos
+    tied = (oracle_ranks == oracle_ranks[:, :1]).all(-1)
+    concordant = (oracle_ranks.unsqueeze(-1) < oracle_ranks.unsqueeze(-2)) & (policy_ranks.unsqueeze(-1) < policy_ranks.unsqueeze(-2))
+    discordant = (oracle_ranks.unsqueeze(-1) < oracle_ranks.unsqueeze(-2)) & (policy_ranks.unsqueeze(-1) > policy_ranks.unsqueeze(-2))
+    log.add("objective/score", (scores * ok.unsqueeze(-1)).sum(), ok.sum() * G)
+    log.add("rollout/len", lengths.sum(), B * G)
+    log.add("rollout/eos_rate", ended.sum(), B * G)
+    log.add("rank/distinct_answers", sum(len(set(g)) for g in answers), B)
+    log.add("rank/tied_groups", (tied & ok).sum(), B)
+    log.add("rank/masked_groups", (~ok).sum(), B)
+    log.add("rank/policy_agrees", concordant.sum(), concordant.sum() + discordant.sum())
+
+
+def log_accuracy(log, records, model, processor, cache):
+    answers = evaluate.answer(model, processor, cache, records)
+    log.add("eval/accuracy", sum(evaluate.is_correct(a, r["answer"]) for a, r in zip(answers, records)), len(records))
+
+
+def write_samples(folder, step, batch, answers, ranks, advantages):
+    with open(Path(folder, "samples.jsonl"), "a") as f:
+        for r, group, order, A in list(zip(batch, answers, ranks.tolist(), advantages.tolist()))[:3]:
+            f.write(json.dumps(dict(step=step, video=str(r["clip"].path), question=r["question"], answers=group, ranks=order,
+                                    advantages=[round(a, 3) for a in A])) + "\n")
+
+
+if __name__ == "__main__":
+    main(harness.parse_args(Args))

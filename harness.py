@@ -1,0 +1,245 @@
+"""What every training script needs and no paper mentions: processes, logs, checkpoints, prerequisites, flags.
+
+Nothing here knows an algorithm. One process or many is the same code: `python x.py` and `torchrun --nproc_per_node=4
+x.py` differ only in what `setup_dist` returns.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+from transformers import HfArgumentParser
+
+from video_llm import save_model, unwrap
+
+ROOT = Path(__file__).resolve().parent
+
+
+def parse_args(cls):
+    """The dataclass `cls` from the command line. Whatever is wrong with a flag: one line, exit code 2."""
+    parser = HfArgumentParser(cls, allow_abbrev=False, description=sys.modules[cls.__module__].__doc__.split("\n")[0])
+    parser.error = lambda message: (print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr), sys.exit(2))
+    try:
+        return parser.parse_args_into_dataclasses()[0]
+    except ValueError as e:  # raised by __post_init__
+        parser.error(str(e))
+
+
+@contextlib.contextmanager
+def one_line_errors(*kinds):
+    """Errors of the user's own files and flags end the script with one line instead of a traceback."""
+    try:
+        yield
+    except kinds as e:
+        sys.exit(f"{Path(sys.argv[0]).name}: {e}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------
+def setup_dist():
+    """-> rank, world size, device, from torchrun's environment; one process without it initialises nothing."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    if world > 1:
+        torch.set_num_threads(1)  # several processes with several threads each would fight for the cores
+        # the long timeout covers the building of a missing prerequisite, during which the other ranks wait
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
+    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def all_sum(x):
+    """Sum of a tensor over all processes; the tensor itself on one."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def all_gather(thing):
+    """[thing of rank 0, thing of rank 1, ...] for any picklable thing of our own processes."""
+    if not dist.is_initialized():
+        return [thing]
+    out = [None] * dist.get_world_size()
+    dist.all_gather_object(out, thing)
+    return out
+
+
+def wrap_ddp(model, device, find_unused=False):
+    """DistributedDataParallel where there are several processes. It averages gradients: losses are scaled for that."""
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, find_unused_parameters=find_unused)
+
+
+def no_sync(model, when):
+    """Gradients stay local while micro-batches accumulate; only the last backward pass of a step communicates."""
+    return model.no_sync() if when and isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def build_if_missing(path, command, duration, rank):
+    """A missing piece of the *embedded* default is built by the script that makes it: on rank 0, the others wait."""
+    if rank == 0 and not Path(path).exists():
+        print(f"{path} is missing: building it with `python {' '.join(command)}` ({duration} on two CPU cores)", flush=True)
+        # the child is one process of its own, not a member of this torchrun job
+        env = {k: v for k, v in os.environ.items()
+               if not k.startswith(("TORCHELASTIC", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "OMP_"))}
+        if subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], env=env).returncode:
+            sys.exit(f"building {path} failed; its own message stands above")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run folder: args.json, metrics.jsonl, TensorBoard, checkpoint-<step>/, final/
+# ---------------------------------------------------------------------------------------------------------------
+def git_commit():
+    out = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    return out.stdout.strip() or "unknown"
+
+
+def open_run(folder, args, rank):
+    """Create the run folder, or find where to continue. -> checkpoint to resume from (Path) or None.
+
+    Without --resume a folder in use is refused. With it, changed flags are refused, a finished run ends the script,
+    and a folder that does not exist yet is simply a new run.
+    """
+    folder = Path(folder)
+    flags = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name != "resume"}
+    last = None
+    if (folder / "args.json").exists():
+        if not args.resume:
+            sys.exit(f"{folder} is in use: continue it with --resume, or choose another --name")
+        saved = json.loads((folder / "args.json").read_text())
+        changed = [k for k, v in flags.items() if saved["args"].get(k) != json.loads(json.dumps(v))]
+        if changed:
+            sys.exit(f"{folder} was started with another --{changed[0]}: resume it with the same flags")
+        if (folder / "final").exists():
+            print(f"{folder} is finished") if rank == 0 else None
+            sys.exit(0)
+        steps = sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*[0-9]"))
+        last = folder / f"checkpoint-{steps[-1]}" if steps else None
+    all_gather(None)  # every rank has looked before rank 0 writes
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for half in folder.glob("*.tmp"):  # what a killed run left behind
+            shutil.rmtree(half)
+        about = dict(args=flags, git_commit=git_commit(), torch=torch.__version__, command=" ".join(sys.argv),
+                     world_size=world_size())
+        (folder / "args.json").write_text(json.dumps(about, indent=2))
+    return last
+
+
+def save_checkpoint(folder, name, model, processor, optimizer=None, step=None):
+    """Write `folder/name` aside and rename it: a kill leaves the old checkpoint or the new one, never half of one."""
+    folder = Path(folder)
+    aside = folder / f"{name}.tmp"
+    save_model(getattr(model, "module", model), processor, aside)
+    if optimizer is not None:
+        torch.save(dict(optimizer=optimizer.state_dict(), step=step, rng=torch.get_rng_state()), aside / "trainer.pt")
+    os.replace(aside, folder / name)
+    for old in folder.glob("checkpoint-*[0-9]"):
+        if old.name != name:
+            shutil.rmtree(old)
+
+
+def load_trainer(checkpoint, optimizer):
+    """Optimizer and RNG of a checkpoint -> the step to continue with."""
+    state = torch.load(checkpoint / "trainer.pt", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    return state["step"]
+
+
+class Log:
+    """One row a step in metrics.jsonl and TensorBoard, one progress line with ETA on the screen.
+
+    `add(key, total, count)` gathers sums over micro-batches; `step` adds them up over all processes and divides once,
+    so a logged mean is the true mean over the global batch, whatever the micro-batch size and the number of processes.
+    Every process must add the same keys.
+    """
+
+    def __init__(self, folder, steps, first_step, rank):
+        self.steps, self.first, self.rank, self.sums = steps, first_step, rank, {}
+        self.began = self.last = time.time()
+        if rank == 0:
+            self.file = Path(folder, "metrics.jsonl")
+            rows = self.file.read_text().splitlines() if self.file.exists() else []
+            kept = [r for r in rows if r.endswith("}") and json.loads(r)["step"] < first_step]  # rows after the checkpoint
+            self.file.write_text("".join(r + "\n" for r in kept))  # are trained again
+            self.board = SummaryWriter(folder, purge_step=first_step)
+
+    def add(self, key, total, count=1):
+        old = self.sums.get(key, (0.0, 0.0))
+        self.sums[key] = (old[0] + float(total), old[1] + float(count))
+
+    def step(self, step, show):
+        """Reduce, write, print the keys of `show`, and start the next step. -> the row."""
+        keys = sorted(self.sums)
+        sums = all_sum(torch.tensor([self.sums[k] for k in keys], dtype=torch.float64))
+        row = {k: (total / count if count else 0.0) for k, (total, count) in zip(keys, sums.tolist())}
+        self.sums = {}
+        if self.rank == 0:
+            now = time.time()
+            with open(self.file, "a") as f:
+                f.write(json.dumps(dict(step=step, **row, **{"time/step_s": now - self.last})) + "\n")
+            for k, v in row.items():
+                self.board.add_scalar(k, v, step)
+            done = step + 1
+            eta = int((now - self.began) / (done - self.first) * (self.steps - done))
+            line = (f"step {done:0{len(str(self.steps))}d}/{self.steps} {100 * done // self.steps:3d}% | "
+                    + " ".join(f"{k.split('/')[-1]} {row[k]:.3f}" for k in show)
+                    + f" | {now - self.last:.2f}s | eta {eta // 60}m{eta % 60:02d}s")
+            tty, due = sys.stdout.isatty(), done == self.steps or done % max(1, self.steps // 20) == 0
+            if tty or due:  # a terminal sees every step on one line, a log file twenty lines
+                print(("\r" if tty else "") + line, end="" if tty and done < self.steps else "\n", flush=True)
+            self.last = now
+        return row
+
+
+def prepare_videos(cache, clips, folder, rank, world):
+    """Decode and encode every clip before training, shared out over the processes. -> {clip: reason} of the broken
+    ones, the same on every process; listed in `broken_videos.json` of the run folder."""
+    mine = sorted(set(clips), key=str)[rank::world]
+    broken = {}
+    for part in all_gather(cache.prepare(mine, progress=rank == 0)):
+        broken |= part
+    if rank == 0 and broken:
+        listed = {f"{c.path} [{c.start}, {c.end}]": reason for c, reason in broken.items()}
+        Path(folder, "broken_videos.json").write_text(json.dumps(listed, indent=2))
+        for reason in list(broken.values())[:5]:
+            print(f"left out: {reason}")
+    return broken
+
+
+def stop_if_not_finite(grad_norm, folder, step, batch):
+    """A NaN or infinite gradient ends the run *before* it reaches the weights; the batch is written out."""
+    if not torch.isfinite(grad_norm):
+        bad = Path(folder, f"not_finite_step{step}.json")
+        bad.write_text(json.dumps(batch, indent=2))
+        sys.exit(f"step {step}: the gradient is {float(grad_norm)}; weights untouched, the batch is in {bad}")
+
+
+def finish(folder, model, processor, rank):
+    if rank == 0:
+        save_checkpoint(folder, "final", model, processor)
+        print(f"done: {folder}/final")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,645 @@
+"""The one model of this repository: a video language model small enough to read, real enough to run at 7B.
+
+    MP4 --PyAV--> F frames --CLIP (frozen, layer -2)--> F x P patch features      computed once per video, cached
+        --+ learned time embedding--> Q-Former (Q queries read all patches of all frames) --projection--> Q tokens
+        --put where <video> stands in the prompt--> LLaMA --> answer
+
+Everything here is *plumbing that the papers only name*: frames, processor, features, (Q)LoRA, sampling, log-probs.
+Losses, advantages and training loops live in the scripts (`sft.py`, `grpo_rank.py`, ...), one algorithm each.
+
+Three things are worth reading even if you only came for an algorithm:
+  `generate`        one prefill of video + question, its KV cache shared by the G answers of a group;
+  `packed_logits`   the G answers trained behind *one* prefix (block mask, restarting positions), logits of answer
+                    tokens only: the same numbers as G separate forward passes, at a fraction of the cost;
+  `load_model`      NF4 on a CPU, and the kernel that silently breaks its gradients.
+
+Shapes: B prompts, G answers each, N = B*G; P prompt tokens (left padded, Q of them video), T answer tokens
+(right padded); F frames, S patches a frame, D width, V vocabulary.  Masks come from lengths, never from token ids.
+
+Papers  CLIP arXiv:2103.00020 | Q-Former BLIP-2 arXiv:2301.12597 | LLaMA arXiv:2302.13971 | QLoRA arXiv:2305.14314
+"""
+
+import copy
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import transformers
+from huggingface_hub.dataclasses import strict
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Blip2QFormerConfig,
+    Blip2QFormerModel,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DynamicCache,
+    GenerationMixin,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.configuration_utils import SubConfigSpec
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from data import VideoError, read_frames, video_files
+
+transformers.logging.set_verbosity_error()  # no load report, no bar: a CLIP checkpoint has a text tower we do not need
+transformers.logging.disable_progress_bar()
+
+VIDEO_TOKEN = "<video>"
+BANNED_LOGIT = -1e4  # exp(-1e4) is exactly 0 in every dtype, and 0 * -1e4 is 0 where 0 * -inf would be NaN (entropy)
+
+# `tiny`: the embedded default. The same classes as at 7B, about a million parameters, trained from nothing.
+TINY_VISION = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+                   image_size=64, patch_size=16, projection_dim=64)
+TINY_QFORMER = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                    cross_attention_frequency=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                    num_query_tokens=16, max_frames=32)
+TINY_LLAMA = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4,
+                  max_position_embeddings=1024, tie_word_embeddings=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. The model
+# ---------------------------------------------------------------------------------------------------------------
+@strict
+class VideoQFormerConfig(Blip2QFormerConfig):
+    model_type = "video_qformer"
+    base_config_key = "qformer_config"
+    num_query_tokens: int = 32
+    max_frames: int = 64
+
+
+@strict
+class VideoLLMConfig(PreTrainedConfig):
+    """CLIPVisionConfig + VideoQFormerConfig + any causal decoder's config (LlamaConfig by default)."""
+
+    model_type = "video_llm"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=CLIPVisionConfig),
+        "qformer_config": SubConfigSpec(config_class=VideoQFormerConfig),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+    vision_config: dict | PreTrainedConfig | None = None
+    qformer_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    video_token_id: int = 0
+    vision_layer: int = -2
+    tie_word_embeddings: bool = False
+
+
+class VideoQFormer(PreTrainedModel):
+    """BLIP-2's Q-Former over the patches of *all* frames: one set of queries per video, not per frame."""
+
+    config: VideoQFormerConfig
+    main_input_name = "features"
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.time_embedding = nn.Embedding(config.max_frames, config.encoder_hidden_size)
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
+        self.qformer = Blip2QFormerModel._from_config(config)
+        self.post_init()
+
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if module is self:
+            nn.init.normal_(self.query_tokens, std=std)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+
+    def forward(self, features, frame_mask):
+        """features (B,F,S,D) float, frame_mask (B,F) bool, True on real frames -> queries (B,Q,hidden)."""
+        B, F, S, D = features.shape
+        if F > self.config.max_frames:
+            raise ValueError(f"{F} frames, but this Q-Former has time embeddings for {self.config.max_frames}")
+        patches = features.to(self.time_embedding.weight.dtype) + self.time_embedding.weight[:F, None]  # (B,F,S,D)
+        out = self.qformer(
+            query_embeds=self.query_tokens.expand(B, -1, -1),
+            encoder_hidden_states=patches.flatten(1, 2),  # (B,F*S,D)
+            encoder_attention_mask=None if frame_mask.all() else frame_mask.repeat_interleave(S, dim=1),
+        )
+        return out.last_hidden_state
+
+
+class VideoLLM(PreTrainedModel, GenerationMixin):
+    """CLIP vision tower + Q-Former + projection + causal decoder, as one `transformers` model."""
+
+    config: VideoLLMConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _supports_flash_attn = False  # the packed forward passes a 4-D mask, which flash attention cannot take
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer", "Blip2QFormerLayer"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        config.qformer_config.encoder_hidden_size = config.vision_config.hidden_size
+        self.vision_tower = CLIPVisionModel._from_config(config.vision_config)
+        self.qformer = VideoQFormer._from_config(config.qformer_config)
+        self.projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):  # only `projection`: every other module belongs to a model of its own
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    @torch.no_grad()
+    def encode_frames(self, pixel_values):
+        """pixel_values (F,3,H,W) -> CLIP patch features (F,S,D) of hidden layer `vision_layer`; CLIP is frozen."""
+        hidden = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=True).hidden_states
+        return hidden[self.config.vision_layer]
+
+    def encode_video(self, video_features, frame_mask):
+        """(B,F,S,D), (B,F) -> video tokens (B,Q,width of the decoder)."""
+        return self.projection(self.qformer(video_features, frame_mask).to(self.projection.weight.dtype))
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
+                inputs_embeds=None, video_features=None, frame_mask=None, labels=None, use_cache=None,
+                logits_to_keep=0, **kwargs):
+        """input_ids (B,L) with Q video tokens in each row that has a video; video_features (rows with a video,F,S,D).
+
+        attention_mask (B,L), or (B,1,L,L) for packed groups. logits_to_keep: as in `transformers`, a number or an
+        index tensor of positions. The video token's logit is banned here, in the one place every sampler, scorer
+        and loss goes through: it can never be sampled, nor take probability from words.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if video_features is not None:
+                video = self.encode_video(video_features, frame_mask).to(inputs_embeds.dtype)
+                at = (input_ids == self.config.video_token_id).unsqueeze(-1)
+                if at.sum() * video.shape[-1] != video.numel():
+                    raise ValueError(f"prompts hold {int(at.sum())} video tokens, the videos give {video.shape[:2].numel()}")
+                inputs_embeds = inputs_embeds.masked_scatter(at, video)
+        out = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
+                                  past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep,
+                                  **kwargs)
+        banned = torch.tensor([self.config.video_token_id], device=out.logits.device)
+        logits = out.logits.index_fill(-1, banned, BANNED_LOGIT)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+
+    def prepare_inputs_for_generation(self, input_ids, video_features=None, frame_mask=None, is_first_iteration=False,
+                                      **kwargs):
+        """`generate` of `transformers`: the video enters at the prefill only, later steps find it in the cache."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if is_first_iteration:
+            inputs |= dict(video_features=video_features, frame_mask=frame_mask)
+        return inputs
+
+
+AutoConfig.register("video_qformer", VideoQFormerConfig)
+AutoConfig.register("video_llm", VideoLLMConfig)
+
+
+def init_from_nothing(module, seed):
+    """Initialise in place for training from nothing: std 1/sqrt(fan_in), embeddings near 0.5; norms stay at one.
+
+    The library's 0.02 is meant for wide, pre-trained models: at width 128 it is the difference between learning in
+    a minute and not at all (docs/video_llm.md has the measurement). Deterministic in `seed`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        if "norm" in name.lower():
+            continue
+        if name.endswith("bias"):
+            p.data.zero_()
+        elif "embed" in name and "patch" not in name or "query_tokens" in name:
+            p.data.normal_(std=0.5, generator=generator)
+        elif p.dim() > 1:
+            p.data.normal_(std=p[0].numel() ** -0.5, generator=generator)
+
+
+def compose(clip, qformer, llm, seed=0, num_frames=None, dtype=torch.float32):
+    """A new VideoLLM + processor out of three parts, each a local folder or hub name.
+
+    clip: a CLIP checkpoint. qformer: a VideoQFormer checkpoint, or a number of query tokens for one from nothing.
+    llm: a causal decoder with its tokenizer, or a folder with a tokenizer alone for `tiny`'s LLaMA from nothing.
+    """
+    vision = CLIPVisionModel.from_pretrained(clip, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    tokenizer.add_special_tokens({"additional_special_tokens": [VIDEO_TOKEN]})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: no mask in this repository looks at token ids
+    if isinstance(qformer, int):
+        parts = VideoQFormer(VideoQFormerConfig(num_query_tokens=qformer, encoder_hidden_size=vision.config.hidden_size))
+        init_from_nothing(parts, seed)
+    else:
+        parts = VideoQFormer.from_pretrained(qformer, dtype=dtype)
+    if Path(llm, "config.json").exists() or not Path(llm).is_dir():
+        decoder = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype)
+        if len(tokenizer) > decoder.get_input_embeddings().num_embeddings:
+            decoder.resize_token_embeddings(len(tokenizer))
+    else:
+        ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        decoder = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **ids, **TINY_LLAMA))
+        init_from_nothing(decoder, seed)
+    config = VideoLLMConfig(vision_config=vision.config, qformer_config=parts.config, text_config=decoder.config,
+                            video_token_id=tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
+                            tie_word_embeddings=decoder.config.tie_word_embeddings)
+    torch.manual_seed(seed)  # the projection
+    model = VideoLLM(config)
+    model.vision_tower, model.qformer, model.language_model = vision, parts, decoder
+    model.generation_config = copy.deepcopy(decoder.generation_config)
+    image_processor = CLIPImageProcessorPil.from_pretrained(clip)
+    processor = VideoLLMProcessor(image_processor, tokenizer, num_frames=num_frames or min(8, parts.config.max_frames),
+                                  num_query_tokens=parts.config.num_query_tokens)
+    return model.to(dtype), processor
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. The processor: prompts
+# ---------------------------------------------------------------------------------------------------------------
+VICUNA_TEMPLATE = (  # for decoders whose tokenizer brings no chat template (LLaMA-2-7b-hf)
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} "
+    "{% else %}ASSISTANT: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+class VideoLLMProcessor(ProcessorMixin):
+    """Image processor + tokenizer + how many frames a video is sampled at; saved and loaded with the model."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_frames=8, num_query_tokens=32,
+                 sampling="linspace"):
+        self.num_frames, self.num_query_tokens, self.sampling = num_frames, num_query_tokens, sampling
+        chat_template = chat_template or (tokenizer and tokenizer.chat_template) or VICUNA_TEMPLATE
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, path, **kwargs):
+        settings = json.loads(Path(path, "processor_config.json").read_text())
+        return cls(CLIPImageProcessorPil.from_pretrained(path), AutoTokenizer.from_pretrained(path),
+                   chat_template=settings["chat_template"], num_frames=settings["num_frames"],
+                   num_query_tokens=settings["num_query_tokens"], sampling=settings["sampling"])
+
+    def save_pretrained(self, path, **kwargs):
+        self.image_processor.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+        settings = dict(chat_template=self.chat_template, num_frames=self.num_frames,
+                        num_query_tokens=self.num_query_tokens, sampling=self.sampling)
+        Path(path, "processor_config.json").write_text(json.dumps(settings, indent=2))
+
+    def clean(self, text):
+        """Text of users and models must not smuggle in the token that stands for the video."""
+        return text.replace(VIDEO_TOKEN, "").replace("<image>", "").strip()
+
+    def prompt_ids(self, question, video=True, max_length=None):
+        """The prompt's token ids, ready for an answer: `<video>` expanded to Q tokens, an assistant turn opened.
+
+        question: one string, or chat messages [{"role","content"}, ...] ending with a user turn. Overlong text is
+        cut at the *end of the last question*; video tokens and template are never cut. ValueError if that is not enough.
+        """
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        messages = [{**m, "content": self.clean(m["content"])} for m in messages]
+        if video:
+            messages[0]["content"] = f"{VIDEO_TOKEN}\n{messages[0]['content']}"
+        ids = self._template_ids(messages)
+        if max_length is not None and len(ids) > max_length:
+            head, question_ids = messages[:-1], self.tokenizer(messages[-1]["content"], add_special_tokens=False).input_ids
+            keep = len(question_ids) - (len(ids) - max_length)
+            # the cut text must keep the video token and one word at least
+            floor = 2 if video and not head else 1
+            if keep < floor:
+                raise ValueError(f"a prompt of {len(ids)} tokens cannot be cut to {max_length} without losing the video")
+            text = self.tokenizer.decode(question_ids[:keep])
+            ids = self._template_ids(head + [{**messages[-1], "content": text}])[:]
+        return ids
+
+    def split_prompt_ids(self, head, tail):
+        """The prompt `head + tail` as two lists of ids: many tails can be packed behind one head (oracle.py)."""
+        text = self._template([{"role": "user", "content": f"{VIDEO_TOKEN}\n{self.clean(head)}\x00{tail}"}])
+        return [self._ids(part) for part in text.split("\x00")]
+
+    def _template_ids(self, messages):
+        return self._ids(self._template(messages))
+
+    def _template(self, messages):
+        return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template,
+                                                  add_generation_prompt=True, tokenize=False)
+
+    def _ids(self, text):
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        video_id = self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+        return [i for t in ids for i in ([t] * self.num_query_tokens if t == video_id else [t])]
+
+    def answer_ids(self, answer, max_length=None):
+        """An answer's token ids with EOS at the end; a cut answer has no EOS, so that cutting is never learned as ending."""
+        ids = self.tokenizer(self.clean(answer), add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id]
+        return ids[:max_length]
+
+    def pad(self, rows, side):
+        """Lists of ids -> (ids (B,L), mask (B,L) from lengths), padded on `side`."""
+        length = max(map(len, rows))
+        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
+        mask = torch.zeros(len(rows), length, dtype=torch.long)
+        for i, row in enumerate(rows):
+            where = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+            ids[i, where], mask[i, where] = torch.tensor(row), 1
+        return ids, mask
+
+    def decode_answers(self, tokens, lengths):
+        """tokens (B,G,T), lengths (B,G) counted with EOS -> B lists of G strings."""
+        return [[self.tokenizer.decode(t[:n], skip_special_tokens=True).strip() for t, n in zip(ts.tolist(), ns.tolist())]
+                for ts, ns in zip(tokens, lengths)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. Features: decode and encode every video once
+# ---------------------------------------------------------------------------------------------------------------
+class FeatureCache:
+    """Frozen CLIP features of clips, computed once: `cache(clips)` -> features (B,F,S,D), frame_mask (B,F).
+
+    One safetensors file per clip under `folder`, keyed by everything that the features depend on: file content,
+    part, frame sampling, vision tower. Written aside and renamed, so a killed run or a second process leaves no half
+    file. Up to `memory_gib` is also held in memory.
+    """
+
+    def __init__(self, model, processor, folder, memory_gib=4.0):
+        self.model, self.processor, self.folder = model, processor, Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.memory, self.room, self.keys = {}, memory_gib * 2**30, {}
+        weights = hashlib.sha256(json.dumps(model.config.vision_config.to_dict(), sort_keys=True, default=str).encode())
+        for p in model.vision_tower.state_dict().values():
+            weights.update(p.detach().cpu().float().numpy().tobytes())
+        image = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
+        self.setup = f"{weights.hexdigest()}|{model.config.vision_layer}|{image}|{model.vision_tower.dtype}"
+
+    def key(self, clip, num_frames):
+        if (clip, num_frames) not in self.keys:
+            if clip.path not in self.keys:
+                content = hashlib.sha256()
+                for part in video_files(clip.path):
+                    with open(part, "rb") as f:
+                        while block := f.read(1 << 20):
+                            content.update(block)
+                self.keys[clip.path] = content.hexdigest()
+            what = f"{self.setup}|{self.keys[clip.path]}|{clip.start}|{clip.end}|{num_frames}|{self.processor.sampling}"
+            self.keys[clip, num_frames] = hashlib.sha256(what.encode()).hexdigest()
+        return self.keys[clip, num_frames]
+
+    def one(self, clip, num_frames=None):
+        """Features (F,S,D) of one clip. Raises VideoError."""
+        num_frames = num_frames or self.processor.num_frames
+        try:
+            key = self.key(clip, num_frames)
+        except OSError as e:
+            raise VideoError(f"{clip.path}: {e.strerror or e}") from None
+        if key in self.memory:
+            return self.memory[key]
+        file = self.folder / key[:2] / f"{key}.safetensors"
+        if file.exists():
+            features = load_file(file)["features"]
+        else:
+            frames, _ = read_frames(clip.path, num_frames, clip.start, clip.end, self.processor.sampling)
+            pixels = self.processor.image_processor(images=list(frames), return_tensors="pt")["pixel_values"]
+            features = self.model.encode_frames(pixels.to(self.model.vision_tower.device)).cpu().contiguous()
+            file.parent.mkdir(exist_ok=True)
+            aside = file.with_suffix(f".{os.getpid()}.tmp")
+            save_file({"features": features}, aside)
+            os.replace(aside, file)
+        size = features.numel() * features.element_size()
+        if size <= self.room:
+            self.memory[key], self.room = features, self.room - size
+        return features
+
+    def __call__(self, clips, num_frames=None):
+        rows = [self.one(c, num_frames) for c in clips]
+        features = torch.zeros(len(rows), max(map(len, rows)), *rows[0].shape[1:], dtype=rows[0].dtype)
+        mask = torch.zeros(features.shape[:2], dtype=torch.bool)
+        for i, row in enumerate(rows):
+            features[i, : len(row)], mask[i, : len(row)] = row, True
+        return features, mask
+
+    def prepare(self, clips, num_frames=None, progress=True):
+        """Check and encode all clips before training starts -> {clip: one-line reason} of the broken ones."""
+        broken, threads = {}, torch.get_num_threads()
+        torch.set_num_threads(1)  # frames of one clip are too little work to share between cores
+        for clip in tqdm(list(dict.fromkeys(clips)), desc="video features", mininterval=5, disable=not progress):
+            try:
+                self.one(clip, num_frames)
+            except VideoError as e:
+                broken[clip] = str(e)
+        torch.set_num_threads(threads)
+        return broken
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. Loading, saving, (Q)LoRA
+# ---------------------------------------------------------------------------------------------------------------
+def load_model(path, quantize="none", dtype=torch.float32, device="cpu"):
+    """A saved VideoLLM (or a PEFT adapter of one) + its processor. quantize: "none" or "nf4" (QLoRA, double quant).
+
+    NF4 on a CPU: with AVX512-BF16, bitsandbytes repacks the weights at the first forward without gradients (any
+    rollout) and later backward passes run through a kernel without autograd: the loss still falls, the LoRA gradient
+    is wrong (cosine 0.2-0.4 against dequantised weights). Switching that kernel off on every layer cures it;
+    tests/test_quantize.py compares the gradient after a rollout.
+    """
+    path = Path(path)
+    if (path / "adapter_config.json").exists():
+        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        model, processor = load_model(base, quantize, dtype, device)
+        return PeftModel.from_pretrained(model, path, is_trainable=True), processor
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"{path}: no model there (config.json is missing)")
+    if quantize == "none":
+        model = VideoLLM.from_pretrained(path, dtype=dtype).to(device)
+    else:
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                 bnb_4bit_compute_dtype=dtype,
+                                 llm_int8_skip_modules=["vision_tower", "qformer", "projection", "lm_head"])
+        model = VideoLLM.from_pretrained(path, dtype=dtype, quantization_config=nf4, device_map={"": device})
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    model.vision_tower.requires_grad_(False)  # CLIP stays frozen in all three papers
+    return model, VideoLLMProcessor.from_pretrained(path)
+
+
+def add_lora(model, r, alpha, train_bridge=False):
+    """LoRA on every linear layer of the decoder (papers: r=64, alpha=16). train_bridge: Q-Former and projection too."""
+    targets = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, bias="none",
+                        modules_to_save=["qformer", "projection"] if train_bridge else None)
+    return get_peft_model(model, config)
+
+
+def save_model(model, processor, path):
+    """Whole model as safetensors, or a plain PEFT adapter where there is one; the processor beside either."""
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+
+
+def unwrap(model):
+    """The VideoLLM inside DistributedDataParallel and PEFT wrappers."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def reference_of(model):
+    """A context manager factory for the frozen start: `with ref() as ref_model`. LoRA: the same weights, adapter off."""
+    if isinstance(model, PeftModel):
+        @contextmanager
+        def adapter_off():
+            with model.disable_adapter():
+                yield model
+        return adapter_off
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+
+    @contextmanager
+    def frozen_copy():
+        yield frozen
+    return frozen_copy
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. One prefix, G answers: sampling and scoring
+# ---------------------------------------------------------------------------------------------------------------
+class Prefix(NamedTuple):
+    """B prompts, left padded, and the features of their videos (in order of the rows that have one)."""
+
+    input_ids: torch.Tensor  # (B,P)
+    attention_mask: torch.Tensor  # (B,P)
+    video_features: torch.Tensor | None  # (B,F,S,D)
+    frame_mask: torch.Tensor | None  # (B,F)
+
+    @classmethod
+    def build(cls, processor, cache, questions, clips, device="cpu", max_length=None, num_frames=None):
+        """questions: B strings or chats; clips: B Clips, or None where a row has no video."""
+        rows = [processor.prompt_ids(q, c is not None, max_length) for q, c in zip(questions, clips)]
+        videos = [c for c in clips if c is not None]
+        features = cache(videos, num_frames) if videos else (None, None)
+        return cls(*(x if x is None else x.to(device) for x in (*processor.pad(rows, "left"), *features)))
+
+    def rows(self, which):
+        """The same for a slice of rows; every row has a video here (text-only prompts are not sampled in groups)."""
+        return Prefix(*(x[which] for x in self))
+
+    def model_inputs(self):
+        return dict(video_features=self.video_features, frame_mask=self.frame_mask)
+
+
+def positions(mask):
+    """Position ids that start at 0 on the first real token of a left-padded row."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def generate(model, prefix, uniforms, eos_id, temperature=1.0):
+    """Sample G answers per prompt from *one* prefill: video, question and their KV cache are computed once.
+
+    uniforms (B,G,T) in [0,1): one number a token decides everything (inverse of the cumulated probabilities), so a
+    caller who keys them by (seed, step, question) gets the same answers on one process, on four, and after a resume.
+    temperature 0 is greedy. -> tokens (B,G,T'), lengths (B,G) counted with EOS; T' <= T; behind EOS: EOS.
+    """
+    B, G, T = uniforms.shape
+    out = model(input_ids=prefix.input_ids, attention_mask=prefix.attention_mask,
+                position_ids=positions(prefix.attention_mask), past_key_values=DynamicCache(), use_cache=True,
+                logits_to_keep=1, **prefix.model_inputs())
+    cache, logits = out.past_key_values, out.logits[:, -1]
+    cache.batch_repeat_interleave(G)  # the G answers share the prefix
+    logits = logits.repeat_interleave(G, 0)  # (N,V)
+    mask = prefix.attention_mask.repeat_interleave(G, 0)  # (N,P)
+    where = mask.sum(-1, keepdim=True)  # (N,1) position of the next token
+    u = uniforms.reshape(B * G, T).to(logits.device)
+    done = torch.zeros(B * G, dtype=torch.bool, device=logits.device)
+    lengths = torch.zeros(B * G, dtype=torch.long, device=logits.device)
+    tokens = []
+    for t in range(T):
+        if temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            cdf = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
+            # the first token whose cumulated probability exceeds u: tokens of probability 0 cannot be hit
+            token = torch.searchsorted(cdf, u[:, t : t + 1].double() * cdf[:, -1:], right=True).squeeze(-1)
+            token = token.clamp(max=logits.shape[-1] - 1)
+        token = torch.where(done, eos_id, token)
+        lengths += ~done
+        tokens.append(token)
+        done |= token == eos_id
+        if done.all() or t == T - 1:
+            break
+        mask = torch.cat([mask, mask.new_ones(B * G, 1)], 1)
+        out = model(input_ids=token[:, None], attention_mask=mask, position_ids=where + t, past_key_values=cache,
+                    use_cache=True)
+        logits = out.logits[:, -1]
+    return torch.stack(tokens, -1).view(B, G, -1), lengths.view(B, G)
+
+
+def packed_logits(model, prefix, tokens, lengths):
+    """Logits (B,G,T,V) that predict tokens (B,G,T), all G answers packed behind one prefix.
+
+        prefix  a1 a1 a1  a2 a2 a2  ...           one row of P + G*T tokens instead of G rows of P + T
+    Block mask: an answer's token sees the prefix and its own past, never another answer; positions restart behind the
+    prefix for every answer. So each answer gets exactly what a forward pass of its own would give (tests: 1e-5 in
+    values and gradients), but video and question pass the Q-Former and the decoder once per group, not G times.
+    Logits are computed where an answer token is predicted, nowhere else: the last prefix token predicts every
+    answer's first token, answer token t predicts token t+1.
+    """
+    B, G, T = tokens.shape
+    P = prefix.input_ids.shape[1]
+    real = torch.arange(T, device=tokens.device) < lengths.unsqueeze(-1)  # (B,G,T)
+    row_real = torch.cat([prefix.attention_mask.bool(), real.view(B, G * T)], 1)  # (B,L) L = P + G*T
+    index = torch.arange(P + G * T, device=tokens.device)
+    owner = torch.where(index < P, -1, (index - P) // T)  # (L,) which answer a token belongs to; -1: the prefix
+    sees = (owner == -1) | (owner == owner[:, None])  # (L,L) query row, key column
+    causal = index <= index[:, None]
+    mask = (sees & causal) & row_real[:, None, None, :]  # (B,1,L,L)
+    mask = mask | torch.eye(P + G * T, dtype=torch.bool, device=mask.device)  # pads see themselves: no empty softmax
+    start = prefix.attention_mask.sum(-1, keepdim=True)  # (B,1)
+    answer_positions = start + torch.arange(T, device=tokens.device).repeat(G)  # (B,G*T)
+    ids = torch.cat([prefix.input_ids, tokens.reshape(B, G * T)], 1)
+    keep = torch.cat([index[P - 1 : P], index[P:].view(G, T)[:, :-1].reshape(-1)])  # (1 + G*(T-1),)
+    bias = torch.zeros(mask.shape, dtype=unwrap(model).dtype, device=mask.device)
+    bias.masked_fill_(~mask, torch.finfo(bias.dtype).min)
+    logits = model(input_ids=ids, attention_mask=bias, logits_to_keep=keep, use_cache=False,
+                   position_ids=torch.cat([positions(prefix.attention_mask), answer_positions], 1),
+                   **prefix.model_inputs()).logits  # (B,1+G*(T-1),V)
+    first = logits[:, None, :1].expand(-1, G, -1, -1)  # (B,G,1,V)
+    return torch.cat([first, logits[:, 1:].reshape(B, G, T - 1, -1)], 2)
+
+
+def token_logprobs(model, prefix, tokens, lengths, temperature=1.0):
+    """log pi(token) and entropy of every answer token: (N,T), (N,T), row b*G + g; zero behind an answer's end.
+
+    The one place that knows the causal shift and the sampling temperature: behaviour, reference and new policy all
+    come through here.
+    """
+    B, G, T = tokens.shape
+    logprobs = (packed_logits(model, prefix, tokens, lengths).float() / temperature).log_softmax(-1)  # (B,G,T,V)
+    entropy = -(logprobs.exp() * logprobs).sum(-1).view(B * G, T)
+    chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).view(B * G, T)
+    mask = answer_mask(lengths, T)
+    return chosen * mask, entropy * mask
+
+
+def answer_mask(lengths, T):
+    """(B,G) lengths -> (N,T) float mask, 1 on answer tokens including EOS."""
+    return (torch.arange(T, device=lengths.device) < lengths.reshape(-1, 1)).float()
