@@ -2,15 +2,20 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
+import torch
 from av.stream import Disposition
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 av.logging.set_level(None)  # ffmpeg's own messages stay off stderr; what goes wrong is said by VideoError
 WHOLE = 1000  # videos of up to so many frames are always decoded as a whole, so that damage anywhere is found
@@ -367,8 +372,9 @@ def _parse(row, find):
     said = row.get("conversations", row.get("messages"))
     if "q" in row:
         said = [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row.get("a")}]
+    # Rows with two answers to compare (output_1, output_2) have turns too; the last is one to be replaced by them.
     if not isinstance(said, list) or not all(isinstance(turn, dict) for turn in said) or "output_1" in row:
-        raise DataError(f"no list of turns, or a pair of answers to compare: the keys are {', '.join(row)}")
+        raise DataError(f"no question and answer: the keys are {', '.join(row)}")
     if not isinstance(row.get("task_type"), str | None):
         raise DataError(f"task_type is no text: {row['task_type']}")
     named, turns, opening, needs_video = {"video": [], "image": []}, [], "", "q" in row
@@ -422,12 +428,14 @@ def _clip(row, videos, images, needs_video, find):
     if not all(type(t) in (int, float) and 0 <= t < 1e9 for t in times) or times != sorted(times):
         raise DataError(f"no range of seconds: start {span[0]}, end {span[1]}")
     paths = tuple(find(name, bool(images)) for name in images or videos[:1])
+    if None in paths:
+        raise DataError(f"video missing: {(images or videos)[paths.index(None)]}")
     return Clip(paths if images else paths[0], *span) if paths else None
 
 
 def _find(name, is_image, roots, listing):
-    """The path of a video or image: the file of that name; for a video also that with another extension, with or
-    without a leading ``v_``, or a folder of that name that holds images."""
+    """The path of a video or image, or None: the file of that name; for a video also one with another extension, with
+    or without a leading ``v_``, else a folder of that name that holds images. The first root that has any decides."""
     name = os.path.normpath(name.removeprefix("file://"))
     if name.split(os.sep)[0] == "..":
         raise DataError(f"video outside of the data folder: {name}")
@@ -444,4 +452,83 @@ def _find(name, is_image, roots, listing):
             path for path in there if not is_image and any(file.lower().endswith(IMAGES) for file in listing(path))]
         if found:
             return found[0]
-    raise DataError(f"video missing: {name}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Features: every video is decoded and encoded once
+# ---------------------------------------------------------------------------------------------------------------
+class FeatureCache:
+    """Frozen CLIP features of clips, computed once: `cache(clips)` -> features (B,F,S,D), frame_mask (B,F).
+
+    One safetensors file per clip under `folder`, keyed by everything that the features depend on: file content,
+    part, frame sampling, vision tower. Written aside and renamed, so a killed run or a second process leaves no half
+    file. Up to `memory_gib` is also held in memory.
+    """
+
+    def __init__(self, model, processor, folder, memory_gib=4.0):
+        self.model, self.processor, self.folder = model, processor, Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.memory, self.room, self.keys = {}, memory_gib * 2**30, {}
+        weights = hashlib.sha256(json.dumps(model.config.vision_config.to_dict(), sort_keys=True, default=str).encode())
+        for p in model.vision_tower.state_dict().values():
+            weights.update(p.detach().cpu().float().numpy().tobytes())
+        image = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
+        self.setup = f"{weights.hexdigest()}|{model.config.vision_layer}|{image}|{model.vision_tower.dtype}"
+
+    def key(self, clip, num_frames):
+        if (clip, num_frames) not in self.keys:
+            if clip.path not in self.keys:
+                content = hashlib.sha256()
+                for part in video_files(clip.path):
+                    with open(part, "rb") as f:
+                        while block := f.read(1 << 20):
+                            content.update(block)
+                self.keys[clip.path] = content.hexdigest()
+            what = f"{self.setup}|{self.keys[clip.path]}|{clip.start}|{clip.end}|{num_frames}|{self.processor.sampling}"
+            self.keys[clip, num_frames] = hashlib.sha256(what.encode()).hexdigest()
+        return self.keys[clip, num_frames]
+
+    def one(self, clip, num_frames=None):
+        """Features (F,S,D) of one clip. Raises VideoError."""
+        num_frames = num_frames or self.processor.num_frames
+        try:
+            key = self.key(clip, num_frames)
+        except OSError as e:
+            raise VideoError(f"{clip.path}: {e.strerror or e}") from None
+        if key in self.memory:
+            return self.memory[key]
+        file = self.folder / key[:2] / f"{key}.safetensors"
+        if file.exists():
+            features = load_file(file)["features"]
+        else:
+            frames, _ = read_frames(clip.path, num_frames, clip.start, clip.end, self.processor.sampling)
+            pixels = self.processor.image_processor(images=list(frames), return_tensors="pt")["pixel_values"]
+            features = self.model.encode_frames(pixels.to(self.model.vision_tower.device)).cpu().contiguous()
+            file.parent.mkdir(exist_ok=True)
+            aside = file.with_suffix(f".{os.getpid()}.tmp")
+            save_file({"features": features}, aside)
+            os.replace(aside, file)
+        size = features.numel() * features.element_size()
+        if size <= self.room:
+            self.memory[key], self.room = features, self.room - size
+        return features
+
+    def __call__(self, clips, num_frames=None):
+        rows = [self.one(c, num_frames) for c in clips]
+        features = torch.zeros(len(rows), max(map(len, rows)), *rows[0].shape[1:], dtype=rows[0].dtype)
+        mask = torch.zeros(features.shape[:2], dtype=torch.bool)
+        for i, row in enumerate(rows):
+            features[i, : len(row)], mask[i, : len(row)] = row, True
+        return features, mask
+
+    def prepare(self, clips, num_frames=None, progress=True):
+        """Check and encode all clips before training starts -> {clip: one-line reason} of the broken ones."""
+        broken, threads = {}, torch.get_num_threads()
+        torch.set_num_threads(1)  # frames of one clip are too little work to share between cores
+        for clip in tqdm(list(dict.fromkeys(clips)), desc="video features", mininterval=5, disable=not progress):
+            try:
+                self.one(clip, num_frames)
+            except VideoError as e:
+                broken[clip] = str(e)
+        torch.set_num_threads(threads)
+        return broken

@@ -38,10 +38,10 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 import harness
-from data import DataError, read_records, report_lines, video_files
+from data import DataError, FeatureCache, read_records, report_lines, video_files
 from moving_shapes import TASK_TYPES
 from oracle import DESCRIBE, normalize, token_f1
-from video_llm import FeatureCache, Prefix, generate, load_model, unwrap
+from video_llm import Prefix, generate, load_model, unwrap
 
 WORLD = "data/moving_shapes"
 COLORS = ("#8c8c8c", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800")  # after Okabe-Ito
@@ -70,7 +70,8 @@ def is_correct(prediction, reference):
 def open_questions(files, video_root):
     """Labelled questions about videos; requests for descriptions have no single right answer. -> records, report."""
     records, report = read_records(files, video_root)
-    return [r for r in records if r["clip"] and r["answer"] and r["question"] != DESCRIBE], report
+    records = [r for r in records if r["clip"] and r["answer"] and r["question"] != DESCRIBE]
+    return [{**r, "task_type": r["task_type"] or "no task type"} for r in records], report
 
 
 class Benchmark(NamedTuple):
@@ -180,7 +181,7 @@ def group_runs(arguments, labels=None):
     for label, runs in groups.items():
         seeds = {run.seed for run in runs}
         if len(runs) > 1 and (None in seeds or len(seeds) < len(runs)):
-            raise ValueError(f"--runs: column {label!r} needs one folder <name>_s<seed> per seed; part columns by --labels")
+            raise ValueError(f"--runs: column {label!r} needs folders of different _s<seed>; part columns by --labels")
     return groups
 
 
@@ -209,7 +210,10 @@ def predict(run, records, stem, cache_dir):
         print(f"{run.folder}: {len(records)} answers of {file.name} are used again", flush=True)
         return kept["predictions"], kept["left_out"]
     began, screen = time.time(), sys.stderr.isatty()
-    model, processor = load_model(run.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model, processor = load_model(run.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+    except SafetensorError as e:
+        raise OSError(f"{run.checkpoint}: {e}") from e
     cache = FeatureCache(unwrap(model), processor, cache_dir)
     broken = cache.prepare([r["clip"] for r in records], progress=screen)
     rows = [dict(id=r.get("id"), video=str(r["clip"].path), question=r["question"], task_type=r["task_type"],
@@ -272,7 +276,8 @@ def difference(first, other, correct, types, clips):
     mean, low, high = paired_bootstrap(a, b, clips)
     each = by_task_type(b.mean(0) - a.mean(0), types)
     return dict(to=first["label"], seeds=shared, mean=mean, low=low, high=high, task_types=each,
-                worst=min(each.items(), key=lambda item: item[1]), spread=spread(b.mean(1) - a.mean(1)) if shared else None)
+                worst=min(each.items(), key=lambda item: item[1]),
+                spread=spread(b.mean(1) - a.mean(1)) if shared else None)
 
 
 def table(summary):
@@ -358,7 +363,7 @@ def main(args):
     if args.data.startswith(WORLD):
         harness.build_if_missing(f"{WORLD}/clips.json", ["moving_shapes.py"], "under a minute", 0)
     files, predictions, left_out, guesses = args.data.split(","), {}, {}, None
-    with harness.one_line_errors(DataError, OSError, SafetensorError):
+    with harness.one_line_errors(DataError, OSError):
         records, report = BENCHMARK.questions(files, args.video_root or None)
         if not records:
             raise DataError(f"{args.data}: no labelled question about a video")

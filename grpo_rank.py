@@ -43,7 +43,6 @@ rho_{i,t}     ratio         (N,T)    pi / pi_old                                
 """
 
 import json
-import math
 import random
 import sys
 import time
@@ -56,9 +55,9 @@ from transformers.hf_argparser import HfArg
 
 import evaluate
 import harness
-from data import DataError, VideoError, read_records, report_lines
+from data import DataError, FeatureCache, read_records, report_lines
 from oracle import DESCRIBE, make_oracle, ranks_of
-from video_llm import FeatureCache, Prefix, add_lora, answer_mask, generate, load_model, reference_of, token_logprobs, unwrap
+from video_llm import Prefix, add_lora, answer_mask, generate, load_model, reference_of, token_logprobs, unwrap
 
 WORLD = "data/moving_shapes"
 ADVANTAGES = ("oracle_rank", "published", "signed", "score", "random")
@@ -201,14 +200,12 @@ def main(args):
 
     with harness.one_line_errors(DataError, OSError):
         records, report = read_records(args.data.split(","), args.video_root or None)
-        start_model, processor = load_model(args.model, args.quantize, device=str(device))
-        if args.lora_r:  # the reference is the same weights with the adapter off
-            model = add_lora(start_model, args.lora_r, args.lora_alpha) if not checkpoint else (
-                load_model(checkpoint, args.quantize, device=str(device))[0])
-            reference = reference_of(model)
-        else:  # the reference is a frozen copy
-            reference = reference_of(start_model)
-            model = load_model(checkpoint, device=str(device))[0] if checkpoint else start_model
+        model, processor = load_model(checkpoint or args.model, args.quantize, device=str(device))
+        if args.lora_r and not checkpoint:
+            model = add_lora(model, args.lora_r, args.lora_alpha)
+        # the reference: LoRA: the same weights with the adapter off; else a frozen copy of the SFT start
+        same = args.lora_r or not checkpoint
+        reference = reference_of(model if same else load_model(args.model, device=str(device))[0])
     eos = processor.tokenizer.eos_token_id
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)

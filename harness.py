@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from transformers import HfArgumentParser
 
-from video_llm import save_model, unwrap
+from video_llm import merged, save_model
 
 ROOT = Path(__file__).resolve().parent
 
@@ -72,6 +73,11 @@ def all_sum(x):
     return x
 
 
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def all_gather(thing):
     """[thing of rank 0, thing of rank 1, ...] for any picklable thing of our own processes."""
     if not dist.is_initialized():
@@ -102,8 +108,7 @@ def build_if_missing(path, command, duration, rank):
                if not k.startswith(("TORCHELASTIC", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "OMP_"))}
         if subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], env=env).returncode:
             sys.exit(f"building {path} failed; its own message stands above")
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -153,6 +158,7 @@ def save_checkpoint(folder, name, model, processor, optimizer=None, step=None):
     save_model(getattr(model, "module", model), processor, aside)
     if optimizer is not None:
         torch.save(dict(optimizer=optimizer.state_dict(), step=step, rng=torch.get_rng_state()), aside / "trainer.pt")
+    shutil.rmtree(folder / name, ignore_errors=True)  # half of a finish that was killed
     os.replace(aside, folder / name)
     for old in folder.glob("checkpoint-*[0-9]"):
         if old.name != name:
@@ -180,9 +186,10 @@ class Log:
         self.began = self.last = time.time()
         if rank == 0:
             self.file = Path(folder, "metrics.jsonl")
-            rows = self.file.read_text().splitlines() if self.file.exists() else []
-            kept = [r for r in rows if r.endswith("}") and json.loads(r)["step"] < first_step]  # rows after the checkpoint
-            self.file.write_text("".join(r + "\n" for r in kept))  # are trained again
+            for file in Path(folder).glob("*.jsonl"):  # the steps behind the checkpoint are done again
+                rows = file.read_text().splitlines()
+                kept = [r for r in rows if r.endswith("}") and json.loads(r)["step"] < first_step]
+                file.write_text("".join(r + "\n" for r in kept))
             self.board = SummaryWriter(folder, purge_step=first_step)
 
     def add(self, key, total, count=1):
@@ -237,7 +244,13 @@ def stop_if_not_finite(grad_norm, folder, step, batch):
 
 
 def finish(folder, model, processor, rank):
+    """`final/` is a whole model that loads with from_pretrained; with LoRA it is the adapter merged into the
+    unquantised base, and `adapter/` beside it is the plain PEFT adapter."""
+    model = getattr(model, "module", model)
     if rank == 0:
+        if isinstance(model, PeftModel):
+            save_checkpoint(folder, "adapter", model, processor)
+            model = merged(Path(folder, "adapter"))
         save_checkpoint(folder, "final", model, processor)
         print(f"done: {folder}/final")
     if dist.is_initialized():

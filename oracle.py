@@ -20,7 +20,6 @@ Papers  [OR] Oracle-RLAIF arXiv:2510.02561    VLM-RLAIF arXiv:2402.03746
 """
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter
@@ -29,8 +28,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Clip, clip_seconds
-from video_llm import FeatureCache, Prefix, generate, load_model, packed_logits
+from data import Clip, FeatureCache, clip_seconds
+from video_llm import Prefix, generate, load_model, packed_logits
 
 DESCRIBE = "Describe this video in detail"  # VLM-RLAIF Sec. 3.2
 LABELS = ("1", "2")

@@ -9,6 +9,8 @@ and friends. Trained on the clips of the `pretrain` split alone, of which no pol
             at the end, order of appearance) through a linear read-out that is thrown away. The labels are the embedded
             world's stand-in for the 400 million captions behind CLIP; RL never sees them.
             Why: without it question answering stalls, the gradient through an untrained decoder teaches vision nothing.
+            The read-out is local, four query tokens a colour and the same four linear maps for every colour, because a
+            decoder reads by attention: what lies spread over all tokens it learns to read only slowly.
   stage 2   the layers below are locked; the last vision layer, the projections and a text tower learn CLIP's
             contrastive loss between a clip's frames (mean of frame embeddings) and its narrative. The result is a real
             `CLIPModel`: retrieval in `evaluate.py` reads its text features.      [LiT, arXiv:2111.07991]
@@ -32,7 +34,7 @@ from transformers.hf_argparser import HfArg
 import harness
 from data import read_frames
 from moving_shapes import ACTIONS, COLORS, QUADRANTS, SHAPES
-from oracle import DESCRIBE, judge_prompt
+from oracle import judge_prompt
 from video_llm import TINY_QFORMER, TINY_VISION, VIDEO_TOKEN, VideoQFormer, VideoQFormerConfig, init_from_nothing
 
 TINY_TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128)
@@ -40,8 +42,9 @@ TINY_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] | replace('\\n', ' ') }}"
     "{% else %}<assistant>{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-# attributes per colour: form (0: not there), action, start, end, order of appearance (3: all together)
+# attributes per colour: form (0: not there), action, start, end, order of appearance (3: all together) ...
 CLASSES = (1 + len(SHAPES), len(ACTIONS), len(QUADRANTS), len(QUADRANTS), 4)
+TOKEN_OF = (0, 1, 2, 2, 3)  # ... and which of a colour's four query tokens each is read from
 
 
 @dataclass
@@ -95,9 +98,8 @@ def mirror(pixels, labels, rng):
 
 
 def attribute_loss(logits, labels):
-    """Sum over attributes of the cross-entropy over the colours that are there. (B,4,sum CLASSES), (B,4,5) -> ()."""
-    parts = logits.split(CLASSES, -1)
-    return sum(F.cross_entropy(p.flatten(0, 1), labels[..., k].flatten(), ignore_index=-100) for k, p in enumerate(parts))
+    """Sum over attributes of the cross-entropy over the colours that are there. 5 x (B,4,classes), (B,4,5) -> ()."""
+    return sum(F.cross_entropy(p.flatten(0, 1), labels[..., k].flatten(), ignore_index=-100) for k, p in enumerate(logits))
 
 
 def clip_loss(image, text, log_scale):
@@ -155,14 +157,15 @@ def main(args):
     init_from_nothing(qformer, args.seed + 1)
     model.logit_scale.data.fill_(np.log(1 / 0.07))
     torch.manual_seed(args.seed)
-    readout = nn.Linear(TINY_QFORMER["num_query_tokens"] * TINY_QFORMER["hidden_size"], len(COLORS) * sum(CLASSES))
+    readout = nn.ModuleList(nn.Linear(TINY_QFORMER["hidden_size"], n) for n in CLASSES)
     rng = np.random.default_rng(args.seed)
 
     def predict(pixels):
         hidden = model.vision_model(pixels.flatten(0, 1), output_hidden_states=True).hidden_states[-2]  # as VideoLLM reads it
         features = hidden.view(*pixels.shape[:2], *hidden.shape[1:])
         queries = qformer(features, torch.ones(features.shape[:2], dtype=torch.bool))
-        return readout(queries.flatten(1)).view(-1, len(COLORS), sum(CLASSES))
+        tokens = queries.unflatten(1, (len(COLORS), -1))  # (B,4,4,D)
+        return [read(tokens[:, :, t]) for read, t in zip(readout, TOKEN_OF)]
 
     def attribute_step(step):
         index = torch.from_numpy(rng.choice(len(clips), args.batch_size, replace=False))

@@ -15,16 +15,20 @@ Differs  D1  stage two trains on easy *and* hard records, [V] on the hard ones a
              [V] asks the SFT model to judge zero-shot, which a 7B model can and a model of a million weights cannot.
              Built from the labelled clips alone: the right answer against another answer to the same question.
 
+One thing makes it fast: the questions about one clip are packed behind one video. Video and Q-Former are computed once
+for up to `--pack` examples, and a block mask keeps them from seeing each other (`packed_logits` in video_llm.py).
+
 symbol      name          shape     meaning
-y_t         tokens        (B,1,T)   answer tokens with EOS: EOS is a target, so the model learns to stop
-m_t         mask          (B,T)     1 on answer tokens, from lengths (never from token ids)
-pi(y_t)     logprobs      (B,T)     log-probability of each answer token given video, question and y_<t
+            prefix        (B,P)     the part of the prompt up to and including the video; B clips
+            tokens        (B,G,T)   what follows, for G examples a clip: the question, then the answer with EOS
+m_t         mask          (N,T)     1 on answer tokens (EOS is a target: the model learns to stop), N = B*G, from lengths
+pi(y_t)     logprobs      (N,T)     log-probability of each token given the video and what stands before it
 """
 
 import json
 import random
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +36,12 @@ import torch
 from transformers.hf_argparser import HfArg
 
 import harness
-from data import DataError, VideoError, read_records, report_lines
+from data import DataError, FeatureCache, read_records, report_lines
 from oracle import DESCRIBE, LABELS, judge_prompt
-from video_llm import FeatureCache, Prefix, add_lora, answer_mask, compose, load_model, token_logprobs, unwrap
+from video_llm import VIDEO_TOKEN, Prefix, add_lora, compose, load_model, save_model, token_logprobs, unwrap
 
 WORLD = "data/moving_shapes"
+KINDS = ("answer", "describe", "judge")  # what an example asks for; logged apart
 
 
 @dataclass
@@ -50,12 +55,13 @@ class Args:
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
     # -- budget
     steps: int = HfArg(default=1500, help="optimizer steps")
-    batch_size: int = HfArg(default=64, help="examples per optimizer step, over all processes")
-    micro_batch_size: int = HfArg(default=16, help="examples per forward pass and process")
+    batch_size: int = HfArg(default=32, help="clips per optimizer step, over all processes")
+    pack: int = HfArg(default=6, help="examples about one clip that share its video, at most")
+    micro_batch_size: int = HfArg(default=8, help="clips (times --pack examples) per forward pass and process")
     lr: float = HfArg(default=1e-3, help="peak learning rate; linear warm-up, then linear to zero: an annealed end")
     warmup: float = HfArg(default=0.03, help="share of the steps that warm up")
     weight_decay: float = HfArg(default=0.05, help="AdamW weight decay")
-    judge_share: float = HfArg(default=0.25, help="share of each batch that compares two answers (D3); 0: none")
+    judge_share: float = HfArg(default=0.25, help="share of the clips whose questions become comparisons of two answers (D3)")
     # -- data and model
     data: str = HfArg(default=f"{WORLD}/pretrain.json", help="annotation file(s), comma-separated; formats: docs/sft.md")
     video_root: str = HfArg(default="", help="where the videos are; empty: beside the annotation file")
@@ -72,7 +78,6 @@ class Args:
     cache: str = HfArg(default="cache", help="folder of cached CLIP features")
     save_steps: int = HfArg(default=200, help="steps between checkpoints")
     resume: bool = HfArg(default=False, help="continue the run of this name where it stopped")
-    examples_per_rank: int = field(init=False)
 
     def __post_init__(self):
         world = harness.world_size()
@@ -81,15 +86,14 @@ class Args:
                              f"({world} x {self.micro_batch_size})")
         if self.curriculum not in ("length", "off"):
             raise ValueError(f"--curriculum {self.curriculum}: choose length or off")
-        if self.quantize not in ("none", "nf4") or self.quantize == "nf4" and (not self.lora_r or not self.model):
-            raise ValueError(f"--quantize {self.quantize}: choose none, or nf4 with --lora_r and a --model to quantize")
+        if self.quantize not in ("none", "nf4") or self.quantize == "nf4" and not self.lora_r:
+            raise ValueError(f"--quantize {self.quantize}: choose none, or nf4 with --lora_r")
         for flag in ("easy_share", "easy_steps", "warmup", "judge_share"):
             if not 0 <= getattr(self, flag) <= 1:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must lie between 0 and 1")
-        for flag in ("steps", "batch_size", "micro_batch_size", "save_steps", "max_prompt_tokens", "max_answer_tokens"):
+        for flag in ("steps", "batch_size", "pack", "micro_batch_size", "save_steps", "max_prompt_tokens", "max_answer_tokens"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least 1")
-        self.examples_per_rank = self.batch_size // world
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -101,9 +105,8 @@ def easy_and_hard(lengths, easy_share):
 
 
 def sft_loss(logprobs, mask):
-    """- sum over examples of the mean log-likelihood of their answer tokens (D2). (B,T), (B,T) -> (); divide by the
-    number of examples of the global batch."""
-    return -((logprobs * mask).sum(-1) / mask.sum(-1)).sum()
+    """Negative log-likelihood per example: mean over its answer tokens (D2). (N,T), (N,T) -> (N,); 0 for padding rows."""
+    return -(logprobs * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 def lr_at(step, args):
@@ -118,6 +121,8 @@ def comparison(record, pools, stories, rng):
     The wrong answer is another record's answer to the same question (else: to the same type of task); the order is
     random; half of the time the clip's narrative stands before the question, as the context-aware judge will see it.
     """
+    if not isinstance(record["question"], str) or record["question"] == DESCRIBE:
+        return None
     for key in (record["question"], record["task_type"]):
         wrong = [a for a in pools.get(key, []) if a != record["answer"]]
         if wrong:
@@ -127,7 +132,7 @@ def comparison(record, pools, stories, rng):
     pair = [record["answer"], rng.choice(wrong)]
     right = rng.randrange(2)
     pair = pair if right == 0 else pair[::-1]
-    story = stories.get(record["clip"].path) if rng.random() < 0.5 else None
+    story = stories.get(record["clip"].path)
     return dict(clip=record["clip"], question=judge_prompt(record["question"], *pair, narrative=story), answer=LABELS[right])
 
 
@@ -150,15 +155,14 @@ def main(args):
             Path(folder, "labelled_clips.json").write_text(json.dumps(sorted({str(r["clip"].path) for r in records})))
 
     # 2. Model: everything but CLIP is trained, or LoRA on the decoder with the bridge (Q-Former, projection)
+    base = args.model or f"{folder}/base"
     with harness.one_line_errors(OSError):
-        if checkpoint or args.model:
-            model, processor = load_model(checkpoint or args.model, args.quantize, device=str(device))
-        else:
+        if not args.model and rank == 0 and not checkpoint:
             qformer = int(args.qformer) if args.qformer.isdigit() else args.qformer
-            model, processor = compose(args.clip, qformer, args.llm, seed=args.seed)
-            model.vision_tower.requires_grad_(False)
-            model.to(device)
-    if args.lora_r and not hasattr(model, "peft_config"):
+            save_model(*compose(args.clip, qformer, args.llm, seed=args.seed), base)
+        harness.barrier()
+        model, processor = load_model(checkpoint or base, args.quantize, device=str(device))
+    if args.lora_r and not checkpoint:
         model = add_lora(model, args.lora_r, args.lora_alpha, train_bridge=True)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
@@ -173,45 +177,49 @@ def main(args):
         print("\n".join(report_lines(report)) + f"\n{len(records)} records are used; {len(broken)} clips cannot be read")
     lengths = np.array([len(processor.answer_ids(r["answer"])) for r in records])
     easy = easy_and_hard(lengths, args.easy_share)
+    easy_groups = by_clip([r for r, e in zip(records, easy) if e], args.pack)
+    all_groups = by_clip(records, args.pack)
     pools, stories = judge_material(records)
     ddp = harness.wrap_ddp(model, device, find_unused=report["text_only"] > 0)
     log = harness.Log(folder, args.steps, start, rank)
 
     for step in range(start, args.steps):
-        # 4. Curriculum: which records this step may draw from. Every draw is keyed by (seed, step), so it does not
+        # 4. Curriculum: which examples this step may draw from. Every draw is keyed by (seed, step), so it does not
         #    depend on the number of processes, nor on whether the run was interrupted.
         rng = random.Random(f"{args.seed} {step}")
         stage_easy = args.curriculum == "length" and step < args.easy_steps * args.steps
-        pool = np.flatnonzero(easy) if stage_easy else np.arange(len(records))
-        batch = [records[i] for i in rng.choices(pool.tolist(), k=args.batch_size)]
-        for k in range(int(args.judge_share * args.batch_size)):
-            made = isinstance(batch[k]["question"], str) and batch[k]["clip"] and comparison(batch[k], pools, stories, rng)
-            batch[k] = made or batch[k]
+        groups = [list(g) for g in rng.choices(easy_groups if stage_easy else all_groups, k=args.batch_size)]
+        for k, group in enumerate(groups):
+            if group[0]["clip"] and rng.random() < args.judge_share:
+                with_story = rng.random() < 0.5
+                groups[k] = [c for r in group if (c := comparison(r, pools, stories if with_story else {}, rng))] or group
+        n_examples = sum(map(len, groups))
 
         # 5. Likelihood of the answers. Sorted by length, so that a micro-batch holds little padding.
-        rows = sorted((encode(r, processor, args) for r in batch), key=lambda row: len(row[0]) + len(row[1]))
+        rows = sorted((encode(g, processor, args) for g in groups), key=lambda row: max(map(len, row[1])))
         mine = rows[rank::world]
         for g in optimizer.param_groups:
             g["lr"] = lr_at(step, args)
         micros = [mine[i : i + args.micro_batch_size] for i in range(0, len(mine), args.micro_batch_size)]
         for i, micro in enumerate(micros):
-            prefix, tokens, length = collate(micro, processor, cache, device)
+            prefix, tokens, lengths, mask, kinds = collate(micro, processor, cache, device)
             with harness.no_sync(ddp, when=i < len(micros) - 1):
-                logprobs, _ = token_logprobs(ddp, prefix, tokens, length)  # (B,T)
-                mask = answer_mask(length, tokens.shape[-1])
-                loss = sft_loss(logprobs, mask)
-                (loss * world / args.batch_size).backward()  # DDP averages over processes; * world undoes it
-            log.add("losses/sft", loss.detach(), len(micro))
-            log.add("losses/token_nll", -logprobs.detach().sum(), mask.sum())
+                logprobs, _ = token_logprobs(ddp, prefix, tokens, lengths)  # (N,T)
+                nll = sft_loss(logprobs, mask)  # (N,)
+                (nll.sum() * world / n_examples).backward()  # DDP averages over processes; * world undoes it
+            log.add("losses/sft", nll.detach().sum(), (mask.sum(-1) > 0).sum())
+            for kind in KINDS:
+                which = torch.tensor([k == kind for k in kinds], device=device)
+                log.add(f"losses/{kind}", nll.detach()[which].sum(), which.sum())
 
         # 6. Update
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        harness.stop_if_not_finite(grad_norm, folder, step, [r["answer"] for r in batch])
+        harness.stop_if_not_finite(grad_norm, folder, step, [[str(r["question"]), r["answer"]] for g in groups for r in g])
         optimizer.step()
         optimizer.zero_grad()
         log.add("policy/grad_norm", grad_norm)
         log.add("charts/lr", lr_at(step, args))
-        log.step(step, show=["losses/sft", "policy/grad_norm"])
+        log.step(step, show=["losses/sft", *(f"losses/{k}" for k in KINDS), "policy/grad_norm"])
         if rank == 0 and (step + 1) % args.save_steps == 0 and step + 1 < args.steps:
             harness.save_checkpoint(folder, f"checkpoint-{step + 1}", model, processor, optimizer, step + 1)
     harness.finish(folder, model, processor, rank)
@@ -246,25 +254,52 @@ def judge_material(records):
     return pools, stories
 
 
-def encode(record, processor, args):
-    """-> prompt ids, answer ids, clip."""
-    video = record["clip"] is not None
-    if isinstance(record["question"], tuple):
-        prompt = sum(processor.split_prompt_ids(*record["question"]), [])
-    else:
-        prompt = processor.prompt_ids(record["question"], video, args.max_prompt_tokens)
-    return prompt, processor.answer_ids(record["answer"], args.max_answer_tokens), record["clip"]
+def by_clip(records, pack):
+    """Groups of up to `pack` records about the same (part of a) clip, like lengths together. Text-only rows stay alone."""
+    clips = {}
+    for k, r in enumerate(records):
+        clips.setdefault(r["clip"] or k, []).append(r)
+    groups = []
+    for members in clips.values():
+        members.sort(key=lambda r: len(str(r["question"])) + len(r["answer"]))
+        groups += [members[i : i + pack] for i in range(0, len(members), pack)]
+    return groups
+
+
+def encode(group, processor, args):
+    """Examples about one clip -> prefix ids, [question + answer ids], [number of answer tokens], clip, [kind]."""
+    clip, tails, counts, kinds = group[0]["clip"], [], [], []
+    video_id = processor.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+    for r in group:
+        if isinstance(r["question"], tuple):
+            prompt = sum(processor.split_prompt_ids(*r["question"]), [])
+        else:
+            prompt = processor.prompt_ids(r["question"], clip is not None, args.max_prompt_tokens)
+        # everything up to the video is shared; a row without video shares its first token
+        cut = 1 if clip is None else len(prompt) - prompt[::-1].index(video_id)
+        answer = processor.answer_ids(r["answer"], args.max_answer_tokens)
+        tails.append(prompt[cut:] + answer)
+        counts.append(len(answer))
+        kinds.append("judge" if isinstance(r["question"], tuple) else "describe" if r["question"] == DESCRIBE else "answer")
+    return prompt[:cut], tails, counts, clip, kinds
 
 
 def collate(rows, processor, cache, device):
-    """-> Prefix, tokens (B,1,T), lengths (B,1)."""
-    ids, mask = processor.pad([p for p, _, _ in rows], "left")
-    videos = [c for _, _, c in rows if c is not None]
+    """-> Prefix, tokens (B,G,T), lengths (B,G), mask (N,T) of answer tokens, N kinds. Padding rows have an empty mask."""
+    B, G = len(rows), max(len(tails) for _, tails, *_ in rows)
+    ids, attention_mask = processor.pad([prefix for prefix, *_ in rows], "left")
+    videos = [clip for *_, clip, _ in rows if clip is not None]
     features, frame_mask = cache(videos) if videos else (None, None)
-    tokens, _ = processor.pad([a for _, a, _ in rows], "right")
-    lengths = torch.tensor([[len(a)] for _, a, _ in rows])
-    prefix = Prefix(*(x if x is None else x.to(device) for x in (ids, mask, features, frame_mask)))
-    return prefix, tokens.unsqueeze(1).to(device), lengths.to(device)
+    fill = lambda values, empty: [v for row in values for v in list(row) + [empty] * (G - len(row))]
+    tails = fill([r[1] for r in rows], [processor.tokenizer.eos_token_id])
+    tokens, _ = processor.pad(tails, "right")
+    lengths = torch.tensor([len(t) for t in tails])
+    counts = torch.tensor(fill([r[2] for r in rows], 0))
+    place = torch.arange(tokens.shape[1])
+    mask = ((place < lengths[:, None]) & (place >= (lengths - counts)[:, None])).float()
+    prefix = Prefix(*(x if x is None else x.to(device) for x in (ids, attention_mask, features, frame_mask)))
+    return (prefix, tokens.view(B, G, -1).to(device), lengths.view(B, G).to(device), mask.to(device),
+            fill([r[4] for r in rows], "padding"))
 
 
 if __name__ == "__main__":

@@ -20,21 +20,16 @@ Papers  CLIP arXiv:2103.00020 | Q-Former BLIP-2 arXiv:2301.12597 | LLaMA arXiv:2
 """
 
 import copy
-import hashlib
 import json
-import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import transformers
 from huggingface_hub.dataclasses import strict
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -54,8 +49,6 @@ from transformers import (
 )
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
-from data import VideoError, read_frames, video_files
 
 transformers.logging.set_verbosity_error()  # no load report, no bar: a CLIP checkpoint has a text tower we do not need
 transformers.logging.disable_progress_bar()
@@ -372,87 +365,7 @@ class VideoLLMProcessor(ProcessorMixin):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. Features: decode and encode every video once
-# ---------------------------------------------------------------------------------------------------------------
-class FeatureCache:
-    """Frozen CLIP features of clips, computed once: `cache(clips)` -> features (B,F,S,D), frame_mask (B,F).
-
-    One safetensors file per clip under `folder`, keyed by everything that the features depend on: file content,
-    part, frame sampling, vision tower. Written aside and renamed, so a killed run or a second process leaves no half
-    file. Up to `memory_gib` is also held in memory.
-    """
-
-    def __init__(self, model, processor, folder, memory_gib=4.0):
-        self.model, self.processor, self.folder = model, processor, Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.memory, self.room, self.keys = {}, memory_gib * 2**30, {}
-        weights = hashlib.sha256(json.dumps(model.config.vision_config.to_dict(), sort_keys=True, default=str).encode())
-        for p in model.vision_tower.state_dict().values():
-            weights.update(p.detach().cpu().float().numpy().tobytes())
-        image = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
-        self.setup = f"{weights.hexdigest()}|{model.config.vision_layer}|{image}|{model.vision_tower.dtype}"
-
-    def key(self, clip, num_frames):
-        if (clip, num_frames) not in self.keys:
-            if clip.path not in self.keys:
-                content = hashlib.sha256()
-                for part in video_files(clip.path):
-                    with open(part, "rb") as f:
-                        while block := f.read(1 << 20):
-                            content.update(block)
-                self.keys[clip.path] = content.hexdigest()
-            what = f"{self.setup}|{self.keys[clip.path]}|{clip.start}|{clip.end}|{num_frames}|{self.processor.sampling}"
-            self.keys[clip, num_frames] = hashlib.sha256(what.encode()).hexdigest()
-        return self.keys[clip, num_frames]
-
-    def one(self, clip, num_frames=None):
-        """Features (F,S,D) of one clip. Raises VideoError."""
-        num_frames = num_frames or self.processor.num_frames
-        try:
-            key = self.key(clip, num_frames)
-        except OSError as e:
-            raise VideoError(f"{clip.path}: {e.strerror or e}") from None
-        if key in self.memory:
-            return self.memory[key]
-        file = self.folder / key[:2] / f"{key}.safetensors"
-        if file.exists():
-            features = load_file(file)["features"]
-        else:
-            frames, _ = read_frames(clip.path, num_frames, clip.start, clip.end, self.processor.sampling)
-            pixels = self.processor.image_processor(images=list(frames), return_tensors="pt")["pixel_values"]
-            features = self.model.encode_frames(pixels.to(self.model.vision_tower.device)).cpu().contiguous()
-            file.parent.mkdir(exist_ok=True)
-            aside = file.with_suffix(f".{os.getpid()}.tmp")
-            save_file({"features": features}, aside)
-            os.replace(aside, file)
-        size = features.numel() * features.element_size()
-        if size <= self.room:
-            self.memory[key], self.room = features, self.room - size
-        return features
-
-    def __call__(self, clips, num_frames=None):
-        rows = [self.one(c, num_frames) for c in clips]
-        features = torch.zeros(len(rows), max(map(len, rows)), *rows[0].shape[1:], dtype=rows[0].dtype)
-        mask = torch.zeros(features.shape[:2], dtype=torch.bool)
-        for i, row in enumerate(rows):
-            features[i, : len(row)], mask[i, : len(row)] = row, True
-        return features, mask
-
-    def prepare(self, clips, num_frames=None, progress=True):
-        """Check and encode all clips before training starts -> {clip: one-line reason} of the broken ones."""
-        broken, threads = {}, torch.get_num_threads()
-        torch.set_num_threads(1)  # frames of one clip are too little work to share between cores
-        for clip in tqdm(list(dict.fromkeys(clips)), desc="video features", mininterval=5, disable=not progress):
-            try:
-                self.one(clip, num_frames)
-            except VideoError as e:
-                broken[clip] = str(e)
-        torch.set_num_threads(threads)
-        return broken
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 4. Loading, saving, (Q)LoRA
+# 3. Loading, saving, (Q)LoRA
 # ---------------------------------------------------------------------------------------------------------------
 def load_model(path, quantize="none", dtype=torch.float32, device="cpu"):
     """A saved VideoLLM (or a PEFT adapter of one) + its processor. quantize: "none" or "nf4" (QLoRA, double quant).
@@ -491,6 +404,11 @@ def add_lora(model, r, alpha, train_bridge=False):
     return get_peft_model(model, config)
 
 
+def merged(adapter):
+    """The whole model out of an adapter folder: base in full precision + adapter, merged."""
+    return load_model(adapter)[0].merge_and_unload()
+
+
 def save_model(model, processor, path):
     """Whole model as safetensors, or a plain PEFT adapter where there is one; the processor beside either."""
     model.save_pretrained(path)
@@ -520,7 +438,7 @@ def reference_of(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 5. One prefix, G answers: sampling and scoring
+# 4. One prefix, G answers: sampling and scoring
 # ---------------------------------------------------------------------------------------------------------------
 class Prefix(NamedTuple):
     """B prompts, left padded, and the features of their videos (in order of the rows that have one)."""
