@@ -32,14 +32,14 @@ Differs  D1  the advantage. [OR] ranks the answers twice, by the oracle (t) and 
 
 symbol        name          shape    meaning                                                       made in
 G             args.G        ()       answers per question                                          --G
-o_{i,t}       tokens        (B,G,T)  sampled answers; N = B*G rows, row = b*G + g                  step 1
-m_{i,t}       mask          (N,T)    1 on answer tokens *including EOS*, from lengths              step 1
+o_{i,t}       tokens        (B,G,T)  sampled answers; n = G * questions of a micro-batch           step 1
+m_{i,t}       mask          (n,T)    1 on answer tokens *including EOS*, from lengths              step 4
 t_i           oracle_ranks  (B,G)    the oracle's rank, 0 = best, ties share the better place      step 2
 p_i           policy_ranks  (B,G)    rank by the policy's own sequence log-probability             step 3
 g(r)          gain          (B,G)    log2(2+r)/(1+r): 1, .7925, .6667, .5805, .5170                step 3
 delta_i       delta         (B,G)    rank penalty in [0,1)                                         step 3
 A_i           advantages    (B,G)    mean_j delta_j - delta_i                                      step 3
-rho_{i,t}     ratio         (N,T)    pi / pi_old                                                   step 4
+rho_{i,t}     ratio         (n,T)    pi / pi_old                                                   step 4
 """
 
 import json
@@ -173,14 +173,14 @@ def scale_by_std(A):
 
 
 def clipped_surrogate(logprobs, old_logprobs, advantages, clip_range):
-    """[G Eq. 3] J = min(rho A, clip(rho, 1-eps, 1+eps) A) per token, to be maximised. (N,T) (N,T) (N,) () -> (N,T)."""
+    """[G Eq. 3] J = min(rho A, clip(rho, 1-eps, 1+eps) A) per token, to be maximised. (n,T) (n,T) (n,) () -> (n,T)."""
     ratio = (logprobs - old_logprobs).exp()
-    A = advantages.unsqueeze(1)  # (N,1) constant over an answer's tokens
+    A = advantages.unsqueeze(1)  # (n,1) constant over an answer's tokens
     return torch.minimum(ratio * A, ratio.clamp(1 - clip_range, 1 + clip_range) * A)  # min for both signs of A
 
 
 def kl_k3(logprobs, ref_logprobs):
-    """[D6; G Eq. 4] KL estimate per token, k3 = r - 1 - log r with r = pi_ref/pi >= 0. (N,T), (N,T) -> (N,T)."""
+    """[D6; G Eq. 4] KL estimate per token, k3 = r - 1 - log r with r = pi_ref/pi >= 0. (n,T), (n,T) -> (n,T)."""
     log_r = ref_logprobs - logprobs
     return log_r.exp() - 1 - log_r
 
@@ -233,7 +233,6 @@ def main(args):
         uniforms = np.stack([np.random.default_rng([args.seed, step, i]).random((args.G, args.max_new_tokens)) for i in mine])
         tokens, lengths = generate(model, prefix, torch.from_numpy(uniforms), eos, args.temperature)  # (B,G,T), (B,G)
         answers = processor.decode_answers(tokens, lengths)
-        mask = answer_mask(lengths, tokens.shape[-1])  # (N,T)
         clock.append(time.time())
 
         # 2. Feedback: the oracle orders each group; groups it cannot rank are counted and masked, not dropped,
@@ -245,37 +244,48 @@ def main(args):
         clock.append(time.time())
 
         # 3. Advantage                                                                                 [OR; D1-D4]
+        #    All log-probabilities come from one function, in micro-batches of questions with answers of like length.
+        micros = lengths.max(-1).values.argsort().split(args.micro_batch_size)
+
+        def logprobs_of(m, i):  # -> (n,T), (n,T): log-probability and entropy of every answer token, n = len(i)*G
+            T = lengths[i].max()
+            return token_logprobs(m, prefix.rows(i), tokens[i, :, :T], lengths[i], args.temperature)
+
         with torch.no_grad():
-            old_logprobs = per_micro(args, prefix, tokens, lengths, lambda *x: token_logprobs(model, *x, args.temperature)[0])
+            old_logprobs = [logprobs_of(model, i)[0] for i in micros]
             with reference() as ref:
-                ref_logprobs = per_micro(args, prefix, tokens, lengths, lambda *x: token_logprobs(ref, *x, args.temperature)[0])
-        sequence_logprobs = old_logprobs.sum(-1).view(-1, args.G).cpu()
+                ref_logprobs = [logprobs_of(ref, i)[0] for i in micros]
+        sequence_logprobs = torch.empty(lengths.shape)  # (B,G)
+        for i, logprobs in zip(micros, old_logprobs):
+            sequence_logprobs[i.cpu()] = logprobs.sum(-1).view(-1, args.G).cpu()
         policy_ranks = ranks_of((sequence_logprobs * 1e4).round())  # equal answers: equal up to rounding
         if args.advantage == "score":
             advantages = scores.double() - scores.double().mean(-1, keepdim=True)
         else:
-            advantages = rank_advantages("oracle_rank" if args.advantage == "random" else args.advantage, oracle_ranks, policy_ranks)
+            kind = "oracle_rank" if args.advantage == "random" else args.advantage
+            advantages = rank_advantages(kind, oracle_ranks, policy_ranks)
         if args.scale_advantages:
             advantages = scale_by_std(advantages)
-        advantages = (advantages * ok.unsqueeze(-1)).float().view(-1).to(device)  # (N,)
-        mask = mask * ok.repeat_interleave(args.G).unsqueeze(-1).to(device)
-        n_tokens = harness.all_sum(mask.sum()).clamp(min=1)  # D5: tokens of all processes and micro-batches
+        advantages = (advantages * ok.unsqueeze(-1)).float().to(device)  # (B,G), 0 where the oracle gave no order
+        n_tokens = harness.all_sum((lengths * ok.to(device).unsqueeze(-1)).sum().double()).clamp(min=1)  # D5: global
 
         # 4. Update: `inner_epochs` steps on J - beta KL + c H                                     [G Eq. 3; D5, D6]
-        for epoch in range(args.inner_epochs):
-            for g in optimizer.param_groups:
-                g["lr"] = lr_at(step, args)
-            for i in range(0, len(mine), args.micro_batch_size):
-                b, n = slice(i, i + args.micro_batch_size), slice(i * args.G, (i + args.micro_batch_size) * args.G)
-                with harness.no_sync(ddp, when=i + args.micro_batch_size < len(mine)):
-                    logprobs, entropy = token_logprobs(ddp, prefix.rows(b), tokens[b], lengths[b], args.temperature)
-                    J = clipped_surrogate(logprobs, old_logprobs[n], advantages[n], args.clip_range)  # (n,T)
-                    kl = kl_k3(logprobs, ref_logprobs[n])
-                    loss = (-J + args.beta * kl - args.entropy_coef * entropy) * mask[n]
+        for g in optimizer.param_groups:
+            g["lr"] = lr_at(step, args)
+        for _ in range(args.inner_epochs):
+            for k, i in enumerate(micros):
+                with harness.no_sync(ddp, when=k < len(micros) - 1):
+                    logprobs, entropy = logprobs_of(ddp, i)  # (n,T)
+                    mask = answer_mask(lengths[i], logprobs.shape[-1]) * ok.to(device)[i].repeat_interleave(args.G)[:, None]
+                    A = advantages[i].view(-1)  # (n,)
+                    J = clipped_surrogate(logprobs, old_logprobs[k], A, args.clip_range)
+                    kl = kl_k3(logprobs, ref_logprobs[k])
+                    loss = (-J + args.beta * kl - args.entropy_coef * entropy) * mask
                     (loss.sum() / n_tokens * world).backward()  # DDP averages over processes; * world undoes it
-                log_update(log, logprobs.detach(), old_logprobs[n], J.detach(), kl.detach(), entropy.detach(), advantages[n], mask[n], args)
+                log_update(log, logprobs.detach(), old_logprobs[k], J.detach(), kl.detach(), entropy.detach(), A, mask, args)
             grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-            harness.stop_if_not_finite(grad_norm, folder, step, [dict(question=str(q), answers=a) for q, a in zip(questions, answers)])
+            asked = [{"question": str(q), "answers": a} for q, a in zip(questions, answers)]
+            harness.stop_if_not_finite(grad_norm, folder, step, asked)
             optimizer.step()
             optimizer.zero_grad()
             log.add("policy/grad_norm", grad_norm)
@@ -288,7 +298,7 @@ def main(args):
         log.add("charts/lr", lr_at(step, args))
         log.step(step, show=["objective/score", "objective/kl", "policy/entropy", "rank/tied_groups", "rollout/len"])
         if rank == 0 and step % 25 == 0:
-            write_samples(folder, step, batch, answers, oracle_ranks, advantages.view(-1, args.G))
+            write_samples(folder, step, batch, answers, oracle_ranks, advantages)
         if rank == 0 and (step + 1) % args.save_steps == 0 and step + 1 < args.steps:
             harness.save_checkpoint(folder, f"checkpoint-{step + 1}", model, processor, optimizer, step + 1)
     harness.finish(folder, model, processor, rank)
@@ -355,13 +365,6 @@ def random_scores(answers, indices, step, seed):
         value = {a: draw.random() for a in dict.fromkeys(group)}
         rows.append([value[a] for a in group])
     return torch.tensor(rows)
-
-
-def per_micro(args, prefix, tokens, lengths, fn):
-    """fn over micro-batches of questions, concatenated."""
-    size = args.micro_batch_size
-    return torch.cat([fn(prefix.rows(slice(i, i + size)), tokens[i : i + size], lengths[i : i + size])
-                      for i in range(0, len(tokens), size)])
 
 
 def log_update(log, logprobs, old_logprobs, J, kl, entropy, advantages, mask, args):

@@ -6,8 +6,8 @@ ranks (B,G) long, 0 = best, tied answers share the better place ("1224"); ok (B,
 not rank a group: such a group is *counted and masked out* by the caller, never given a score.
 
   reference   token F1 against the labelled answer. An upper bound and a test double; not RLAIF.
-  judge       a model compares two answers; the choice is read from the probabilities of the two labels, both orders
-              averaged, so that a preference for the first place cancels.             [OR Fig. 1; VLM-RLAIF Sec. 3.1]
+  judge       a model compares two answers; its choice is read from the log-probabilities of the two replies (D1), both
+              orders averaged, so that a preference for the first place cancels.      [OR Fig. 1; VLM-RLAIF Sec. 3.1]
   context     the same with a narrative: the video cut into 3 clips of at most 20 frames, each described with 'Describe
               this video in detail', joined and put before the question.              [VLM-RLAIF Sec. 3.2]
 
@@ -16,34 +16,42 @@ compared once and tied: their order would be noise.
 
     python oracle.py --checkpoint runs/sft/policy/final --oracles judge,context     agreement with the truth, printed
 
+D1      the judge's two possible replies are the responses themselves, not the labels "1" and "2". A label is a pointer:
+        at the size of `tiny` the loss of a label stayed at ln 2 for 700 steps (docs/oracle.md), while naming the better
+        response is question answering with two options and is learned along with it.
+
 Papers  [OR] Oracle-RLAIF arXiv:2510.02561    VLM-RLAIF arXiv:2402.03746
 """
 
 import hashlib
 import os
+import random
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.hf_argparser import HfArg
 
-from data import Clip, FeatureCache, clip_seconds
-from video_llm import Prefix, generate, load_model, packed_logits
+import harness
+from data import Clip, FeatureCache, clip_seconds, read_records
+from video_llm import Prefix, generate, load_model, token_logprobs
 
 DESCRIBE = "Describe this video in detail"  # VLM-RLAIF Sec. 3.2
-LABELS = ("1", "2")
 MAX_NARRATIVE_TOKENS = 64  # per clip
 
 
 def judge_prompt(question, first, second, narrative=None):
     """The comparison as (head, tail): the head is shared by every pair of a group, the tail differs from pair to pair.
 
-    Its parts follow VLM-RLAIF's fig. 9 (narrative, instruction, two responses, which is preferred); the words are
-    ours, their text was not released.
+    Its parts are those of VLM-RLAIF's fig. 9 (narrative, instruction, two responses, which is preferred); the words are
+    ours, their text was not released. The judge replies with the *text* of the better response, not with its number:
+    see D1.
     """
-    head = (f"{narrative}\n" if narrative else "") + question
-    return head, f"\nResponse 1: {first}\nResponse 2: {second}\nWhich response is better, 1 or 2?"
+    head = narrative or ""
+    return head, f"\nResponse 1: {first}\nResponse 2: {second}\nWhich response is better?\n{question}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -96,8 +104,6 @@ class JudgeOracle:
         self.model.requires_grad_(False).eval()
         self.cache = FeatureCache(self.model, self.processor, cache_dir)
         self.device, self.narrative, self.clips, self.max_frames, self.rows = device, narrative, clips, max_frames, rows
-        self.labels = [self.processor.answer_ids(label)[0] for label in LABELS]
-        assert self.labels[0] != self.labels[1], "the tokenizer does not tell the two labels apart"
         weights = hashlib.sha256(self.cache.setup.encode())
         for p in self.model.state_dict().values():
             weights.update(p.detach().cpu().float().numpy().tobytes())
@@ -152,7 +158,7 @@ class JudgeOracle:
             jobs.append((b, [(i, j) for i in first for j in first if i != j]))
         jobs = sorted((job for job in jobs if job[1]), key=lambda job: len(job[1]))  # like sizes share a batch
         while jobs:
-            count = max(1, self.rows * 4 // len(jobs[-1][1]))
+            count = max(1, self.rows * 2 // len(jobs[-1][1]))
             batch, jobs = jobs[-count:], jobs[:-count]
             self.compare(batch, videos, questions, answers, stories, prefers)
         for b in range(B):  # copies of an answer inherit its comparisons
@@ -161,32 +167,39 @@ class JudgeOracle:
         return prefers
 
     def compare(self, jobs, videos, questions, answers, stories, prefers):
-        heads, tails = [], []
+        """Fill prefers[b,i,j] for the jobs [(b, [(i,j), ...])]: each ordered pair is asked once, and both replies to it,
+        answer i and answer j, are scored behind the shared prefix."""
+        heads, tails, counts = [], [], []
+        replies = [[self.processor.answer_ids(a) for a in group] for group in answers]
         for b, pairs in jobs:
             parts = [self.processor.split_prompt_ids(*judge_prompt(questions[b], answers[b][i], answers[b][j], stories[b]))
                      for i, j in pairs]
             heads.append(parts[0][0])
-            tails.append([tail + [self.labels[0]] for _, tail in parts])  # the label's place is what gets predicted
-        features, frame_mask = self.cache([videos[b] for b, _ in jobs])
+            tails.append([tail + replies[b][k] for (_, tail), pair in zip(parts, pairs) for k in pair])
+            counts.append([len(replies[b][k]) for pair in pairs for k in pair])
         ids, mask = self.processor.pad(heads, "left")
-        prefix = Prefix(*(x.to(self.device) for x in (ids, mask, features, frame_mask)))
+        prefix = Prefix(*(x.to(self.device) for x in (ids, mask, *self.cache([videos[b] for b, _ in jobs]))))
         n = max(map(len, tails))
-        flat, _ = self.processor.pad([t for row in tails for t in row + [row[0]] * (n - len(row))], "right")
-        lengths = torch.tensor([[len(t) for t in row + [row[0]] * (n - len(row))] for row in tails])
-        tokens = flat.view(len(jobs), n, -1).to(self.device)
-        logits = packed_logits(self.model, prefix, tokens, lengths.to(self.device)).float().cpu()  # (b,n,T,V)
-        at_label = logits.gather(2, (lengths - 1)[..., None, None].expand(-1, -1, 1, logits.shape[-1])).squeeze(2)
-        p_first = at_label[..., self.labels].softmax(-1)[..., 0]  # (b,n) P(label "1")
+        flat = [t for row in tails for t in row + [row[0]] * (n - len(row))]
+        tokens = self.processor.pad(flat, "right")[0].view(len(jobs), n, -1)
+        lengths = torch.tensor([len(t) for t in flat]).view(len(jobs), n)
+        logprobs = token_logprobs(self.model, prefix, tokens.to(self.device), lengths.to(self.device))[0].cpu()
+        logprobs = logprobs.view(len(jobs), n, -1)
         for row, (b, pairs) in enumerate(jobs):
-            p = {pair: p_first[row, k] for k, pair in enumerate(pairs)}
+            reply = [logprobs[row, k, lengths[row, k] - c : lengths[row, k]].sum() for k, c in enumerate(counts[row])]
+            p = {pair: torch.sigmoid(reply[2 * k] - reply[2 * k + 1]) for k, pair in enumerate(pairs)}  # P(i | asked i, j)
             for i, j in pairs:
                 prefers[b, i, j] = (p[i, j] + 1 - p[j, i]) / 2
 
-    def rank(self, videos, questions, answers):
-        """Order by the mean probability of winning against the other answers."""
+    def score(self, videos, questions, answers):
+        """Mean probability of winning against the other answers of the group (B,G), ok (B,)."""
         prefers = self.preferences(videos, questions, answers)
         # rounding: copies of one answer sum the same numbers in another order and must stay tied
-        return ranks_of(prefers.mean(-1).mul(1e5).round()), torch.ones(len(videos), dtype=torch.bool)
+        return prefers.mean(-1).mul(1e5).round().div(1e5), torch.ones(len(videos), dtype=torch.bool)
+
+    def rank(self, videos, questions, answers):
+        scores, ok = self.score(videos, questions, answers)
+        return ranks_of(scores), ok
 
 
 def cut(clip, parts):
@@ -203,3 +216,56 @@ def make_oracle(name, records, model_dir, cache_dir, device="cpu"):
     if name in ("judge", "context"):
         return JudgeOracle(model_dir, cache_dir, narrative=name == "context", device=device)
     raise ValueError(f"--oracle {name}: choose reference, judge or context")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# How far does an oracle agree with the truth?
+# ---------------------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    checkpoint: str = HfArg(default="runs/sft/policy_s0/final", help="the policy whose sampled answers are ranked")
+    oracles: str = HfArg(default="judge,context", help="oracles to compare, comma-separated")
+    oracle_model: str = HfArg(default="runs/sft/oracle/final", help="the judging model")
+    data: str = HfArg(default="data/moving_shapes/test.json", help="labelled questions")
+    questions: int = HfArg(default=500, help="how many of them, drawn by --seed")
+    G: int = HfArg(default=5, help="answers per question, sampled at temperature 1")
+    seed: int = HfArg(default=0, help="choice of questions and all sampled answers")
+    cache: str = HfArg(default="cache", help="folder of cached CLIP features and narratives")
+
+
+def pairwise_accuracy(scores, correct):
+    """Share of (right, wrong) answer pairs of one group in which the right one scores higher; ties count one half.
+
+    scores (B,G) float, correct (B,G) bool -> accuracy, number of pairs.
+    """
+    mixed = correct.unsqueeze(2) & ~correct.unsqueeze(1)  # (B,G,G) i right, j wrong
+    better = (scores.unsqueeze(2) > scores.unsqueeze(1)).float() + (scores.unsqueeze(2) == scores.unsqueeze(1)).float() / 2
+    pairs = mixed.sum().item()
+    return (better * mixed).sum().item() / max(pairs, 1), pairs
+
+
+def main(args):
+    records = [r for r in read_records([args.data])[0] if r["clip"] and r["question"] != DESCRIBE]
+    records = random.Random(args.seed).sample(records, min(args.questions, len(records)))
+    clips, questions = [r["clip"] for r in records], [r["question"] for r in records]
+    model, processor = load_model(args.checkpoint)
+    cache, answers = FeatureCache(model, processor, args.cache), []
+    for i in range(0, len(records), 50):
+        prefix = Prefix.build(processor, cache, questions[i : i + 50], clips[i : i + 50])
+        uniforms = np.random.default_rng([args.seed, i]).random((len(prefix.input_ids), args.G, 16))
+        tokens, lengths = generate(model, prefix, torch.from_numpy(uniforms), processor.tokenizer.eos_token_id)
+        answers += processor.decode_answers(tokens, lengths)
+    correct = torch.tensor([[normalize(a) == normalize(r["answer"]) for a in g] for r, g in zip(records, answers)])
+    print(f"{len(records)} questions x {args.G} answers of {args.checkpoint}: {correct.float().mean():.1%} right; "
+          f"{(correct.all(1) | ~correct.any(1)).float().mean():.1%} of the groups all right or all wrong")
+    for name in args.oracles.split(","):
+        oracle = make_oracle(name, records, args.oracle_model, args.cache)
+        scores, _ = oracle.score(clips, questions, answers)
+        accuracy, pairs = pairwise_accuracy(scores, correct)
+        tied = (scores == scores[:, :1]).all(1).float().mean()
+        print(f"{name:10s} right before wrong in {accuracy:.1%} of {pairs} pairs; no order in {tied:.1%} of the groups; "
+              f"a right answer first in {correct.gather(1, scores.argmax(1, keepdim=True)).float().mean():.1%}")
+
+
+if __name__ == "__main__":
+    main(harness.parse_args(Args))

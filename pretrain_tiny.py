@@ -34,10 +34,11 @@ from transformers.hf_argparser import HfArg
 import harness
 from data import read_frames
 from moving_shapes import ACTIONS, COLORS, QUADRANTS, SHAPES
-from oracle import judge_prompt
 from video_llm import TINY_QFORMER, TINY_VISION, VIDEO_TOKEN, VideoQFormer, VideoQFormerConfig, init_from_nothing
 
 TINY_TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128)
+PROMPT_WORDS = ("\nResponse 1: 1\nResponse 2: 2\nWhich response is better, 1 or 2?",  # so that what the judge is asked is
+                "\nResponse 1: 2\nResponse 2: 1\nWhich response is better, 1 or 2?")  # made of whole words too
 TINY_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] | replace('\\n', ' ') }}"
     "{% else %}<assistant>{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -134,7 +135,7 @@ def main(args):
     records = json.loads(Path(args.data, "pretrain.json").read_text())
 
     texts = [t["value"].replace("<video>\n", "") for r in records for t in r["conversations"]]
-    tokenizer = make_tokenizer(texts + ["".join(judge_prompt("", a, b)) for a, b in (("1", "2"), ("2", "1"))] * 2)
+    tokenizer = make_tokenizer(texts + list(PROMPT_WORDS) * 2)
     tokenizer.save_pretrained(aside / "llm")
 
     num_frames = 8

@@ -19,13 +19,14 @@ One thing makes it fast: the questions about one clip are packed behind one vide
 for up to `--pack` examples, and a block mask keeps them from seeing each other (`packed_logits` in video_llm.py).
 
 symbol      name          shape     meaning
-            prefix        (B,P)     the part of the prompt up to and including the video; B clips
-            tokens        (B,G,T)   what follows, for G examples a clip: the question, then the answer with EOS
+            prefix        (B,P)     what the prompts about a clip have in common, the video first; B clips
+            tokens        (B,G,T)   what follows, for G examples a clip: rest of the question, answer, EOS
 m_t         mask          (N,T)     1 on answer tokens (EOS is a target: the model learns to stop), N = B*G, from lengths
 pi(y_t)     logprobs      (N,T)     log-probability of each token given the video and what stands before it
 """
 
 import json
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ from transformers.hf_argparser import HfArg
 
 import harness
 from data import DataError, FeatureCache, read_records, report_lines
-from oracle import DESCRIBE, LABELS, judge_prompt
-from video_llm import VIDEO_TOKEN, Prefix, add_lora, compose, load_model, save_model, token_logprobs, unwrap
+from oracle import DESCRIBE, judge_prompt
+from video_llm import Prefix, add_lora, compose, load_model, save_model, token_logprobs, unwrap
 
 WORLD = "data/moving_shapes"
 KINDS = ("answer", "describe", "judge")  # what an example asks for; logged apart
@@ -57,7 +58,7 @@ class Args:
     steps: int = HfArg(default=1500, help="optimizer steps")
     batch_size: int = HfArg(default=32, help="clips per optimizer step, over all processes")
     pack: int = HfArg(default=6, help="examples about one clip that share its video, at most")
-    micro_batch_size: int = HfArg(default=8, help="clips (times --pack examples) per forward pass and process")
+    micro_batch_size: int = HfArg(default=4, help="clips (times --pack examples) per forward pass and process")
     lr: float = HfArg(default=1e-3, help="peak learning rate; linear warm-up, then linear to zero: an annealed end")
     warmup: float = HfArg(default=0.03, help="share of the steps that warm up")
     weight_decay: float = HfArg(default=0.05, help="AdamW weight decay")
@@ -116,7 +117,7 @@ def lr_at(step, args):
 
 
 def comparison(record, pools, stories, rng):
-    """[D3] One judge example out of a labelled record -> {"clip", "question": (head, tail), "answer": "1" or "2"}.
+    """[D3] One judge example out of a labelled record -> {"clip", "question": (head, tail), "answer": the better one}.
 
     The wrong answer is another record's answer to the same question (else: to the same type of task); the order is
     random; half of the time the clip's narrative stands before the question, as the context-aware judge will see it.
@@ -130,10 +131,9 @@ def comparison(record, pools, stories, rng):
     else:
         return None
     pair = [record["answer"], rng.choice(wrong)]
-    right = rng.randrange(2)
-    pair = pair if right == 0 else pair[::-1]
+    rng.shuffle(pair)
     story = stories.get(record["clip"].path)
-    return dict(clip=record["clip"], question=judge_prompt(record["question"], *pair, narrative=story), answer=LABELS[right])
+    return dict(clip=record["clip"], question=judge_prompt(record["question"], *pair, narrative=story), answer=record["answer"])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def main(args):
         n_examples = sum(map(len, groups))
 
         # 5. Likelihood of the answers. Sorted by length, so that a micro-batch holds little padding.
-        rows = sorted((encode(g, processor, args) for g in groups), key=lambda row: max(map(len, row[1])))
+        rows = sorted((encode(g, processor, args) for g in groups), key=row_length)
         mine = rows[rank::world]
         for g in optimizer.param_groups:
             g["lr"] = lr_at(step, args)
@@ -266,22 +266,25 @@ def by_clip(records, pack):
     return groups
 
 
+def row_length(row):
+    """Tokens of a packed row: prefix + G times the longest tail."""
+    return len(row[0]) + len(row[1]) * max(map(len, row[1]))
+
+
 def encode(group, processor, args):
-    """Examples about one clip -> prefix ids, [question + answer ids], [number of answer tokens], clip, [kind]."""
-    clip, tails, counts, kinds = group[0]["clip"], [], [], []
-    video_id = processor.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+    """Examples about one clip -> shared prefix ids, [question + answer ids], [number of answer tokens], clip, [kind]."""
+    clip, prompts = group[0]["clip"], []
     for r in group:
         if isinstance(r["question"], tuple):
-            prompt = sum(processor.split_prompt_ids(*r["question"]), [])
+            prompts.append(sum(processor.split_prompt_ids(*r["question"]), []))
         else:
-            prompt = processor.prompt_ids(r["question"], clip is not None, args.max_prompt_tokens)
-        # everything up to the video is shared; a row without video shares its first token
-        cut = 1 if clip is None else len(prompt) - prompt[::-1].index(video_id)
-        answer = processor.answer_ids(r["answer"], args.max_answer_tokens)
-        tails.append(prompt[cut:] + answer)
-        counts.append(len(answer))
-        kinds.append("judge" if isinstance(r["question"], tuple) else "describe" if r["question"] == DESCRIBE else "answer")
-    return prompt[:cut], tails, counts, clip, kinds
+            prompts.append(processor.prompt_ids(r["question"], clip is not None, args.max_prompt_tokens))
+    shared = os.path.commonprefix(prompts)  # the video, and whatever else the prompts begin with (a narrative)
+    answers = [processor.answer_ids(r["answer"], args.max_answer_tokens) for r in group]
+    tails = [prompt[len(shared) :] + answer for prompt, answer in zip(prompts, answers)]
+    kinds = ["judge" if isinstance(r["question"], tuple) else "describe" if r["question"] == DESCRIBE else "answer"
+             for r in group]
+    return shared, tails, [len(a) for a in answers], clip, kinds
 
 
 def collate(rows, processor, cache, device):

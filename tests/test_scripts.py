@@ -1,0 +1,340 @@
+"""Every script end to end in the miniature world, for a few steps, and what it says when something is wrong.
+
+Scripts are run inside this process, which is as if from the command line but saves importing torch each time.
+"""
+
+import importlib
+import json
+import random
+import shutil
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import av
+import harness
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from safetensors.torch import load_file
+from video_llm import VideoLLM, load_model
+
+Done = namedtuple("Done", "code out err")
+TINY = ["--steps", "2", "--data", "data/moving_shapes/train.json"]
+SFT = [*TINY, "--batch_size", "4", "--micro_batch_size", "2"]
+GRPO = [*TINY, "--prompts_per_step", "4", "--micro_batch_size", "2", "--G", "3", "--max_new_tokens", "5", "--eval_data", ""]
+REFERENCE = [*GRPO, "--oracle", "reference"]
+
+
+@pytest.fixture
+def script(world, policy, monkeypatch, capfd):
+    """script("sft", "--steps", "2") -> exit code, standard output, standard error; the folder is `world`."""
+    def call(name, *flags, cwd=world):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        module, code = importlib.import_module(name), 0
+        capfd.readouterr()
+        try:
+            module.main(harness.parse_args(module.Args)) if name != "moving_shapes" else module.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+            if isinstance(code, str):  # as the interpreter does
+                print(code, file=sys.stderr)
+                code = 1
+        return Done(code, *capfd.readouterr())
+
+    return call
+
+
+def rows(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in Path(folder, name).read_text().splitlines()]
+
+
+def check_run(folder, steps=2, samples=False):
+    """The files of a run folder."""
+    about = json.loads((folder / "args.json").read_text())
+    assert about["args"]["steps"] == steps and about["git_commit"] and about["command"]
+    assert [row["step"] for row in rows(folder)] == list(range(steps))
+    assert all(isinstance(v, int | float) and np.isfinite(v) for row in rows(folder) for v in row.values())
+    assert list(folder.glob("events.out.tfevents*")) and not list(folder.glob("*.tmp"))
+    assert isinstance(load_model(folder / "final")[0], VideoLLM)
+    assert not list(folder.rglob("*.bin")) and (folder / "final/model.safetensors").exists()
+    if samples:
+        for sample in rows(folder, "samples.jsonl"):
+            assert len(sample["answers"]) == len(sample["ranks"]) == len(sample["advantages"]) and sample["question"]
+    return rows(folder)
+
+
+def changed(a, b):
+    """Names of the weights that differ between two checkpoints."""
+    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return {name for name in a if not torch.equal(a[name], b[name])}
+
+
+# --- the embedded world ----------------------------------------------------------------------------------------------
+def test_moving_shapes(script, tmp_path):
+    assert script("moving_shapes", "--out", "data/ten", "--clips", "20", "--workers", "1", cwd=tmp_path).code == 0
+    assert len(json.loads((tmp_path / "data/ten/clips.json").read_text())) == 20
+    assert len(list((tmp_path / "data/ten/videos").rglob("*.mp4"))) == 20
+
+
+def test_pretrain_tiny(world):
+    hub = world / "data/moving_shapes/hub"
+    assert {p.name for p in hub.iterdir()} == {"args.json", "clip", "llm", "qformer"}
+    assert json.loads((hub / "args.json").read_text())["steps"] == 2
+    done = run(world, "pretrain_tiny.py", "--steps", "2", check=False)  # a process of its own: the one line is all
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "is there already" in done.stderr
+
+
+# --- sft -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("curriculum", ["length", "off"])
+def test_sft(script, world, curriculum):
+    done = script("sft", *SFT, "--name", f"sft_{curriculum}", "--curriculum", curriculum, "--save_steps", "1")
+    assert done.code == 0, done.err
+    folder = world / f"runs/sft/sft_{curriculum}"
+    metrics = check_run(folder)
+    assert metrics[0]["losses/sft"] > 1 and metrics[0]["policy/grad_norm"] > 0
+    assert (folder / "checkpoint-1/trainer.pt").exists() and not (folder / "checkpoint-2").exists()
+    moved = changed(folder / "checkpoint-1", folder / "final")
+    assert moved and not any(name.startswith("vision_tower") for name in moved)
+    assert {name.split(".")[0] for name in moved} == {"qformer", "projection", "language_model"}
+
+
+def test_sft_sees_the_labels_of_the_chosen_clips_only(world, policy):
+    labelled = json.loads((policy.parent / "labelled_clips.json").read_text())
+    assert len(set(labelled)) == 6 and all((world / clip).exists() for clip in labelled)
+    metrics = rows(policy.parent)
+    assert len(metrics) == 4 and metrics[-1]["losses/sft"] < metrics[0]["losses/sft"]
+
+
+def test_sft_continued(script, world, policy):
+    done = script("sft", *SFT, "--name", "continued", "--model", policy, "--num_clips", "6", "--lr", "1e-4")
+    assert done.code == 0, done.err
+    metrics = check_run(world / "runs/sft/continued")
+    assert metrics[0]["losses/sft"] < rows(policy.parent)[0]["losses/sft"] - 1  # it starts where the other ended
+    ours, theirs = ((p / "labelled_clips.json").read_text() for p in (world / "runs/sft/continued", policy.parent))
+    assert ours == theirs  # the same seed labels the same clips
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_sft_with_lora(script, world, policy, quantize):
+    name = f"lora_{quantize}"
+    done = script("sft", *SFT, "--name", name, "--model", policy, "--lora_r", "4", "--quantize", quantize,
+                  "--save_steps", "1")  # fmt: skip
+    assert done.code == 0, done.err
+    folder = world / "runs/sft" / name
+    check_run(folder)
+    assert (folder / "adapter/adapter_model.safetensors").exists()
+    assert not (folder / "adapter/model.safetensors").exists()
+    moved = changed(policy, folder / "final")  # merged into the unquantised base
+    assert {n.split(".")[0] for n in moved} == {"qformer", "projection", "language_model"}
+    assert all(n.endswith("proj.weight") for n in moved if n.startswith("language_model"))
+    model, _ = load_model(folder / "adapter", quantize)
+    assert sum("lora_" in n for n, _ in model.named_parameters()) == 42
+
+
+# --- grpo_rank -----------------------------------------------------------------------------------------------------
+def check_samples(folder, kind):
+    """What the samples say about the advantages, whatever the answers were."""
+    seen = 0
+    for sample in rows(folder, "samples.jsonl"):
+        ranks, A, answers = np.array(sample["ranks"]), np.array(sample["advantages"]), sample["answers"]
+        assert len(answers) == 3 and abs(A.sum()) < 2e-3
+        if len(set(ranks)) == 1:
+            assert (A == 0).all()
+        elif kind in ("oracle_rank", "score", "random"):  # a better rank is a higher advantage; scaled to standard 1
+            assert all((A[i] > A[j]) == (ranks[i] < ranks[j]) for i in range(3) for j in range(3))
+            assert A.std() == pytest.approx(1, abs=2e-3)
+            seen += 1
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["oracle_rank", "published", "signed", "score", "random"])
+def test_grpo_rank(script, world, policy, kind):
+    before = {p: p.stat().st_mtime_ns for p in policy.iterdir()}
+    done = script("grpo_rank", *REFERENCE, "--advantage", kind, "--name", f"grpo_{kind}", "--save_steps", "1",
+                  "--beta", "0.1", "--entropy_coef", "0.01")  # fmt: skip
+    assert done.code == 0, done.err
+    folder = world / f"runs/grpo_rank/grpo_{kind}_s0"
+    metrics = check_run(folder, samples=True)
+    assert metrics[0]["objective/kl"] == 0 and metrics[0]["losses/kl_loss"] == 0  # exactly
+    assert metrics[1]["objective/kl"] > 0
+    assert metrics[0]["policy/approx_kl"] == pytest.approx(0, abs=1e-6) == metrics[0]["policy/clipfrac_high"]
+    assert metrics[0]["policy/ratio"] == pytest.approx(1, abs=1e-5)
+    assert 1 <= metrics[0]["rollout/len"] <= 5 and 0 <= metrics[0]["rollout/eos_rate"] <= 1
+    assert metrics[0]["rank/masked_groups"] == 0 and metrics[0]["policy/entropy"] > 1
+    check_samples(folder, kind)
+    moved = changed(policy, folder / "final")
+    assert {n.split(".")[0] for n in moved} == {"qformer", "projection", "language_model"}
+    assert before == {p: p.stat().st_mtime_ns for p in policy.iterdir()}
+    assert (folder / "checkpoint-1/trainer.pt").exists()
+
+
+def test_samples_of_the_control_follow_its_own_ranks(world, script):
+    """--advantage random has an order even where the oracle has none: the check of the samples bites."""
+    folder = world / "runs/grpo_rank/grpo_random_s0"
+    if not folder.exists():
+        assert script("grpo_rank", *REFERENCE, "--advantage", "random", "--name", "grpo_random").code == 0
+    assert check_samples(folder, "random") > 0
+
+
+def test_grpo_rank_clips_from_the_second_inner_epoch_on(script, world):
+    done = script("grpo_rank", *REFERENCE, "--advantage", "random", "--name", "inner", "--inner_epochs", "2", "--lr", "1e-2")
+    assert done.code == 0, done.err
+    first = rows(world / "runs/grpo_rank/inner_s0")[0]
+    assert first["policy/approx_kl"] > 1e-4 and first["objective/kl"] > 1e-4
+
+
+@pytest.mark.parametrize("oracle", ["judge", "context"])
+def test_grpo_rank_with_ai_feedback(script, world, policy, oracle):
+    done = script("grpo_rank", *GRPO, "--oracle", oracle, "--oracle_model", policy, "--name", oracle)
+    assert done.code == 0, done.err
+    metrics = check_run(world / f"runs/grpo_rank/{oracle}_s0", samples=True)
+    assert 0 < metrics[0]["objective/score"] < 1
+    assert bool(list(world.glob("cache/narratives/*/*.txt"))) or oracle == "judge"
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_grpo_rank_with_lora(script, world, policy, quantize):
+    name = f"lora_{quantize}"
+    done = script("grpo_rank", *REFERENCE, "--advantage", "random", "--name", name, "--lora_r", "4", "--quantize", quantize,
+                  "--save_steps", "1")  # fmt: skip
+    assert done.code == 0, done.err
+    folder = world / f"runs/grpo_rank/{name}_s0"
+    metrics = check_run(folder, samples=True)
+    assert metrics[0]["objective/kl"] == 0 < metrics[1]["objective/kl"]
+    moved = changed(policy, folder / "final")
+    assert moved and all(n.startswith("language_model.") and n.endswith("proj.weight") for n in moved)
+    assert (folder / "adapter/adapter_model.safetensors").exists()
+    assert (folder / "checkpoint-1/adapter_model.safetensors").exists()
+
+
+def test_grpo_rank_evaluates_and_leaves_the_labelled_clips_out(script, world, policy):
+    flags = [*REFERENCE, "--eval_data", "data/moving_shapes/val.json", "--eval_steps", "1", "--eval_questions", "5"]
+    done = script("grpo_rank", *flags, "--name", "with_eval")
+    assert done.code == 0, done.err
+    folder = world / "runs/grpo_rank/with_eval_s0"
+    assert all(0 <= row["eval/accuracy"] <= 1 for row in rows(folder))
+    labelled = set(json.loads((policy.parent / "labelled_clips.json").read_text()))
+    asked = {sample["video"] for sample in rows(folder, "samples.jsonl")}
+    assert asked and not asked & labelled and "6 clips left out" in done.out
+
+
+def test_oracle_agreement(script, world, policy):
+    done = script("oracle", "--checkpoint", policy, "--oracle_model", policy, "--questions", "4", "--G", "2")
+    assert done.code == 0, done.err
+    assert "judge" in done.out and "context" in done.out and "4 questions x 2 answers" in done.out
+
+
+# --- what is wrong is said in one line -----------------------------------------------------------------------------
+BAD_FLAGS = {
+    "moving_shapes": ["--clips none", "--clip 5", "--clips -5", "--workers 0"],
+    "pretrain_tiny": ["--steps two", "--step 2", "--steps -1", "--batch_size 0", "--lr -1", "--seed x"],
+    "sft": ["--steps 0", "--steps", "--stepz 2", "--step 2", "--batch_size 3 --micro_batch_size 2", "--curriculum easy",
+            "--easy_share 1.5", "--judge_share -1", "--quantize nf4", "--quantize int8 --lora_r 4", "--lr zero", "--lr 0",
+            "--resume maybe", "--num_clips -1", "--lora_r -1", "--max_answer_tokens 0", "--seed 1.5", "--pack 0", "stray"],
+    "grpo_rank": ["--G 1", "--G five", "--g 5", "--steps 0", "--advantage best", "--oracle god", "--clip_range 0",
+                  "--clip_range 1", "--temperature 0", "--lr -1", "--beta -0.1", "--quantize nf4", "--lora_r -1",
+                  "--prompts_per_step 7", "--prompts_per_step 0", "--prompts_per_rank 8", "--micro_batch_size 0",
+                  "--inner_epochs 0", "--eval_questions -1", "--resume --unknown", "--scale_advantages perhaps"],
+    "oracle": ["--G 0", "--G one", "--oracles god", "--questions -1", "--checkpoints x"],
+    "evaluate": ["--runs", "--runs nowhere", "--run x", ""],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, flags", [(name, flags) for name, table in BAD_FLAGS.items() for flags in table])
+def test_bad_flags_are_one_line_and_exit_code_2(script, tmp_path, name, flags):
+    done = script(name, *flags.split(), cwd=tmp_path)
+    assert done.code == 2, done
+    assert done.err.count("\n") == 1 and done.err.startswith(f"{name}.py: ") and not done.out, done.err
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_a_bad_flag_on_the_command_line(world):
+    done = run(world, "grpo_rank.py", "--stepz", "5", check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "--stepz" in done.stderr
+
+
+def test_help_says_what_the_script_is(script, tmp_path):
+    for name in ("sft", "grpo_rank", "pretrain_tiny"):
+        done = script(name, "--help", cwd=tmp_path)
+        assert done.code == 0 and "--steps" in done.out and importlib.import_module(name).__doc__.split()[0] in done.out
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("sft", [*SFT, "--data", "nowhere.json"]), ("sft", [*SFT, "--video_root", "nowhere"]),
+    ("sft", [*SFT, "--model", "nowhere"]), ("sft", [*SFT, "--clip", "nowhere"]), ("sft", [*SFT, "--qformer", "nowhere"]),
+    ("sft", [*SFT, "--llm", "nowhere"]), ("sft", [*SFT, "--num_clips", "1000"]),
+    ("grpo_rank", [*REFERENCE, "--data", "nowhere.json"]), ("grpo_rank", [*REFERENCE, "--model", "nowhere"]),
+    ("grpo_rank", [*REFERENCE, "--video_root", "nowhere"]), ("grpo_rank", [*REFERENCE, "--eval_data", "nowhere.json"]),
+    ("grpo_rank", [*GRPO, "--oracle", "judge", "--oracle_model", "nowhere"]),
+    ("grpo_rank", [*REFERENCE, "--prompts_per_step", "4000"]),
+    ("oracle", ["--checkpoint", "nowhere"]), ("oracle", ["--data", "nowhere.json"]),
+])  # fmt: skip
+def test_missing_files_are_one_line(script, monkeypatch, name, flags):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = script(name, *flags, *(["--name", f"missing{random.random()}"] if name != "oracle" else []))
+    assert done.code not in (0, None)
+    said = [line for line in done.err.splitlines() if not line.startswith("video features") and line.strip()]
+    assert len(said) == 1 and "Traceback" not in done.err, done.err
+    assert "nowhere" in said[0] or "1000" in said[0] or "4000" in said[0]
+
+
+@pytest.mark.parametrize("name, flags, folder", [
+    ("sft", SFT, "runs/sft/{}"), ("grpo_rank", REFERENCE, "runs/grpo_rank/{}_s0")])  # fmt: skip
+def test_two_runs_into_one_folder_are_refused(script, world, name, flags, folder):
+    folder = world / folder.format("busy")
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text('{"args": {}}')
+    done = script(name, *flags, "--name", "busy")
+    assert done.code == 1 and done.err.count("\n") == 1 and "in use" in done.err and "--resume" in done.err
+    assert (folder / "args.json").read_text() == '{"args": {}}' and len(list(folder.iterdir())) == 1
+    done = script(name, *flags, "--name", "busy", "--resume")  # started with other flags
+    assert done.code == 1 and done.err.count("\n") == 1 and "same flags" in done.err
+
+
+def write_sound(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def damaged(world):
+    """train.json again, and four videos in it that cannot be read, two questions each."""
+    folder, records = world / "damaged", json.loads((world / "data/moving_shapes/train.json").read_text())
+    folder.mkdir()
+    good = next((world / "data/moving_shapes/videos/train").glob("*.mp4"))
+    (folder / "broken.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "truncated.mp4").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    write_sound(folder / "sound.mp4")
+    for video in ("broken", "empty", "truncated", "sound"):
+        for question in ("what moves?", "how many shapes are there?"):
+            records.append({"id": f"{video} {question}", "video": f"{video}.mp4", "conversations": [
+                {"from": "human", "value": f"<video>\n{question}"}, {"from": "gpt", "value": "one"}]})
+    shutil.copytree(world / "data/moving_shapes/videos", folder / "videos")
+    (folder / "train.json").write_text(json.dumps(records))
+    return folder
+
+
+@pytest.mark.parametrize("name, flags, folder", [
+    ("sft", SFT, "runs/sft/damaged"), ("grpo_rank", REFERENCE, "runs/grpo_rank/damaged_s0")])  # fmt: skip
+def test_unreadable_videos_are_left_out_and_counted(script, world, damaged, name, flags, folder):
+    done = script(name, *flags, "--name", "damaged", "--data", damaged / "train.json")
+    assert done.code == 0, done.err
+    check_run(world / folder)
+    said = [line for line in done.out.splitlines() if line.startswith("left out: ")]
+    assert len(said) == 4
+    assert all(sum(f"{v}.mp4" in line for line in said) == 1 for v in ("broken", "empty", "truncated", "sound"))
+    assert "4 clips cannot be read" in done.out or "4 broken" in done.out
+    assert len(json.loads((world / folder / "broken_videos.json").read_text())) == 4
+    assert "Traceback" not in done.err and "moov" not in done.err  # nor ffmpeg's own words
+    if name == "grpo_rank":
+        asked = {sample["video"] for sample in rows(world / folder, "samples.jsonl")}
+        assert asked and not any(Path(v).stem in ("broken", "empty", "truncated", "sound") for v in asked)

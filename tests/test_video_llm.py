@@ -1,0 +1,526 @@
+"""The model's short cuts against the slow way: one forward pass per answer, one token at a time, no cache, no packing."""
+
+import os
+import shutil
+
+import data
+import pytest
+import torch
+from data import Clip, FeatureCache, VideoError, read_records
+from peft import PeftModel
+from video_llm import (
+    VIDEO_TOKEN,
+    Prefix,
+    add_lora,
+    answer_mask,
+    generate,
+    load_model,
+    merged,
+    reference_of,
+    save_model,
+    token_logprobs,
+)
+
+QUESTIONS = ["what moves?", "what does the red shape do at the end of the video?", "where is the blue circle?"]
+LENGTHS = torch.tensor([[5, 1, 3, 7], [2, 7, 7, 4], [1, 1, 6, 2]])  # B = 3, G = 4, T = 7; with EOS
+
+
+@pytest.fixture(scope="module")
+def records(world):
+    return read_records([str(world / "data/moving_shapes/test.json")])[0]
+
+
+@pytest.fixture(scope="module")
+def clips(records):
+    return list(dict.fromkeys(r["clip"] for r in records if r["clip"].start is None))[:3]
+
+
+def lively(model, seed=0):
+    """Trained for four steps the model says the same to everything: shake its weights, adapters included."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.is_floating_point() and p.dim() == 2 and "vision_tower" not in name:
+                p += 0.7 * torch.randn(p.shape, generator=generator) * p[0].numel() ** -0.5
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def start(policy):
+    model, processor = load_model(policy)
+    return lively(model), processor
+
+
+@pytest.fixture(scope="module")
+def cache(start, tmp_path_factory):
+    return FeatureCache(*start, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def prefix(start, cache, clips):
+    return Prefix.build(start[1], cache, QUESTIONS, clips)
+
+
+@pytest.fixture(scope="module")
+def tokens(start):
+    """Random words, EOS at the end of each answer, rubbish behind it."""
+    tokens = torch.randint(6, len(start[1].tokenizer), (3, 4, 7), generator=torch.Generator().manual_seed(1))
+    return tokens.scatter(-1, LENGTHS.unsqueeze(-1) - 1, start[1].tokenizer.eos_token_id)
+
+
+def logits_alone(model, prefix, b, answer):
+    """(T,V) float logits that predict each token of `answer` (T,), by one unpadded forward pass without a cache."""
+    prompt = prefix.input_ids[b][prefix.attention_mask[b].bool()]
+    ids = torch.cat([prompt, answer])[None]
+    video = dict(video_features=prefix.video_features[b : b + 1], frame_mask=prefix.frame_mask[b : b + 1])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **video).logits[0]
+    return logits[len(prompt) - 1 : -1].float()
+
+
+def plain_logprobs(model, prefix, tokens, lengths, temperature=1.0):
+    out, entropy = torch.zeros(tokens.shape), torch.zeros(tokens.shape)
+    for b in range(tokens.shape[0]):
+        for g in range(tokens.shape[1]):
+            answer = tokens[b, g, : lengths[b, g]]
+            logits = logits_alone(model, prefix, b, answer)
+            words = torch.arange(logits.shape[-1]) != prefix.input_ids[0].mode().values  # all but the video token
+            logp = (logits / temperature)[:, words].log_softmax(-1)
+            place = words.cumsum(0)[answer] - 1
+            out[b, g, : len(answer)] = logp[torch.arange(len(answer)), place]
+            entropy[b, g, : len(answer)] = -(logp.exp() * logp).sum(-1)
+    return out.flatten(0, 1), entropy.flatten(0, 1)
+
+
+# --- packed scoring ------------------------------------------------------------------------------------------------
+@pytest.fixture(params=["full", "lora", "nf4"])
+def trained(request, policy):
+    model, _ = load_model(policy, "nf4" if request.param == "nf4" else "none")
+    if request.param != "full":
+        model = add_lora(model, 4, 8, train_bridge=request.param == "lora")
+    return lively(model)
+
+
+def test_packed_answers_score_as_if_alone(trained, prefix, tokens):
+    """Values and gradients of all trained parameters, ragged prompts and answers."""
+    params = {n: p for n, p in trained.named_parameters() if p.requires_grad}
+    weights = torch.randn(12, 7, generator=torch.Generator().manual_seed(2))
+    found = []
+    for score in (token_logprobs, plain_logprobs):
+        logprobs, entropy = score(trained, prefix, tokens, LENGTHS, 0.8)
+        grads = torch.autograd.grad(((logprobs + 0.3 * entropy) * weights).sum(), list(params.values()))
+        found.append((logprobs.detach(), entropy.detach(), grads))
+    (packed, packed_h, packed_grads), (plain, plain_h, plain_grads) = found
+    torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed_h, plain_h, rtol=1e-5, atol=1e-5)
+    assert plain.min() < -2 and len(params) > 20
+    for name, a, b in zip(params, packed_grads, plain_grads):
+        assert b.abs().max() > 1e-6 or name.endswith("bias"), name
+        # 1e-5 of the largest entry; a bias of attention keys has gradient zero but for rounding
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * max(1.0, b.abs().max().item()), msg=lambda m: f"{name}: {m}")
+
+
+def test_what_stands_behind_an_answer_does_not_matter(start, prefix, tokens):
+    logprobs, entropy = token_logprobs(start[0], prefix, tokens, LENGTHS)
+    mask = answer_mask(LENGTHS, 7)
+    assert mask.sum() == LENGTHS.sum() == 46 and mask.shape == (12, 7)
+    assert (logprobs[mask == 0] == 0).all() and (entropy[mask == 0] == 0).all()
+    other = torch.where(mask.view(3, 4, 7).bool(), tokens, (tokens + 17) % 300 + 6)
+    torch.testing.assert_close(token_logprobs(start[0], prefix, other, LENGTHS)[0], logprobs, rtol=0, atol=1e-6)
+
+
+def test_an_answer_does_not_see_its_neighbours(start, prefix, tokens):
+    logprobs = token_logprobs(start[0], prefix, tokens, LENGTHS)[0].view(3, 4, 7)
+    order = [2, 0, 3, 1]
+    moved = token_logprobs(start[0], prefix, tokens[:, order], LENGTHS[:, order])[0].view(3, 4, 7)
+    torch.testing.assert_close(moved, logprobs[:, order], rtol=0, atol=1e-5)
+    changed = tokens.clone()
+    changed[:, 1:] = changed[:, 1:].flip(-1)
+    first = token_logprobs(start[0], prefix, changed, LENGTHS)[0].view(3, 4, 7)[:, 0]
+    torch.testing.assert_close(first, logprobs[:, 0], rtol=0, atol=1e-6)
+
+
+def test_another_video_changes_the_logprobs(start, cache, clips, tokens):
+    of = lambda order: token_logprobs(
+        start[0], Prefix.build(start[1], cache, QUESTIONS, [clips[i] for i in order]), tokens, LENGTHS)[0].view(3, 4, 7)
+    a, b = of([0, 1, 2]), of([0, 2, 1])
+    torch.testing.assert_close(a[0], b[0], rtol=0, atol=1e-6)
+    assert ((a[1:] - b[1:]).abs().amax(-1) > 1e-3).all()
+
+
+def test_pad_may_be_eos(policy, start, cache, clips, prefix, tokens):
+    model, (_, processor) = start[0], load_model(policy)
+    processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    eos = processor.tokenizer.eos_token_id
+    same = Prefix.build(processor, cache, QUESTIONS, clips)
+    assert (same.input_ids == eos).sum() > (prefix.input_ids == eos).sum()  # the left side is padded with EOS now
+    assert torch.equal(same.attention_mask, prefix.attention_mask)
+    assert torch.equal(token_logprobs(model, same, tokens, LENGTHS)[0], token_logprobs(model, prefix, tokens, LENGTHS)[0])
+    uniforms = torch.rand(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(generate(model, same, uniforms, eos), generate(model, prefix, uniforms, eos)):
+        assert torch.equal(a, b)
+    ids, mask = processor.pad([processor.answer_ids(a) for a in ("red", "a red circle moves left")], "right")
+    assert processor.answer_ids("red").count(eos) == 1 and processor.answer_ids("red")[-1] == eos
+    assert [int((i[m.bool()] == eos).sum()) for i, m in zip(ids, mask)] == [1, 1]
+    assert processor.answer_ids("a red circle moves left", 3).count(eos) == 0  # cut, not ended
+
+
+# --- sampling ------------------------------------------------------------------------------------------------------
+def plain_sample(model, prefix, b, uniforms, eos, temperature):
+    """One answer, one full forward pass a token: the first token at which the probabilities add up to more than u."""
+    answer = []
+    for u in uniforms.tolist():
+        answer.append(eos)  # a place to predict; what stands there is not looked at
+        p = (logits_alone(model, prefix, b, torch.tensor(answer))[-1] / temperature).softmax(-1).double()
+        total = 0.0
+        for token, share in enumerate(p.tolist()):
+            total += share
+            if total > u:
+                break
+        answer[-1] = token
+        if token == eos:
+            break
+    return answer
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_generate_equals_plain_sampling(start, prefix, temperature):
+    model, eos = start[0], start[1].tokenizer.eos_token_id
+    uniforms = torch.rand(3, 4, 9, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    tokens, lengths = generate(model, prefix, uniforms, eos, temperature)
+    with torch.no_grad():
+        expected = [[plain_sample(model, prefix, b, uniforms[b, g], eos, temperature) for g in range(4)] for b in range(3)]
+    assert lengths.tolist() == [[len(a) for a in row] for row in expected]
+    assert [[t[:n].tolist() for t, n in zip(*row)] for row in zip(tokens, lengths)] == expected
+    assert len({tuple(a) for row in expected for a in row}) > 6 and tokens.shape[-1] == lengths.max()
+
+
+def test_nothing_but_eos_behind_eos(policy, prefix):
+    model, processor = load_model(policy)
+    eos = processor.tokenizer.eos_token_id
+    tokens, lengths = generate(model, prefix, torch.rand(3, 40, 12, generator=torch.Generator().manual_seed(0)), eos)
+    ended = lengths < tokens.shape[-1]
+    assert ended.any() and len(lengths.unique()) > 3
+    behind = torch.arange(tokens.shape[-1]) >= lengths.unsqueeze(-1)
+    assert (tokens[behind] == eos).all()
+    assert (tokens.gather(-1, lengths.unsqueeze(-1) - 1)[ended] == eos).all()
+    before = torch.arange(tokens.shape[-1]) < lengths.unsqueeze(-1) - 1
+    assert (tokens[before] != eos).all()
+
+
+def chi_square(drawn, p):
+    """Statistic and degrees of freedom of drawn token ids against probabilities; rare tokens share one bin."""
+    counts = torch.bincount(drawn, minlength=len(p)).double()
+    expected, rare = p * len(drawn), p * len(drawn) < 8
+    counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))
+    assert expected.min() > 1
+    return ((counts - expected) ** 2 / expected).sum().item(), len(counts) - 1
+
+
+def test_frequencies_of_the_first_two_tokens(start, prefix):
+    model, V, count = start[0], start[0].config.text_config.vocab_size, 6000
+    eos = start[1].tokenizer.eos_token_id
+    one = prefix.rows(slice(1, 2))
+    tokens, _ = generate(model, one, torch.rand(1, count, 2, generator=torch.Generator().manual_seed(3)), eos, 0.6)
+    with torch.no_grad():
+        first = (logits_alone(model, one, 0, torch.tensor([0]))[0] / 0.6).softmax(-1).double()
+        prompt = one.input_ids[0][one.attention_mask[0].bool()]
+        ids = torch.cat([prompt.expand(V, -1), torch.arange(V)[:, None]], 1)
+        ids[model.config.video_token_id, -1] = eos  # that one has probability 0
+        video = {k: v.expand(V, *v.shape[1:]) for k, v in one.model_inputs().items()}
+        given = (model(input_ids=ids, logits_to_keep=1, **video).logits[:, 0].float() / 0.6).softmax(-1).double()
+    given[eos] = torch.nn.functional.one_hot(torch.tensor(eos), V)  # behind EOS: EOS
+    for drawn, p in ((tokens[0, :, 0], first), (tokens[0, :, 1], first @ given)):
+        statistic, freedom = chi_square(drawn, p)
+        assert freedom > 15 and statistic < freedom + 4 * (2 * freedom) ** 0.5
+    assert chi_square(tokens[0, :, 1], first)[0] > 10 * V  # the test would notice
+
+
+def test_greedy_equals_generate_of_transformers(start, prefix):
+    model, tokenizer = start[0], start[1].tokenizer
+    eos = tokenizer.eos_token_id
+    ours, lengths = generate(model, prefix, torch.zeros(3, 1, 12), eos, temperature=0)
+    theirs = model.generate(input_ids=prefix.input_ids, attention_mask=prefix.attention_mask, do_sample=False,
+                            max_new_tokens=12, eos_token_id=eos, pad_token_id=eos, **prefix.model_inputs())
+    theirs = theirs[:, prefix.input_ids.shape[1] :]
+    assert torch.equal(ours[:, 0], theirs[:, : ours.shape[-1]])
+    assert len({tuple(t) for t in ours[:, 0].tolist()}) == 3 and lengths.max() > 3
+
+
+# --- the video token -----------------------------------------------------------------------------------------------
+def test_the_video_token_is_never_sampled_nor_takes_probability(start, prefix, tokens):
+    model, video_id, eos = start[0], start[0].config.video_token_id, start[1].tokenizer.eos_token_id
+    uniforms = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0))
+    plain = token_logprobs(model, prefix, tokens, LENGTHS)
+    sampled = generate(model, prefix, uniforms, eos)
+    head = model.language_model.lm_head.register_forward_hook(
+        lambda module, inputs, out: out.index_add(-1, torch.tensor([video_id]), torch.full((*out.shape[:-1], 1), 1e3)))
+    try:
+        assert torch.equal(token_logprobs(model, prefix, tokens, LENGTHS)[0], plain[0])
+        assert torch.equal(token_logprobs(model, prefix, tokens, LENGTHS)[1], plain[1])
+        for temperature in (0, 1.0, 50.0):
+            assert (generate(model, prefix, uniforms, eos, temperature)[0] != video_id).all()
+        assert torch.equal(generate(model, prefix, uniforms, eos)[0], sampled[0])
+        theirs = model.generate(input_ids=prefix.input_ids, attention_mask=prefix.attention_mask, do_sample=True,
+                                max_new_tokens=4, pad_token_id=eos, **prefix.model_inputs())
+        assert (theirs[:, prefix.input_ids.shape[1] :] != video_id).all()
+    finally:
+        head.remove()
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64).expand(3, 1, 2).reshape(3, 2, 1)
+    extreme = generate(model, prefix, ends, eos)[0]  # the two ends of [0,1)
+    assert (extreme != video_id).all() and (extreme < model.config.text_config.vocab_size).all()
+
+
+def video_at(ids, video_id):
+    """Places of the video tokens, which must be neighbours."""
+    at = [i for i, t in enumerate(ids) if t == video_id]
+    assert at == list(range(at[0], at[0] + len(at)))
+    return at
+
+
+@pytest.mark.parametrize("word", ["red circle ", "é ü 漢字"])
+def test_overlong_questions_are_cut_never_the_video(start, word):
+    processor, video_id = start[1], start[0].config.video_token_id
+    question, Q = "what moves? " + word * 40, processor.num_query_tokens
+    whole, short = processor.prompt_ids(question), processor.prompt_ids("x")
+    for limit in range(len(short) + 4, len(short) + 14):
+        ids = processor.prompt_ids(question, max_length=limit)
+        assert len(ids) <= limit and len(video_at(ids, video_id)) == Q
+        assert ids[: Q + 4] == whole[: Q + 4] and ids[-1] == whole[-1]  # the template's ends are there
+    chat = [{"role": "user", "content": "what moves?"}, {"role": "assistant", "content": "a circle"},
+            {"role": "user", "content": question}]
+    ids = processor.prompt_ids(chat, max_length=60)
+    assert len(ids) <= 60 and len(video_at(ids, video_id)) == Q
+    assert ids[: Q + 8] == processor.prompt_ids(chat)[: Q + 8]
+    assert processor.prompt_ids(question, max_length=len(whole)) == whole
+    assert len(processor.prompt_ids(question, video=False, max_length=20)) <= 20
+
+
+def test_too_little_room_for_the_video_is_an_error(start):
+    processor = start[1]
+    for limit in (1, processor.num_query_tokens, processor.num_query_tokens + 3):
+        with pytest.raises(ValueError, match="cannot be cut"):
+            processor.prompt_ids("red circle " * 40, max_length=limit)
+    with pytest.raises(ValueError, match="cannot be cut"):
+        processor.prompt_ids([{"role": "user", "content": "red circle " * 40}, {"role": "assistant", "content": "no"},
+                              {"role": "user", "content": "why?"}], max_length=60)
+
+
+SMUGGLED = ["<video> <video>what<video>", "<image>what", "<vi<video>deo>what", "<vi<image>deo>what", "<<video>video>"]
+
+
+@pytest.mark.parametrize("text", SMUGGLED)
+def test_text_cannot_smuggle_in_a_video(start, text):
+    processor, video_id, Q = start[1], start[0].config.video_token_id, start[1].num_query_tokens
+    chat = [{"role": "user", "content": text}, {"role": "assistant", "content": text}, {"role": "user", "content": text}]
+    assert processor.prompt_ids(text).count(video_id) == Q
+    assert processor.prompt_ids(chat).count(video_id) == Q
+    assert processor.prompt_ids(text, video=False).count(video_id) == 0
+    assert processor.answer_ids(text).count(video_id) == 0
+    head, tail = processor.split_prompt_ids(text, f"\nResponse 1: {text}\nResponse 2: red")
+    assert head.count(video_id) == Q and tail.count(video_id) == 0
+
+
+def test_head_and_tail_are_the_whole_prompt(start):
+    processor = start[1]
+    head, tail = processor.split_prompt_ids("what moves?", "\nResponse 1: red\nResponse 2: blue")
+    assert head + tail == processor.prompt_ids("what moves?\nResponse 1: red\nResponse 2: blue")
+    for text in ("a\x00b", "\x00"):  # a sampled answer can hold any byte
+        assert len(processor.split_prompt_ids(text, f"\nResponse 1: {text}")) == 2
+
+
+def test_a_prompt_without_its_video_is_refused(start, prefix):
+    with pytest.raises(ValueError, match="video tokens"):
+        start[0](input_ids=prefix.input_ids, attention_mask=prefix.attention_mask,
+                 video_features=prefix.video_features[:2], frame_mask=prefix.frame_mask[:2])
+
+
+def test_text_only_rows_beside_videos(start, cache, clips, tokens):
+    mixed = Prefix.build(start[1], cache, QUESTIONS, [clips[0], None, clips[2]])
+    full = Prefix.build(start[1], cache, QUESTIONS, clips)
+    assert len(mixed.video_features) == 2 and (mixed.input_ids[1] != start[0].config.video_token_id).all()
+    a, b = (token_logprobs(start[0], p, tokens, LENGTHS)[0].view(3, 4, 7) for p in (mixed, full))
+    torch.testing.assert_close(a[[0, 2]], b[[0, 2]], rtol=0, atol=1e-5)
+    assert (a[1] - b[1]).abs().max() > 1e-3
+
+
+# --- reference, saving ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lora", [False, True])
+def test_kl_is_exactly_zero_at_step_zero(policy, prefix, tokens, lora):
+    model, _ = load_model(policy)
+    if lora:
+        model = add_lora(model, 4, 8)
+    reference = reference_of(model)
+    start = token_logprobs(model, prefix, tokens, LENGTHS)[0].detach()
+    with reference() as frozen:
+        assert torch.equal(token_logprobs(frozen, prefix, tokens, LENGTHS)[0], start)
+    lively(model)
+    assert (token_logprobs(model, prefix, tokens, LENGTHS)[0] - start).abs().max() > 1e-2
+    with reference() as frozen:  # and it stays what it was; shaking touches the base of a LoRA model as well
+        same = torch.equal(token_logprobs(frozen, prefix, tokens, LENGTHS)[0], start)
+    assert same != lora
+    if not lora:
+        with reference() as frozen:
+            assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_the_adapter_is_on_again_behind_the_reference(policy, prefix, tokens):
+    model = add_lora(load_model(policy)[0], 4, 8)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(0))
+    before = token_logprobs(model, prefix, tokens, LENGTHS)[0]
+    with reference_of(model)() as frozen:
+        off = token_logprobs(frozen, prefix, tokens, LENGTHS)[0]
+    assert torch.equal(token_logprobs(model, prefix, tokens, LENGTHS)[0], before)
+    assert torch.equal(off, token_logprobs(load_model(policy)[0], prefix, tokens, LENGTHS)[0])
+    assert (off - before).abs().max() > 1e-2
+
+
+def test_clip_is_frozen_everything_else_is_trained(policy):
+    model, _ = load_model(policy)
+    trained = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"qformer", "projection", "language_model"}
+    for bridge in (False, True):
+        names = [n for n, p in add_lora(load_model(policy)[0], 4, 8, bridge).named_parameters() if p.requires_grad]
+        assert sum("lora_" in n for n in names) == 2 * 7 * 3  # A and B, 7 linear layers, 3 blocks
+        assert any("qformer" in n for n in names) == any("projection" in n for n in names) == bridge
+        assert not any("vision_tower" in n for n in names)
+
+
+@pytest.mark.parametrize("bridge", [False, True])
+def test_save_and_load_an_adapter(policy, tmp_path, prefix, tokens, bridge):
+    model, processor = load_model(policy)
+    model = add_lora(model, 4, 8, bridge)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    save_model(model, processor, tmp_path / "adapter")
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists()
+    assert not (tmp_path / "adapter/model.safetensors").exists()
+    again, processor = load_model(tmp_path / "adapter")
+    assert isinstance(again, PeftModel)
+    same = lambda m: token_logprobs(m, prefix, tokens, LENGTHS)[0]
+    assert torch.equal(same(again), same(model))
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad}
+    assert not any(p.requires_grad for n, p in again.named_parameters() if "vision_tower" in n)
+    torch.testing.assert_close(same(merged(tmp_path / "adapter")), same(model), rtol=0, atol=1e-4)
+
+
+def test_save_and_load_a_model(start, tmp_path, prefix, tokens):
+    model, processor = start
+    save_model(model, processor, tmp_path / "model")
+    assert not list((tmp_path / "model").glob("*.bin")) and (tmp_path / "model/model.safetensors").exists()
+    again, other = load_model(tmp_path / "model")
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert torch.equal(*(token_logprobs(m, prefix, tokens, LENGTHS)[0] for m in (model, again)))
+    assert other.prompt_ids("what moves?") == processor.prompt_ids("what moves?")
+    settings = ("num_frames", "num_query_tokens", "sampling", "chat_template")
+    assert all(getattr(other, s) == getattr(processor, s) for s in settings)
+    assert other.image_processor.to_dict() == processor.image_processor.to_dict()
+
+
+def test_no_model_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model there"):
+        load_model(tmp_path / "nothing")
+
+
+# --- features ------------------------------------------------------------------------------------------------------
+def no_decoding(*args, **kwargs):
+    raise AssertionError("decoded again")
+
+
+def test_no_video_is_decoded_twice(start, clips, tmp_path, monkeypatch):
+    cache = FeatureCache(*start, tmp_path)
+    features, mask = cache(clips)
+    assert features.shape == (3, 8, 17, 96) and mask.all()  # 8 frames; 16 patches and the class token
+    monkeypatch.setattr(data, "read_frames", no_decoding)
+    assert torch.equal(cache(clips)[0], features)  # out of memory
+    assert torch.equal(FeatureCache(*start, tmp_path)(clips[::-1])[0], features.flip(0))  # from disk
+    assert torch.equal(FeatureCache(*start, tmp_path, memory_gib=0)(clips)[0], features)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_key_holds_all_that_the_features_depend_on(start, policy, clips, tmp_path, monkeypatch):
+    video = tmp_path / "video.mp4"
+    shutil.copy(clips[0].path, video)
+    clip, copied = Clip(str(video)), tmp_path / "copy.mp4"
+    first = FeatureCache(*start, tmp_path / "cache")(clips)[0]
+    keys = [FeatureCache(*start, tmp_path / "cache").key(clip, 8)]
+    shutil.copy(video, copied)
+    assert FeatureCache(*start, tmp_path / "cache").key(Clip(str(copied)), 8) == keys[0]  # content, not name
+    cache = FeatureCache(*start, tmp_path / "cache")
+    keys += [cache.key(clip, 4), cache.key(Clip(str(video), 0.0, 0.5), 8), cache.key(Clip(str(video), 0.25, 0.5), 8)]
+    shutil.copy(clips[1].path, video)  # the same name, another film
+    changed = FeatureCache(*start, tmp_path / "cache")
+    keys.append(changed.key(clip, 8))
+    assert torch.equal(changed([clip])[0][0], first[1]) and not torch.equal(first[0], first[1])
+    model, processor = load_model(policy)
+    processor.sampling = "midpoint"
+    keys.append(FeatureCache(model, processor, tmp_path / "cache").key(clip, 8))
+    processor.sampling = "linspace"
+    next(model.vision_tower.parameters()).data.add_(1e-3)
+    keys.append(FeatureCache(model, processor, tmp_path / "cache").key(clip, 8))
+    model.config.vision_layer = -1
+    keys.append(FeatureCache(model, processor, tmp_path / "cache").key(clip, 8))
+    assert len(set(keys)) == len(keys) == 8
+
+
+def test_broken_videos_are_errors_of_one_line_and_listed(start, clips, tmp_path):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "noise.mp4").write_bytes(os.urandom(3000))
+    bad = [Clip(str(tmp_path / name)) for name in ("empty.mp4", "noise.mp4", "missing.mp4")]
+    bad.append(Clip(clips[0].path, 50.0, 60.0))  # no such part
+    cache = FeatureCache(*start, tmp_path / "cache")
+    for clip in bad:
+        with pytest.raises(VideoError) as error:
+            cache.one(clip)
+        assert str(clip.path) in str(error.value) and "\n" not in str(error.value)
+    broken = cache.prepare([clips[0], *bad, clips[1], bad[0]], progress=False)
+    assert list(broken) == bad and all("\n" not in reason for reason in broken.values())
+
+
+def test_padded_frames_are_hidden(start, cache, clips):
+    """Videos of 3, 8 and 5 frames give the same tokens alone and side by side, whatever stands in the padding."""
+    model = start[0]
+    alone = [cache.one(c, f) for c, f in zip(clips, (3, 8, 5))]
+    features = torch.full((3, 8, *alone[0].shape[1:]), 7.0)
+    mask = torch.zeros(3, 8, dtype=torch.bool)
+    for i, row in enumerate(alone):
+        features[i, : len(row)], mask[i, : len(row)] = row, True
+    with torch.no_grad():
+        together = model.encode_video(features, mask)
+        for i, row in enumerate(alone):
+            one = model.encode_video(row[None], torch.ones(1, len(row), dtype=torch.bool))[0]
+            torch.testing.assert_close(together[i], one, rtol=1e-5, atol=1e-5)
+        assert (model.encode_video(features, torch.ones(3, 8, dtype=torch.bool))[0] - together[0]).abs().max() > 1e-2
+
+
+def test_the_order_of_frames_counts(start, cache, clips):
+    features, mask = cache(clips)
+    with torch.no_grad():
+        change = start[0].encode_video(features, mask) - start[0].encode_video(features.flip(1), mask)
+    assert (change.abs().amax((1, 2)) > 1e-3).all()
+
+
+def test_too_many_frames_are_refused(start, cache, clips):
+    features = cache(clips[:1], 8)[0].repeat(1, 5, 1, 1)
+    with pytest.raises(ValueError, match="40 frames"):
+        start[0].encode_video(features, torch.ones(1, 40, dtype=torch.bool))
+
+
+def test_cached_features_are_those_of_the_vision_tower(start, cache, clips):
+    model, processor = start
+    frames, _ = data.read_frames(clips[0].path, 8)
+    pixels = processor.image_processor(images=list(frames), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        hidden = model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    assert len(hidden) == 4 and torch.equal(cache.one(clips[0]), hidden[2])  # 3 layers: -2 is behind the second
+
+
+def test_video_token_is_one_token(start):
+    processor = start[1]
+    ids = processor.tokenizer(VIDEO_TOKEN, add_special_tokens=False).input_ids
+    assert ids == [start[0].config.video_token_id]
