@@ -8,7 +8,7 @@ PY = .venv/bin/python
 # one process per core with one thread each: small models are faster side by side than each on all cores
 DIST = $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(if $(filter 1,$(PROCS)),1,2)
 WORLD = data/moving_shapes
-POLICY = --data $(WORLD)/train.json --num_clips 40
+POLICY = --data $(WORLD)/train.json --num_clips 40 --batch_size 16
 
 .PHONY: demo test results
 
@@ -25,7 +25,7 @@ demo: .venv/done
 	$(PY) moving_shapes.py
 	OMP_NUM_THREADS=2 $(PY) pretrain_tiny.py
 	$(DIST) sft.py --name oracle --resume
-	$(DIST) sft.py --name policy_s0 $(POLICY) --steps 400 --resume
+	$(DIST) sft.py --name policy_s0 $(POLICY) --steps 100 --lr 1e-3 --resume
 	$(DIST) grpo_rank.py --G 5 --resume
 	$(DIST) sft.py --name continued_s0 $(POLICY) --model runs/sft/policy_s0/final --steps 150 --lr 3e-4 --resume
 	$(PY) evaluate.py --runs runs/sft/policy_s0 runs/sft/continued_s0 runs/grpo_rank/context_s0 \

@@ -60,6 +60,7 @@ from oracle import DESCRIBE, make_oracle, ranks_of
 from video_llm import Prefix, add_lora, answer_mask, generate, load_model, reference_of, token_logprobs, unwrap
 
 WORLD = "data/moving_shapes"
+POLICY_SFT = "--steps 100 --batch_size 16 --lr 1e-3"
 ADVANTAGES = ("oracle_rank", "published", "signed", "score", "random")
 
 
@@ -319,8 +320,8 @@ def build_embedded_prerequisites(args, rank):
 
 def policy_sft_command(seed):
     """The label-scarce start of every RL run: the labels of 40 clips, which differ from seed to seed."""
-    return ["sft.py", "--name", f"policy_s{seed}", "--data", f"{WORLD}/train.json", "--num_clips", "40", "--steps", "400",
-            "--seed", str(seed), "--resume"]
+    command = f"sft.py --name policy_s{seed} --data {WORLD}/train.json --num_clips 40 --seed {seed} {POLICY_SFT} --resume"
+    return command.split()
 
 
 def choose_questions(args, records, report, cache, folder, rank, world):

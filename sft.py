@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a video language model, in two stages: easy answers first, then all of them.
 
 Run      python sft.py                                            the embedded world, labels in plenty, 2 CPU cores
-         python sft.py --name policy --data data/moving_shapes/train.json --num_clips 40         few labels, as in life
+         python sft.py --name policy --data data/moving_shapes/train.json --num_clips 40 --steps 100         few labels
          torchrun --nproc_per_node=4 sft.py --data my.json --video_root videos --clip openai/clip-vit-large-patch14-336
              --qformer 32 --llm meta-llama/Llama-2-7b-hf --quantize nf4 --lora_r 64 --lora_alpha 16          your own
 Paper    [V] VLM-RLAIF, arXiv:2402.03746, Sec. 3.3 (curriculum), Sec. 4.1 and App. B (data, hyper-parameters)
@@ -55,11 +55,11 @@ class Args:
     lora_alpha: int = HfArg(default=32, help="LoRA alpha [V: 32]")
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
     # -- budget
-    steps: int = HfArg(default=1500, help="optimizer steps")
+    steps: int = HfArg(default=700, help="optimizer steps")
     batch_size: int = HfArg(default=32, help="clips per optimizer step, over all processes")
     pack: int = HfArg(default=6, help="examples about one clip that share its video, at most")
     micro_batch_size: int = HfArg(default=4, help="clips (times --pack examples) per forward pass and process")
-    lr: float = HfArg(default=1e-3, help="peak learning rate; linear warm-up, then linear to zero: an annealed end")
+    lr: float = HfArg(default=1.5e-3, help="peak learning rate; linear warm-up, then linear to zero: an annealed end")
     warmup: float = HfArg(default=0.03, help="share of the steps that warm up")
     weight_decay: float = HfArg(default=0.05, help="AdamW weight decay")
     judge_share: float = HfArg(default=0.25, help="share of the clips whose questions become comparisons of two answers (D3)")

@@ -18,23 +18,29 @@ $PY -m torch.distributed.run --standalone --nproc_per_node="$JOBS" sft.py --name
 # name | command; each line is one process, $JOBS of them at a time
 side_by_side() { xargs -P "$JOBS" -d '\n' -I{} sh -c 'set -- {}; name=$1; shift; "$@" >'"$LOGS"'/$name.log 2>&1 || echo "$name failed: see '"$LOGS"'/$name.log"'; }
 
+few="--data $W/train.json --batch_size 16"
 for s in $SEEDS; do
-  echo "policy_s$s $PY sft.py --name policy_s$s --data $W/train.json --num_clips 40 --steps 400 --seed $s --resume"
-  # the same recipe with the labels of a hundred clips more
-  echo "more_labels_s$s $PY sft.py --name more_labels_s$s --data $W/train.json --num_clips 140 --steps 400 --seed $s --resume"
+  echo "policy_s$s $PY sft.py --name policy_s$s $few --num_clips 40 --steps 100 --lr 1e-3 --seed $s --resume"
+  # the same recipe and number of epochs with the labels of a hundred clips more
+  echo "more_labels_s$s $PY sft.py --name more_labels_s$s $few --num_clips 140 --steps 350 --lr 1e-3 --seed $s --resume"
 done | side_by_side
 
-for s in $SEEDS; do
-  g="$PY grpo_rank.py --seed $s --resume"
-  echo "continued_s$s $PY sft.py --name continued_s$s --data $W/train.json --num_clips 40 --seed $s --model runs/sft/policy_s$s/final --steps 150 --lr 3e-4 --resume"
-  echo "context_s$s $g --name context"
-  echo "judge_s$s $g --name judge --oracle judge"
-  echo "reference_s$s $g --name reference --oracle reference"
-  echo "unscaled_s$s $g --name unscaled --oracle reference --scale_advantages False"
-  echo "published_s$s $g --name published --oracle reference --advantage published"
-  echo "signed_s$s $g --name signed --oracle reference --advantage signed"
-  echo "score_s$s $g --name score --oracle reference --advantage score"
-  echo "random_s$s $g --name random --oracle reference --advantage random"
-  echo "self_s$s $g --name self --oracle_model runs/sft/policy_s$s/final"
-  echo "published_context_s$s $g --name published_context --advantage published"
-done | side_by_side
+{
+  for s in $SEEDS; do
+    g="$PY grpo_rank.py --seed $s --resume"
+    echo "context_s$s $g --name context"
+    echo "reference_s$s $g --name reference --oracle reference"
+    echo "random_s$s $g --name random --oracle reference --advantage random"
+    echo "published_s$s $g --name published --oracle reference --advantage published"
+    echo "signed_s$s $g --name signed --oracle reference --advantage signed"
+    echo "continued_s$s $PY sft.py --name continued_s$s $few --num_clips 40 --model runs/sft/policy_s$s/final --steps 150 --lr 3e-4 --seed $s --resume"
+    echo "score_s$s $g --name score --oracle reference --advantage score"
+  done
+  for s in $SEEDS; do
+    g="$PY grpo_rank.py --seed $s --resume"
+    echo "judge_s$s $g --name judge --oracle judge"
+    echo "self_s$s $g --name self --oracle_model runs/sft/policy_s$s/final"
+    echo "unscaled_s$s $g --name unscaled --oracle reference --scale_advantages False"
+    echo "published_context_s$s $g --name published_context --advantage published"
+  done
+} | side_by_side
