@@ -3,7 +3,7 @@
 # Both make .venv when it is not there; everything is resumable, what is finished is not done again.
 
 PYTHON ?= python3
-PROCS ?= $(shell nproc 2>/dev/null || echo 1)
+PROCS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 PY = .venv/bin/python
 # one process per core with one thread each: small models are faster side by side than each on all cores
 DIST = $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(if $(filter 1,$(PROCS)),1,2)

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 PY=${PY:-.venv/bin/python}
 SEEDS=${SEEDS:-0 1 2}
-JOBS=${JOBS:-$(nproc)}
+JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}  # (nproc would heed OMP_NUM_THREADS)
 W=data/moving_shapes
 LOGS=runs/logs
 mkdir -p $LOGS
