@@ -1,6 +1,6 @@
 """GRPO_rank: learn from an oracle's *ranking* of G answers to one (video, question).
 
-Run      torchrun --nproc_per_node=4 grpo_rank.py --G 5            the embedded world; builds data and SFT start if missing
+Run      torchrun --nproc_per_node=4 grpo_rank.py --G 5            the embedded world; builds what is missing
          python grpo_rank.py --G 5                                 the same on one process
          python grpo_rank.py --oracle reference --name upper       a perfect oracle: the upper bound, not RLAIF
          python grpo_rank.py --advantage published --name printed  what the paper prints (D1)
@@ -68,14 +68,14 @@ ADVANTAGES = ("oracle_rank", "published", "signed", "score", "random")
 class Args:
     # -- the paper's hyper-parameters
     G: int = HfArg(default=5, help="answers per question [OR: 5]")
-    advantage: str = HfArg(default="oracle_rank", help="oracle_rank | published | signed (D1) | score: GRPO on the oracle's "
-                           "scores [G] | random: control, ranks drawn at random")
+    advantage: str = HfArg(default="oracle_rank", help="oracle_rank | published | signed (D1) | score: GRPO on the "
+                           "oracle's scores [G] | random: control, ranks drawn at random")
     scale_advantages: bool = HfArg(default=True, help="divide by the group's standard deviation (D3)")
-    oracle: str = HfArg(default="context", help="context | judge: AI feedback; reference: token F1 to the labelled answer")
+    oracle: str = HfArg(default="context", help="context | judge: AI feedback; reference: token F1 with the label")
     clip_range: float = HfArg(default=0.2, help="epsilon of the clipped surrogate [G Eq. 3]")
     beta: float = HfArg(default=0.03, help="weight of the KL to the SFT start, k3 in the loss (D6)")
     entropy_coef: float = HfArg(default=0.0, help="weight of the entropy bonus")
-    inner_epochs: int = HfArg(default=1, help="optimizer steps on each batch of answers; the ratio clips from the second on")
+    inner_epochs: int = HfArg(default=1, help="optimizer steps per batch of answers; the second and later ones clip")
     lora_r: int = HfArg(default=0, help="LoRA rank on the decoder [OR: 64]; 0 trains all weights but CLIP's")
     lora_alpha: int = HfArg(default=16, help="LoRA alpha [OR: 16]")
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
@@ -87,13 +87,13 @@ class Args:
     max_new_tokens: int = HfArg(default=16, help="longest answer, EOS included")
     temperature: float = HfArg(default=1.0, help="sampling temperature, the same in every log-probability")
     # -- data and models
-    data: str = HfArg(default=f"{WORLD}/train.json", help="videos and questions; their answers are read by --oracle reference only")
+    data: str = HfArg(default=f"{WORLD}/train.json", help="videos and questions; answers: --oracle reference only")
     video_root: str = HfArg(default="", help="where the videos are; empty: beside the annotation file")
     eval_data: str = HfArg(default=f"{WORLD}/val.json", help="held-out questions for the learning curve; empty: none")
     eval_questions: int = HfArg(default=500, help="how many of them")
     eval_steps: int = HfArg(default=25, help="steps between evaluations")
     model: str = HfArg(default="", help="the SFT start; empty: runs/sft/policy_s<seed>/final, built if missing")
-    oracle_model: str = HfArg(default="runs/sft/oracle/final", help="the judging model, a model of its own; built if missing")
+    oracle_model: str = HfArg(default="runs/sft/oracle/final", help="the judging model, built if missing")
     # -- plumbing
     name: str = HfArg(default="context", help="run name: runs/grpo_rank/<name>_s<seed>")
     seed: int = HfArg(default=0, help="order of the questions and all sampled answers")
@@ -135,7 +135,7 @@ def gain(ranks):
     r = torch.arange(G, dtype=torch.float64)
     g = torch.log2(2 + r) / (1 + r)  # (G,)
     tied = ranks.unsqueeze(-1) == ranks.unsqueeze(-2)  # (B,G,G)
-    occupied = torch.arange(G) - ranks.unsqueeze(-1)  # (B,G,G) place k is occupied by rank r's ties for r <= k < r + ties
+    occupied = torch.arange(G) - ranks.unsqueeze(-1)  # (B,G,G) >= 0 from the first place of the tie on
     occupied = (occupied >= 0) & (occupied < tied.sum(-1, keepdim=True))
     mean = lambda x: (occupied * x).sum(-1) / occupied.sum(-1)
     return mean(g), mean(r)
@@ -168,7 +168,7 @@ def rank_advantages(kind, oracle_ranks, policy_ranks):
 
 
 def scale_by_std(A):
-    """[D3; G Sec. 4.1.2] Divide zero-mean advantages (B,G) by the group's standard deviation; all-zero groups stay zero."""
+    """[D3; G Sec. 4.1.2] Zero-mean advantages (B,G) over the group's standard deviation; all-zero groups stay so."""
     std = A.square().mean(-1, keepdim=True).sqrt()
     return torch.where(std > 1e-8, A / std.clamp(min=1e-8), 0.0)
 
@@ -231,7 +231,8 @@ def main(args):
         # 1. Rollout: o_1..o_G ~ pi_old(. | video, question), one prefill per group              [G Alg. 1, line 7]
         #    Every draw is keyed by (seed, step, question): world size and interruptions do not change it.
         prefix = Prefix.build(processor, cache, questions, clips, device)
-        uniforms = np.stack([np.random.default_rng([args.seed, step, i]).random((args.G, args.max_new_tokens)) for i in mine])
+        draw = lambda i: np.random.default_rng([args.seed, step, i]).random((args.G, args.max_new_tokens))
+        uniforms = np.stack([draw(i) for i in mine])  # (B,G,T)
         tokens, lengths = generate(model, prefix, torch.from_numpy(uniforms), eos, args.temperature)  # (B,G,T), (B,G)
         answers = processor.decode_answers(tokens, lengths)
         clock.append(time.time())
@@ -277,13 +278,14 @@ def main(args):
             for k, i in enumerate(micros):
                 with harness.no_sync(ddp, when=k < len(micros) - 1):
                     logprobs, entropy = logprobs_of(ddp, i)  # (n,T)
-                    mask = answer_mask(lengths[i], logprobs.shape[-1]) * ok.to(device)[i].repeat_interleave(args.G)[:, None]
+                    mask = answer_mask(lengths[i], logprobs.shape[-1])  # (n,T)
+                    mask *= ok.to(device)[i].repeat_interleave(args.G)[:, None]
                     A = advantages[i].view(-1)  # (n,)
                     J = clipped_surrogate(logprobs, old_logprobs[k], A, args.clip_range)
                     kl = kl_k3(logprobs, ref_logprobs[k])
                     loss = (-J + args.beta * kl - args.entropy_coef * entropy) * mask
                     (loss.sum() / n_tokens * world).backward()  # DDP averages over processes; * world undoes it
-                log_update(log, logprobs.detach(), old_logprobs[k], J.detach(), kl.detach(), entropy.detach(), A, mask, args)
+                log_update(log, logprobs, old_logprobs[k], J, kl, entropy, A, mask, args)
             grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
             asked = [{"question": str(q), "answers": a} for q, a in zip(questions, answers)]
             harness.stop_if_not_finite(grad_norm, folder, step, asked)
@@ -320,8 +322,8 @@ def build_embedded_prerequisites(args, rank):
 
 def policy_sft_command(seed):
     """The label-scarce start of every RL run: the labels of 40 clips, which differ from seed to seed."""
-    command = f"sft.py --name policy_s{seed} --data {WORLD}/train.json --num_clips 40 --seed {seed} {POLICY_SFT} --resume"
-    return command.split()
+    data = f"--data {WORLD}/train.json --num_clips 40 --seed {seed}"
+    return f"sft.py --name policy_s{seed} {data} {POLICY_SFT} --resume".split()
 
 
 def choose_questions(args, records, report, cache, folder, rank, world):
@@ -336,11 +338,12 @@ def choose_questions(args, records, report, cache, folder, rank, world):
         sys.exit(f"{args.data}: {len(records)} usable questions, fewer than --prompts_per_step {args.prompts_per_step}")
     if rank == 0:
         print("\n".join(report_lines(report)))
-        print(f"{len(records)} questions; {len(seen)} clips left out because the SFT start saw their labels; {len(broken)} broken")
+        print(f"{len(records)} questions; {len(seen)} clips left out (labelled in SFT); {len(broken)} broken")
     evals = []
     if args.eval_data:
         with harness.one_line_errors(DataError):
-            evals = [r for r in read_records(args.eval_data.split(","), args.video_root or None)[0] if r["question"] != DESCRIBE]
+            evals, _ = read_records(args.eval_data.split(","), args.video_root or None)
+        evals = [r for r in evals if r["clip"] and r["question"] != DESCRIBE]
         evals = random.Random(0).sample(evals, min(args.eval_questions, len(evals)))
         bad = harness.prepare_videos(cache, [r["clip"] for r in evals], folder, rank, world)
         evals = [r for r in evals if r["clip"] not in bad]
@@ -368,6 +371,7 @@ def random_scores(answers, indices, step, seed):
     return torch.tensor(rows)
 
 
+@torch.no_grad()
 def log_update(log, logprobs, old_logprobs, J, kl, entropy, advantages, mask, args):
     n, log_ratio, A = mask.sum(), (logprobs - old_logprobs) * mask, advantages.unsqueeze(1)
     ratio = log_ratio.exp()
@@ -385,8 +389,9 @@ def log_groups(log, answers, lengths, oracle_ranks, policy_ranks, scores, ok, to
     B, G = oracle_ranks.shape
     ended = tokens.cpu().gather(-1, (lengths.cpu() - 1).unsqueeze(-1)).squeeze(-1) == eos
     tied = (oracle_ranks == oracle_ranks[:, :1]).all(-1)
-    concordant = (oracle_ranks.unsqueeze(-1) < oracle_ranks.unsqueeze(-2)) & (policy_ranks.unsqueeze(-1) < policy_ranks.unsqueeze(-2))
-    discordant = (oracle_ranks.unsqueeze(-1) < oracle_ranks.unsqueeze(-2)) & (policy_ranks.unsqueeze(-1) > policy_ranks.unsqueeze(-2))
+    before = lambda ranks: ranks.unsqueeze(-1) < ranks.unsqueeze(-2)  # (B,G,G)
+    concordant = before(oracle_ranks) & before(policy_ranks)
+    discordant = before(oracle_ranks) & before(policy_ranks).transpose(1, 2)
     log.add("objective/score", (scores * ok.unsqueeze(-1)).sum(), ok.sum() * G)
     log.add("rollout/len", lengths.sum(), B * G)
     log.add("rollout/eos_rate", ended.sum(), B * G)
@@ -404,8 +409,9 @@ def log_accuracy(log, records, model, processor, cache):
 def write_samples(folder, step, batch, answers, ranks, advantages):
     with open(Path(folder, "samples.jsonl"), "a") as f:
         for r, group, order, A in list(zip(batch, answers, ranks.tolist(), advantages.tolist()))[:3]:
-            f.write(json.dumps(dict(step=step, video=str(r["clip"].path), question=r["question"], answers=group, ranks=order,
-                                    advantages=[round(a, 3) for a in A])) + "\n")
+            row = dict(step=step, video=str(r["clip"].path), question=r["question"], answers=group, ranks=order,
+                       advantages=[round(a, 3) for a in A])
+            f.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def wrap_ddp(model, device, find_unused=False):
     """DistributedDataParallel where there are several processes. It averages gradients: losses are scaled for that."""
     if not dist.is_initialized():
         return model
-    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, find_unused_parameters=find_unused)
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, ids, find_unused_parameters=find_unused)
 
 
 def no_sync(model, when):
@@ -102,10 +103,10 @@ def no_sync(model, when):
 def build_if_missing(path, command, duration, rank):
     """A missing piece of the *embedded* default is built by the script that makes it: on rank 0, the others wait."""
     if rank == 0 and not Path(path).exists():
-        print(f"{path} is missing: building it with `python {' '.join(command)}` ({duration} on two CPU cores)", flush=True)
+        print(f"{path} is missing: `python {' '.join(command)}` makes it ({duration} on two CPU cores)", flush=True)
         # the child is one process of its own, not a member of this torchrun job
-        env = {k: v for k, v in os.environ.items()
-               if not k.startswith(("TORCHELASTIC", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "OMP_"))}
+        ours = ("TORCHELASTIC", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "OMP_")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
         if subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], env=env).returncode:
             sys.exit(f"building {path} failed; its own message stands above")
     barrier()
@@ -115,7 +116,8 @@ def build_if_missing(path, command, duration, rank):
 # The run folder: args.json, metrics.jsonl, TensorBoard, checkpoint-<step>/, final/
 # ---------------------------------------------------------------------------------------------------------------
 def git_commit():
-    out = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"]
+    out = subprocess.run(command, capture_output=True, text=True)
     return out.stdout.strip() or "unknown"
 
 

@@ -72,7 +72,7 @@ def token_f1(prediction, reference):
 
 
 def ranks_of(scores):
-    """scores (B,G), higher is better -> ranks (B,G) long: the number of strictly better answers, so ties share a rank."""
+    """scores (B,G), higher is better -> ranks (B,G) long: the number of strictly better answers; ties share a rank."""
     return (scores.unsqueeze(1) > scores.unsqueeze(2)).sum(-1)
 
 
@@ -167,13 +167,13 @@ class JudgeOracle:
         return prefers
 
     def compare(self, jobs, videos, questions, answers, stories, prefers):
-        """Fill prefers[b,i,j] for the jobs [(b, [(i,j), ...])]: each ordered pair is asked once, and both replies to it,
-        answer i and answer j, are scored behind the shared prefix."""
+        """Fill prefers[b,i,j] for the jobs [(b, [(i,j), ...])]: each ordered pair is asked once, and both replies to
+        it, answer i and answer j, are scored behind the shared prefix."""
         heads, tails, counts = [], [], []
         replies = [[self.processor.answer_ids(a) for a in group] for group in answers]
         for b, pairs in jobs:
-            parts = [self.processor.split_prompt_ids(*judge_prompt(questions[b], answers[b][i], answers[b][j], stories[b]))
-                     for i, j in pairs]
+            ask = lambda i, j: judge_prompt(questions[b], answers[b][i], answers[b][j], stories[b])
+            parts = [self.processor.split_prompt_ids(*ask(i, j)) for i, j in pairs]
             heads.append(parts[0][0])
             tails.append([tail + replies[b][k] for (_, tail), pair in zip(parts, pairs) for k in pair])
             counts.append([len(replies[b][k]) for pair in pairs for k in pair])
@@ -187,7 +187,8 @@ class JudgeOracle:
         logprobs = logprobs.view(len(jobs), n, -1)
         for row, (b, pairs) in enumerate(jobs):
             reply = [logprobs[row, k, lengths[row, k] - c : lengths[row, k]].sum() for k, c in enumerate(counts[row])]
-            p = {pair: torch.sigmoid(reply[2 * k] - reply[2 * k + 1]) for k, pair in enumerate(pairs)}  # P(i | asked i, j)
+            # P(reply i | asked i, j)
+            p = {pair: torch.sigmoid(reply[2 * k] - reply[2 * k + 1]) for k, pair in enumerate(pairs)}
             for i, j in pairs:
                 prefers[b, i, j] = (p[i, j] + 1 - p[j, i]) / 2
 
@@ -239,7 +240,8 @@ def pairwise_accuracy(scores, correct):
     scores (B,G) float, correct (B,G) bool -> accuracy, number of pairs.
     """
     mixed = correct.unsqueeze(2) & ~correct.unsqueeze(1)  # (B,G,G) i right, j wrong
-    better = (scores.unsqueeze(2) > scores.unsqueeze(1)).float() + (scores.unsqueeze(2) == scores.unsqueeze(1)).float() / 2
+    difference = scores.unsqueeze(2) - scores.unsqueeze(1)  # (B,G,G)
+    better = (difference > 0).float() + (difference == 0).float() / 2
     pairs = mixed.sum().item()
     return (better * mixed).sum().item() / max(pairs, 1), pairs
 
@@ -263,8 +265,9 @@ def main(args):
         scores, _ = oracle.score(clips, questions, answers)
         accuracy, pairs = pairwise_accuracy(scores, correct)
         tied = (scores == scores[:, :1]).all(1).float().mean()
-        print(f"{name:10s} right before wrong in {accuracy:.1%} of {pairs} pairs; no order in {tied:.1%} of the groups; "
-              f"a right answer first in {correct.gather(1, scores.argmax(1, keepdim=True)).float().mean():.1%}")
+        first = correct.gather(1, scores.argmax(1, keepdim=True)).float().mean()
+        print(f"{name:10s} right before wrong in {accuracy:.1%} of {pairs} pairs; no order in {tied:.1%} of the "
+              f"groups; a right answer first in {first:.1%}")
 
 
 if __name__ == "__main__":

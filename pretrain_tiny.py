@@ -1,9 +1,9 @@
 """What a download brings at 7B and nothing brings at `tiny`: a CLIP, a Q-Former and a tokenizer, made in minutes.
 
-Run      python pretrain_tiny.py                 -> data/moving_shapes/hub/{clip,qformer,llm}, about 5 minutes on two cores
+Run      python pretrain_tiny.py                -> data/moving_shapes/hub/{clip,qformer,llm}, 5 minutes on two cores
 
 `sft.py` then composes its model from these folders exactly as it composes one from `openai/clip-vit-large-patch14-336`
-and friends. Trained on the clips of the `pretrain` split alone, of which no policy, no RL run and no benchmark sees one.
+and friends. Trained on the clips of the `pretrain` split alone: no policy, RL run or benchmark sees one of them.
 
   stage 1   vision tower + Q-Former learn the attributes of every clip (per colour: form, action, place at the start and
             at the end, order of appearance) through a linear read-out that is thrown away. The labels are the embedded
@@ -36,12 +36,14 @@ from data import read_frames
 from moving_shapes import ACTIONS, COLORS, QUADRANTS, SHAPES
 from video_llm import TINY_QFORMER, TINY_VISION, VIDEO_TOKEN, VideoQFormer, VideoQFormerConfig, init_from_nothing
 
-TINY_TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128)
-PROMPT_WORDS = ("\nResponse 1: 1\nResponse 2: 2\nWhich response is better, 1 or 2?",  # so that what the judge is asked is
-                "\nResponse 1: 2\nResponse 2: 1\nWhich response is better, 1 or 2?")  # made of whole words too
+TINY_TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                 max_position_embeddings=128)
+PROMPT_WORDS = ("\nResponse 1: 1\nResponse 2: 2\nWhich response is better, 1 or 2?",  # the judge's words
+                "\nResponse 1: 2\nResponse 2: 1\nWhich response is better, 1 or 2?")
 TINY_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] | replace('\\n', ' ') }}"
-    "{% else %}<assistant>{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% else %}<assistant>{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 # attributes per colour: form (0: not there), action, start, end, order of appearance (3: all together) ...
 CLASSES = (1 + len(SHAPES), len(ACTIONS), len(QUADRANTS), len(QUADRANTS), 4)
@@ -59,7 +61,7 @@ class Args:
 
 
 def make_tokenizer(texts):
-    """Byte-level BPE on the world's own sentences: every word of the world is one token, any other text still encodes."""
+    """Byte-level BPE on the world's own sentences: its words are one token each, any other text still encodes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,8 +78,9 @@ def attributes(clip):
     out = np.full((len(COLORS), len(CLASSES)), -100)
     out[:, 0] = 0
     for s in clip["shapes"]:
-        out[list(COLORS).index(s["color"])] = (1 + SHAPES.index(s["shape"]), ACTIONS.index(s["action"]), QUADRANTS.index(s["start"]),
-                                         QUADRANTS.index(s["end"]), 3 if s["together"] else s["order"])
+        out[list(COLORS).index(s["color"])] = (
+            1 + SHAPES.index(s["shape"]), ACTIONS.index(s["action"]), QUADRANTS.index(s["start"]),
+            QUADRANTS.index(s["end"]), 3 if s["together"] else s["order"])
     return out
 
 
@@ -100,7 +103,8 @@ def mirror(pixels, labels, rng):
 
 def attribute_loss(logits, labels):
     """Sum over attributes of the cross-entropy over the colours that are there. 5 x (B,4,classes), (B,4,5) -> ()."""
-    return sum(F.cross_entropy(p.flatten(0, 1), labels[..., k].flatten(), ignore_index=-100) for k, p in enumerate(logits))
+    return sum(F.cross_entropy(p.flatten(0, 1), labels[..., k].flatten(), ignore_index=-100)
+               for k, p in enumerate(logits))
 
 
 def clip_loss(image, text, log_scale):
@@ -139,7 +143,8 @@ def main(args):
     tokenizer.save_pretrained(aside / "llm")
 
     num_frames = 8
-    frames = [read_frames(f"{args.data}/{c['video']}", num_frames)[0] for c in tqdm(clips, desc="decoding", mininterval=5)]
+    paths = [f"{args.data}/{c['video']}" for c in clips]
+    frames = [read_frames(path, num_frames)[0] for path in tqdm(paths, desc="decoding", mininterval=5)]
     frames = torch.from_numpy(np.stack(frames)).permute(0, 1, 4, 2, 3)  # (C,F,3,H,W) uint8
     labels = torch.from_numpy(np.stack([attributes(c) for c in clips]))  # (C,4,5)
     size = TINY_VISION["image_size"]
@@ -162,7 +167,8 @@ def main(args):
     rng = np.random.default_rng(args.seed)
 
     def predict(pixels):
-        hidden = model.vision_model(pixels.flatten(0, 1), output_hidden_states=True).hidden_states[-2]  # as VideoLLM reads it
+        # the layer that VideoLLM reads
+        hidden = model.vision_model(pixels.flatten(0, 1), output_hidden_states=True).hidden_states[-2]
         features = hidden.view(*pixels.shape[:2], *hidden.shape[1:])
         queries = qformer(features, torch.ones(features.shape[:2], dtype=torch.bool))
         tokens = queries.unflatten(1, (len(COLORS), -1))  # (B,4,4,D)
@@ -191,7 +197,8 @@ def main(args):
         last = layers[-1](locked[index].flatten(0, 1), attention_mask=None)
         cls = model.vision_model.post_layernorm((last[0] if isinstance(last, tuple) else last)[:, 0])  # (B*F,D)
         image = F.normalize(model.visual_projection(cls), dim=-1).view(len(index), num_frames, -1).mean(1)
-        text = model.text_model(input_ids=story.input_ids[index], attention_mask=story.attention_mask[index]).pooler_output
+        words = {"input_ids": story.input_ids[index], "attention_mask": story.attention_mask[index]}
+        text = model.text_model(**words).pooler_output
         return clip_loss(image, model.text_projection(text), model.logit_scale)
 
     rest = [p for m in (layers[-1], model.vision_model.post_layernorm, model.visual_projection, model.text_model,

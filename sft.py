@@ -21,7 +21,7 @@ for up to `--pack` examples, and a block mask keeps them from seeing each other 
 symbol      name          shape     meaning
             prefix        (B,P)     what the prompts about a clip have in common, the video first; B clips
             tokens        (B,G,T)   what follows, for G examples a clip: rest of the question, answer, EOS
-m_t         mask          (N,T)     1 on answer tokens (EOS is a target: the model learns to stop), N = B*G, from lengths
+m_t         mask          (N,T)     1 on answer tokens and EOS (the model learns to stop), N = B*G, from lengths
 pi(y_t)     logprobs      (N,T)     log-probability of each token given the video and what stands before it
 """
 
@@ -48,7 +48,7 @@ KINDS = ("answer", "describe", "judge")  # what an example asks for; logged apar
 @dataclass
 class Args:
     # -- the paper's hyper-parameters
-    curriculum: str = HfArg(default="length", help="length: easy (short) answers first [V Sec. 3.3]; off: all from the start")
+    curriculum: str = HfArg(default="length", help="length: short answers first [V Sec. 3.3]; off: all at once")
     easy_share: float = HfArg(default=0.65, help="share of the records that counts as easy [V: 214k of 327k]")
     easy_steps: float = HfArg(default=0.4, help="share of the steps spent in the easy stage")
     lora_r: int = HfArg(default=0, help="LoRA rank on the decoder [V: 32]; 0 trains all weights but CLIP's")
@@ -62,15 +62,15 @@ class Args:
     lr: float = HfArg(default=1.5e-3, help="peak learning rate; linear warm-up, then linear to zero: an annealed end")
     warmup: float = HfArg(default=0.03, help="share of the steps that warm up")
     weight_decay: float = HfArg(default=0.05, help="AdamW weight decay")
-    judge_share: float = HfArg(default=0.25, help="share of the clips whose questions become comparisons of two answers (D3)")
+    judge_share: float = HfArg(default=0.25, help="share of the clips whose questions become comparisons (D3)")
     # -- data and model
-    data: str = HfArg(default=f"{WORLD}/pretrain.json", help="annotation file(s), comma-separated; formats: docs/sft.md")
+    data: str = HfArg(default=f"{WORLD}/pretrain.json", help="annotation files, comma-separated; formats: docs/sft.md")
     video_root: str = HfArg(default="", help="where the videos are; empty: beside the annotation file")
     num_clips: int = HfArg(default=0, help="use the labels of so many clips, drawn by --seed; 0: all")
-    model: str = HfArg(default="", help="continue from this VideoLLM checkpoint; empty: compose one from the next three")
+    model: str = HfArg(default="", help="continue from this VideoLLM; empty: compose one of the next three")
     clip: str = HfArg(default=f"{WORLD}/hub/clip", help="CLIP checkpoint, folder or hub name")
-    qformer: str = HfArg(default=f"{WORLD}/hub/qformer", help="VideoQFormer checkpoint, or a number of queries for a new one")
-    llm: str = HfArg(default=f"{WORLD}/hub/llm", help="causal decoder; a folder with a tokenizer alone: tiny, from nothing")
+    qformer: str = HfArg(default=f"{WORLD}/hub/qformer", help="VideoQFormer folder, or a number of queries: a new one")
+    llm: str = HfArg(default=f"{WORLD}/hub/llm", help="causal decoder; a tokenizer alone: tiny, from nothing")
     max_prompt_tokens: int = HfArg(default=512, help="longer questions are cut at their end, never the video")
     max_answer_tokens: int = HfArg(default=96, help="longer answers are cut and then carry no EOS")
     # -- plumbing
@@ -92,9 +92,12 @@ class Args:
         for flag in ("easy_share", "easy_steps", "warmup", "judge_share"):
             if not 0 <= getattr(self, flag) <= 1:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must lie between 0 and 1")
-        for flag in ("steps", "batch_size", "pack", "micro_batch_size", "save_steps", "max_prompt_tokens", "max_answer_tokens"):
-            if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least 1")
+        for flag, low in (("steps", 1), ("batch_size", 1), ("pack", 1), ("micro_batch_size", 1), ("save_steps", 1),
+                          ("max_prompt_tokens", 1), ("max_answer_tokens", 1), ("num_clips", 0), ("lora_r", 0)):
+            if getattr(self, flag) < low:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least {low}")
+        if not self.lr > 0:
+            raise ValueError(f"--lr {self.lr}: must be above 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -106,7 +109,7 @@ def easy_and_hard(lengths, easy_share):
 
 
 def sft_loss(logprobs, mask):
-    """Negative log-likelihood per example: mean over its answer tokens (D2). (N,T), (N,T) -> (N,); 0 for padding rows."""
+    """Negative log-likelihood per example, mean over its answer tokens (D2). (N,T), (N,T) -> (N,), 0 on padding."""
     return -(logprobs * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
@@ -133,7 +136,8 @@ def comparison(record, pools, stories, rng):
     pair = [record["answer"], rng.choice(wrong)]
     rng.shuffle(pair)
     story = stories.get(record["clip"].path)
-    return dict(clip=record["clip"], question=judge_prompt(record["question"], *pair, narrative=story), answer=record["answer"])
+    question = judge_prompt(record["question"], *pair, narrative=story)
+    return {"clip": record["clip"], "question": question, "answer": record["answer"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -174,7 +178,7 @@ def main(args):
     broken = harness.prepare_videos(cache, clips, folder, rank, world)
     records = [r for r in records if r["clip"] not in broken]
     if rank == 0:
-        print("\n".join(report_lines(report)) + f"\n{len(records)} records are used; {len(broken)} clips cannot be read")
+        print(*report_lines(report), f"{len(records)} records are used; {len(broken)} clips cannot be read", sep="\n")
     lengths = np.array([len(processor.answer_ids(r["answer"])) for r in records])
     easy = easy_and_hard(lengths, args.easy_share)
     easy_groups = by_clip([r for r, e in zip(records, easy) if e], args.pack)
@@ -191,8 +195,8 @@ def main(args):
         groups = [list(g) for g in rng.choices(easy_groups if stage_easy else all_groups, k=args.batch_size)]
         for k, group in enumerate(groups):
             if group[0]["clip"] and rng.random() < args.judge_share:
-                with_story = rng.random() < 0.5
-                groups[k] = [c for r in group if (c := comparison(r, pools, stories if with_story else {}, rng))] or group
+                told = stories if rng.random() < 0.5 else {}
+                groups[k] = [c for r in group if (c := comparison(r, pools, told, rng))] or group
         n_examples = sum(map(len, groups))
 
         # 5. Likelihood of the answers. Sorted by length, so that a micro-batch holds little padding.
@@ -214,7 +218,8 @@ def main(args):
 
         # 6. Update
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        harness.stop_if_not_finite(grad_norm, folder, step, [[str(r["question"]), r["answer"]] for g in groups for r in g])
+        asked = [[str(r["question"]), r["answer"]] for g in groups for r in g]
+        harness.stop_if_not_finite(grad_norm, folder, step, asked)
         optimizer.step()
         optimizer.zero_grad()
         log.add("policy/grad_norm", grad_norm)
@@ -255,7 +260,7 @@ def judge_material(records):
 
 
 def by_clip(records, pack):
-    """Groups of up to `pack` records about the same (part of a) clip, like lengths together. Text-only rows stay alone."""
+    """Groups of up to `pack` records about the same (part of a) clip, like lengths together. Text-only rows: alone."""
     clips = {}
     for k, r in enumerate(records):
         clips.setdefault(r["clip"] or k, []).append(r)
@@ -272,7 +277,7 @@ def row_length(row):
 
 
 def encode(group, processor, args):
-    """Examples about one clip -> shared prefix ids, [question + answer ids], [number of answer tokens], clip, [kind]."""
+    """Examples about one clip -> shared prefix ids, [question + answer ids], [answer tokens], clip, [kind]."""
     clip, prompts = group[0]["clip"], []
     for r in group:
         if isinstance(r["question"], tuple):
@@ -288,7 +293,7 @@ def encode(group, processor, args):
 
 
 def collate(rows, processor, cache, device):
-    """-> Prefix, tokens (B,G,T), lengths (B,G), mask (N,T) of answer tokens, N kinds. Padding rows have an empty mask."""
+    """-> Prefix, tokens (B,G,T), lengths (B,G), mask (N,T) of answer tokens, N kinds. Padding rows: an empty mask."""
     B, G = len(rows), max(len(tails) for _, tails, *_ in rows)
     ids, attention_mask = processor.pad([prefix for prefix, *_ in rows], "left")
     videos = [clip for *_, clip, _ in rows if clip is not None]

@@ -187,7 +187,8 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
                 video = self.encode_video(video_features, frame_mask).to(inputs_embeds.dtype)
                 at = (input_ids == self.config.video_token_id).unsqueeze(-1)
                 if at.sum() * video.shape[-1] != video.numel():
-                    raise ValueError(f"prompts hold {int(at.sum())} video tokens, the videos give {video.shape[:2].numel()}")
+                    have = video.shape[:2].numel()
+                    raise ValueError(f"prompts hold {int(at.sum())} video tokens, the videos give {have}")
                 inputs_embeds = inputs_embeds.masked_scatter(at, video)
         out = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
                                   past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep,
@@ -216,7 +217,7 @@ def init_from_nothing(module, seed):
     """Initialise in place for training from nothing: std 1/sqrt(fan_in), embeddings near 0.5; norms stay at one.
 
     The library's 0.02 is meant for wide, pre-trained models: at width 128 it is the difference between learning in
-    a minute and not at all (docs/video_llm.md has the measurement). Deterministic in `seed`.
+    a minute and not at all. Deterministic in `seed`.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
@@ -242,7 +243,8 @@ def compose(clip, qformer, llm, seed=0, num_frames=None, dtype=torch.float32):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: no mask in this repository looks at token ids
     if isinstance(qformer, int):
-        parts = VideoQFormer(VideoQFormerConfig(num_query_tokens=qformer, encoder_hidden_size=vision.config.hidden_size))
+        width = vision.config.hidden_size
+        parts = VideoQFormer(VideoQFormerConfig(num_query_tokens=qformer, encoder_hidden_size=width))
         init_from_nothing(parts, seed)
     else:
         parts = VideoQFormer.from_pretrained(qformer, dtype=dtype)
@@ -251,7 +253,7 @@ def compose(clip, qformer, llm, seed=0, num_frames=None, dtype=torch.float32):
         if len(tokenizer) > decoder.get_input_embeddings().num_embeddings:
             decoder.resize_token_embeddings(len(tokenizer))
     else:
-        ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         decoder = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **ids, **TINY_LLAMA))
         init_from_nothing(decoder, seed)
     config = VideoLLMConfig(vision_config=vision.config, qformer_config=parts.config, text_config=decoder.config,
@@ -308,7 +310,7 @@ class VideoLLMProcessor(ProcessorMixin):
         """The prompt's token ids, ready for an answer: `<video>` expanded to Q tokens, an assistant turn opened.
 
         question: one string, or chat messages [{"role","content"}, ...] ending with a user turn. Overlong text is
-        cut at the *end of the last question*; video tokens and template are never cut. ValueError if that is not enough.
+        cut at the *end of the last question*, video tokens and template never. ValueError if that is not enough.
         """
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
         messages = [{**m, "content": self.clean(m["content"])} for m in messages]
@@ -316,14 +318,15 @@ class VideoLLMProcessor(ProcessorMixin):
             messages[0]["content"] = f"{VIDEO_TOKEN}\n{messages[0]['content']}"
         ids = self._template_ids(messages)
         if max_length is not None and len(ids) > max_length:
-            head, question_ids = messages[:-1], self.tokenizer(messages[-1]["content"], add_special_tokens=False).input_ids
+            head = messages[:-1]
+            question_ids = self.tokenizer(messages[-1]["content"], add_special_tokens=False).input_ids
             keep = len(question_ids) - (len(ids) - max_length)
             # the cut text must keep the video token and one word at least
             floor = 2 if video and not head else 1
             if keep < floor:
-                raise ValueError(f"a prompt of {len(ids)} tokens cannot be cut to {max_length} without losing the video")
+                raise ValueError(f"a prompt of {len(ids)} tokens cannot be cut to {max_length} and keep its video")
             text = self.tokenizer.decode(question_ids[:keep])
-            ids = self._template_ids(head + [{**messages[-1], "content": text}])[:]
+            ids = self._template_ids(head + [{**messages[-1], "content": text}])
         return ids
 
     def split_prompt_ids(self, head, tail):
@@ -344,7 +347,7 @@ class VideoLLMProcessor(ProcessorMixin):
         return [i for t in ids for i in ([t] * self.num_query_tokens if t == video_id else [t])]
 
     def answer_ids(self, answer, max_length=None):
-        """An answer's token ids with EOS at the end; a cut answer has no EOS, so that cutting is never learned as ending."""
+        """An answer's token ids with EOS at the end; a cut answer has no EOS: cutting is never learned as ending."""
         ids = self.tokenizer(self.clean(answer), add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id]
         return ids[:max_length]
 
@@ -360,8 +363,8 @@ class VideoLLMProcessor(ProcessorMixin):
 
     def decode_answers(self, tokens, lengths):
         """tokens (B,G,T), lengths (B,G) counted with EOS -> B lists of G strings."""
-        return [[self.tokenizer.decode(t[:n], skip_special_tokens=True).strip() for t, n in zip(ts.tolist(), ns.tolist())]
-                for ts, ns in zip(tokens, lengths)]
+        text = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return [[text(t[:n]) for t, n in zip(ts.tolist(), ns.tolist())] for ts, ns in zip(tokens, lengths)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -397,7 +400,7 @@ def load_model(path, quantize="none", dtype=torch.float32, device="cpu"):
 
 
 def add_lora(model, r, alpha, train_bridge=False):
-    """LoRA on every linear layer of the decoder (papers: r=64, alpha=16). train_bridge: Q-Former and projection too."""
+    """LoRA on every linear layer of the decoder (papers: r=64, alpha=16); train_bridge: Q-Former, projection too."""
     targets = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, bias="none",
                         modules_to_save=["qformer", "projection"] if train_bridge else None)
@@ -422,7 +425,7 @@ def unwrap(model):
 
 
 def reference_of(model):
-    """A context manager factory for the frozen start: `with ref() as ref_model`. LoRA: the same weights, adapter off."""
+    """Makes context managers for the frozen start: `with ref() as ref_model`. LoRA: the same weights, adapter off."""
     if isinstance(model, PeftModel):
         @contextmanager
         def adapter_off():

@@ -25,9 +25,11 @@ def run(cwd, *command, check=True, env=None):
     if command[0] == "torchrun":
         head, command = [sys.executable, "-m", "torch.distributed.run", "--standalone"], command[1:]
     command = [str(REPO / c) if c.endswith(".py") and "/" not in c else c for c in map(str, command)]
-    done = subprocess.run(head + command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=300)
+    env = {**os.environ, **(env or {})}
+    done = subprocess.run(head + command, cwd=cwd, capture_output=True, text=True, env=env, timeout=300)
     if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        printed = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{printed}")
     return done
 
 
@@ -43,6 +45,6 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="session")
 def policy(world):
     """runs/sft/policy_s0/final in the miniature world: an SFT start of a few steps."""
-    run(world, "sft.py", "--name", "policy_s0", "--data", "data/moving_shapes/train.json", "--num_clips", "6", "--steps", "4",
-        "--batch_size", "8", "--micro_batch_size", "8")
+    run(world, "sft.py", "--name", "policy_s0", "--data", "data/moving_shapes/train.json", "--num_clips", "6",
+        "--steps", "4", "--batch_size", "8", "--micro_batch_size", "8")
     return world / "runs/sft/policy_s0/final"
