@@ -58,7 +58,7 @@ def setup_dist():
     if world > 1:
         torch.set_num_threads(1)  # several processes with several threads each would fight for the cores
         # the long timeout covers the building of a missing prerequisite, during which the other ranks wait
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=3))
     return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
 
 

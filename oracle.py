@@ -11,14 +11,14 @@ not rank a group: such a group is *counted and masked out* by the caller, never 
   context     the same with a narrative: the video cut into 3 clips of at most 20 frames, each described with 'Describe
               this video in detail', joined and put before the question.              [VLM-RLAIF Sec. 3.2]
 
-The oracle is a model of its own (`--oracle_model`), in life a stronger one than the policy. Identical answers are
-compared once and tied: their order would be noise.
+The oracle is a model of its own (`--oracle_model`), in life a stronger one than the policy.
 
     python oracle.py --checkpoint runs/sft/policy/final --oracles judge,context     agreement with the truth, printed
 
 D1      the judge's two possible replies are the responses themselves, not the labels "1" and "2". A label is a pointer:
-        at the size of `tiny` the loss of a label stayed at ln 2 for 700 steps (docs/oracle.md), while naming the better
+        at the size of `tiny` it stayed at chance for as long as it takes to learn to answer, while naming the better
         response is question answering with two options and is learned along with it.
+D2      identical answers (after `normalize`) are compared once and tied; nothing else is ever tied.
 
 Papers  [OR] Oracle-RLAIF arXiv:2510.02561    VLM-RLAIF arXiv:2402.03746
 """

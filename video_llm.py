@@ -388,6 +388,7 @@ def load_model(path, quantize="none", dtype=torch.float32, device="cpu"):
     if quantize == "none":
         model = VideoLLM.from_pretrained(path, dtype=dtype).to(device)
     else:
+        dtype = torch.bfloat16 if str(device).startswith("cuda") else dtype  # of everything that is not quantised
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                  bnb_4bit_compute_dtype=dtype,
                                  llm_int8_skip_modules=["vision_tower", "qformer", "projection", "lm_head"])
