@@ -79,7 +79,7 @@ class Args:
     lora_r: int = HfArg(default=0, help="LoRA rank on the decoder [OR: 64]; 0 trains all weights but CLIP's")
     lora_alpha: int = HfArg(default=16, help="LoRA alpha [OR: 16]")
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
-    # -- budget
+    # -- budget [D7]
     steps: int = HfArg(default=150, help="rollout steps")
     prompts_per_step: int = HfArg(default=48, help="questions per step, over all processes [OR: 64]")
     micro_batch_size: int = HfArg(default=12, help="questions (times G answers) per forward pass and process")

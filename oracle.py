@@ -154,7 +154,7 @@ class JudgeOracle:
         same = [[normalize(a) for a in group] for group in answers]
         jobs = []  # (b, pairs [(i,j)]) of first occurrences
         for b in range(B):
-            first = [i for i in range(G) if same[b].index(same[b][i]) == i]
+            first = [i for i in range(G) if same[b].index(same[b][i]) == i]  # [D2]
             jobs.append((b, [(i, j) for i in first for j in first if i != j]))
         jobs = sorted((job for job in jobs if job[1]), key=lambda job: len(job[1]))  # like sizes share a batch
         while jobs:

@@ -304,7 +304,7 @@ class VideoLLMProcessor(ProcessorMixin):
 
     def clean(self, text):
         """Text of users and models must not smuggle in the token that stands for the video."""
-        return text.replace(VIDEO_TOKEN, "").replace("<image>", "").strip()
+        return text.replace(VIDEO_TOKEN, "").replace("<image>", "").replace("\x00", "").strip()
 
     def prompt_ids(self, question, video=True, max_length=None):
         """The prompt's token ids, ready for an answer: `<video>` expanded to Q tokens, an assistant turn opened.
@@ -331,8 +331,8 @@ class VideoLLMProcessor(ProcessorMixin):
 
     def split_prompt_ids(self, head, tail):
         """The prompt `head + tail` as two lists of ids: many tails can be packed behind one head (oracle.py)."""
-        text = self._template([{"role": "user", "content": f"{VIDEO_TOKEN}\n{self.clean(head)}\x00{tail}"}])
-        return [self._ids(part) for part in text.split("\x00")]
+        content = f"{VIDEO_TOKEN}\n{self.clean(head)}\x00\n{self.clean(tail)}"  # `clean` leaves no other \x00
+        return [self._ids(part) for part in self._template([{"role": "user", "content": content}]).split("\x00")]
 
     def _template_ids(self, messages):
         return self._ids(self._template(messages))

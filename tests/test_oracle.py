@@ -45,7 +45,7 @@ def test_ranks_with_ties():
 def test_reference_oracle_masks_what_it_does_not_know():
     clip, other = Clip("a.mp4"), Clip("b.mp4")
     judge = ReferenceOracle([dict(clip=clip, question="what?", answer="red circle")])
-    groups = [["blue", "red circle", "red", "the red circle"], ["red circle", "x", "y", "z"], ["red circle", "x", "y", "z"]]
+    groups = [["blue", "red circle", "red", "the red circle"], *[["red circle", "x", "y", "z"]] * 2]
     videos, questions = [clip, other, clip], ["what?", "what?", "where?"]
     ranks, ok = judge.rank(videos, questions, groups)
     assert ranks[0].tolist() == [3, 0, 2, 0] and ok.tolist() == [True, False, False]

@@ -1,4 +1,4 @@
-"""The model's short cuts against the slow way: one forward pass per answer, one token at a time, no cache, no packing."""
+"""The model's short cuts against the slow way: a forward pass per answer, a token at a time, no cache, no packing."""
 
 import os
 import shutil
@@ -116,7 +116,7 @@ def test_packed_answers_score_as_if_alone(trained, prefix, tokens):
     for name, a, b in zip(params, packed_grads, plain_grads):
         assert b.abs().max() > 1e-6 or name.endswith("bias"), name
         # 1e-5 of the largest entry; a bias of attention keys has gradient zero but for rounding
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * max(1.0, b.abs().max().item()), msg=lambda m: f"{name}: {m}")
+        assert (a - b).abs().max() < 1e-5 * max(1.0, b.abs().max().item()), name
 
 
 def test_what_stands_behind_an_answer_does_not_matter(start, prefix, tokens):
@@ -154,7 +154,7 @@ def test_pad_may_be_eos(policy, start, cache, clips, prefix, tokens):
     same = Prefix.build(processor, cache, QUESTIONS, clips)
     assert (same.input_ids == eos).sum() > (prefix.input_ids == eos).sum()  # the left side is padded with EOS now
     assert torch.equal(same.attention_mask, prefix.attention_mask)
-    assert torch.equal(token_logprobs(model, same, tokens, LENGTHS)[0], token_logprobs(model, prefix, tokens, LENGTHS)[0])
+    assert torch.equal(*(token_logprobs(model, p, tokens, LENGTHS)[0] for p in (same, prefix)))
     uniforms = torch.rand(3, 5, 8, generator=torch.Generator().manual_seed(0))
     for a, b in zip(generate(model, same, uniforms, eos), generate(model, prefix, uniforms, eos)):
         assert torch.equal(a, b)
@@ -188,7 +188,7 @@ def test_generate_equals_plain_sampling(start, prefix, temperature):
     uniforms = torch.rand(3, 4, 9, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     tokens, lengths = generate(model, prefix, uniforms, eos, temperature)
     with torch.no_grad():
-        expected = [[plain_sample(model, prefix, b, uniforms[b, g], eos, temperature) for g in range(4)] for b in range(3)]
+        expected = [[plain_sample(model, prefix, b, u, eos, temperature) for u in uniforms[b]] for b in range(3)]
     assert lengths.tolist() == [[len(a) for a in row] for row in expected]
     assert [[t[:n].tolist() for t, n in zip(*row)] for row in zip(tokens, lengths)] == expected
     assert len({tuple(a) for row in expected for a in row}) > 6 and tokens.shape[-1] == lengths.max()
@@ -311,7 +311,7 @@ SMUGGLED = ["<video> <video>what<video>", "<image>what", "<vi<video>deo>what", "
 @pytest.mark.parametrize("text", SMUGGLED)
 def test_text_cannot_smuggle_in_a_video(start, text):
     processor, video_id, Q = start[1], start[0].config.video_token_id, start[1].num_query_tokens
-    chat = [{"role": "user", "content": text}, {"role": "assistant", "content": text}, {"role": "user", "content": text}]
+    chat = [{"role": role, "content": text} for role in ("user", "assistant", "user")]
     assert processor.prompt_ids(text).count(video_id) == Q
     assert processor.prompt_ids(chat).count(video_id) == Q
     assert processor.prompt_ids(text, video=False).count(video_id) == 0

@@ -1,0 +1,17 @@
+"""A script run inside this process, as from the command line: that saves importing torch each time."""
+
+import importlib
+import sys
+
+import harness
+
+
+def main_of(monkeypatch, cwd, script, *flags):
+    """`python script flags` in the folder `cwd`. Raises SystemExit where the script does."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+    module = importlib.import_module(script.removesuffix(".py"))
+    if hasattr(module, "HfArgumentParser"):  # it reads its flags itself
+        module.main()
+    else:
+        module.main(harness.parse_args(module.Args))

@@ -1,0 +1,43 @@
+"""Two processes are the same run as one: same questions, same answers, same means, same weights to rounding."""
+
+import json
+
+import pytest
+from conftest import run
+from inside import main_of
+from safetensors.torch import load_file
+
+TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "3", "--micro_batch_size", "2"]
+GRPO = ["grpo_rank.py", *TRAIN, "--oracle", "reference", "--prompts_per_step", "8", "--G", "3", "--max_new_tokens", "6",
+        "--eval_questions", "7", "--eval_steps", "1", "--beta", "0.1", "--inner_epochs", "2", "--entropy_coef", "0.01"]
+SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--judge_share", "0.5"]
+
+
+def rows(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in lines]
+
+
+@pytest.mark.parametrize("command, folder", [
+    pytest.param([*GRPO, "--advantage", "random"], "runs/grpo_rank/{}_s0", id="grpo_rank"),
+    pytest.param(SFT, "runs/sft/{}", id="sft")])  # fmt: skip
+def test_two_processes_equal_one(world, policy, monkeypatch, command, folder):
+    main_of(monkeypatch, world, *command, "--name", "one")
+    # another micro-batch size as well: neither may show
+    flags = [f if last != "--micro_batch_size" else "4" for last, f in zip(["", *command], command)]
+    run(world, "torchrun", "--nproc_per_node=2", *flags, "--name", "two")
+    one, two = (world / folder.format(name) for name in ("one", "two"))
+    about = [json.loads((f / "args.json").read_text()) for f in (one, two)]
+    assert [a["world_size"] for a in about] == [1, 2]
+    size = "prompts_per_step" if "grpo_rank.py" in command else "batch_size"
+    assert about[0]["args"][size] == about[1]["args"][size] == 8  # the global batch is what the flag says
+    assert len(rows(one)) == len(rows(two)) == 3
+    for a, b in zip(rows(one), rows(two)):
+        assert a.keys() == b.keys() and len(a) > 5
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-5), f"step {a['step']}: {key}"
+    first, second = (load_file(f / "final/model.safetensors") for f in (one, two))
+    start = load_file((policy if "grpo_rank.py" in command else one / "base") / "model.safetensors")
+    moved = max((first[k] - start[k]).abs().max().item() for k in first)
+    apart = max((first[k] - second[k]).abs().max().item() for k in first)
+    assert apart < 0.02 * moved  # Adam's first steps turn the sign of a tiny gradient into a whole step

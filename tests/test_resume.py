@@ -1,0 +1,112 @@
+"""Killed in the middle and continued is the same as never interrupted, bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import harness
+import pytest
+import torch
+from conftest import REPO
+from inside import main_of
+from safetensors.torch import load_file
+
+TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "14", "--save_steps", "3", "--lr", "3e-3"]
+SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--micro_batch_size", "4"]
+GRPO = ["grpo_rank.py", *TRAIN, "--oracle", "reference", "--advantage", "random", "--prompts_per_step", "6", "--G", "3",
+        "--micro_batch_size", "3", "--max_new_tokens", "6", "--eval_questions", "5", "--eval_steps", "4",
+        "--inner_epochs", "2"]  # fmt: skip
+LORA = ["--lora_r", "4"]
+
+
+def run_and_kill(cwd, folder, step, script, *flags):
+    """SIGKILL as soon as the row of `step` is written."""
+    process = subprocess.Popen([sys.executable, str(REPO / script), *flags], cwd=cwd, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        file = folder / "metrics.jsonl"
+        if file.exists() and f'{{"step": {step},' in file.read_text():
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, process.communicate()
+    assert not (folder / "final").exists(), "the run was over before it could be killed: give it more steps"
+
+
+def rows(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in lines]
+
+
+@pytest.mark.parametrize("command, folder", [
+    pytest.param(SFT, "runs/sft/{}", id="sft"), pytest.param(GRPO, "runs/grpo_rank/{}_s0", id="grpo_rank"),
+    pytest.param([*GRPO, *LORA], "runs/grpo_rank/{}_s0", id="grpo_rank with LoRA")])  # fmt: skip
+def test_killed_and_resumed_equals_uninterrupted(world, policy, monkeypatch, command, folder):
+    lora = "lora_" if LORA[0] in command else ""
+    whole, broken = (world / folder.format(f"{lora}{name}") for name in ("whole", "broken"))
+    run_and_kill(world, broken, 7, *command, "--name", f"{lora}broken")
+    saved = [p for p in broken.glob("checkpoint-*") if p.suffix != ".tmp"]
+    assert len(saved) == 1 and saved[0].name in ("checkpoint-3", "checkpoint-6", "checkpoint-9")
+    shutil.copytree(saved[0], broken / "checkpoint-13.tmp")  # and half of a checkpoint that a kill left behind
+    (broken / "checkpoint-13.tmp/trainer.pt").write_bytes(b"half")
+    with open(broken / "metrics.jsonl", "a") as f:
+        f.write('{"step": 9, "losses/sf')  # and half of a row
+    main_of(monkeypatch, world, *command, "--name", f"{lora}broken", "--resume")
+    main_of(monkeypatch, world, *command, "--name", f"{lora}whole")
+    assert [r["step"] for r in rows(broken)] == list(range(14))
+    assert rows(broken) == rows(whole)
+    for weights in (["final/model"] + (["adapter/adapter_model"] if lora else [])):
+        a, b = (load_file(f / f"{weights}.safetensors") for f in (whole, broken))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    if "grpo_rank.py" in command:
+        assert (whole / "samples.jsonl").read_text() == (broken / "samples.jsonl").read_text()
+        assert [("eval/accuracy" in row) for row in rows(whole)] == [step % 4 == 0 for step in range(14)]
+    assert not list(broken.glob("*.tmp"))
+
+
+def open_run(folder, **changes):
+    from grpo_rank import Args
+    args = Args(**{"name": "x", "oracle": "reference", **changes})
+    return harness.open_run(folder, args, 0)
+
+
+def test_resume_with_a_changed_flag_is_refused(tmp_path):
+    assert open_run(tmp_path / "run") is None
+    before = (tmp_path / "run/args.json").read_text()
+    for change in (dict(G=4), dict(lr=1e-4), dict(advantage="published"), dict(beta=0.1), dict(scale_advantages=False)):
+        with pytest.raises(SystemExit) as stop:
+            open_run(tmp_path / "run", resume=True, **change)
+        said = str(stop.value)
+        assert "\n" not in said and f"--{next(iter(change))}" in said and "same flags" in said
+    assert (tmp_path / "run/args.json").read_text() == before
+    assert open_run(tmp_path / "run", resume=True) is None  # the same flags, nothing saved yet: from the start
+
+
+def test_the_newest_whole_checkpoint_counts(tmp_path):
+    run = tmp_path / "run"
+    open_run(run)
+    for name in ("checkpoint-9", "checkpoint-100", "checkpoint-120.tmp", "adapter.tmp"):
+        (run / name).mkdir()
+    assert open_run(run, resume=True) == run / "checkpoint-100"
+    assert not (run / "checkpoint-120.tmp").exists() and (run / "checkpoint-9").exists()
+
+
+def test_a_finished_run_is_not_begun_again(tmp_path):
+    open_run(tmp_path / "run")
+    (tmp_path / "run/final").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        open_run(tmp_path / "run", resume=True)
+    assert not stop.value.code
+    with pytest.raises(SystemExit) as stop:
+        open_run(tmp_path / "run")
+    assert "in use" in str(stop.value)
+
+
+def test_resume_without_a_run_is_a_new_run(tmp_path):
+    assert open_run(tmp_path / "run", resume=True) is None and (tmp_path / "run/args.json").exists()
