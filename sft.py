@@ -188,7 +188,7 @@ def main(args):
     log = harness.Log(folder, args.steps, start, rank)
 
     for step in range(start, args.steps):
-        # 4. Curriculum [D1]: which examples this step may draw from. Every draw is keyed by (seed, step), so it does not
+        # 4. Curriculum [D1]: what this step may draw from. Every draw is keyed by (seed, step), so it does not
         #    depend on the number of processes, nor on whether the run was interrupted.
         rng = random.Random(f"{args.seed} {step}")
         stage_easy = args.curriculum == "length" and step < args.easy_steps * args.steps

@@ -120,7 +120,7 @@ def test_command_lines_are_valid(page, words, tmp_path, monkeypatch):
 
 
 def test_commands_are_found_and_wrong_ones_noticed(tmp_path, monkeypatch):
-    text = "```bash\ntorchrun --nproc_per_node=4 sft.py \\\n  --lr 1  # why\npython -c 1\n```\nand `python sft.py --help`"
+    text = "```bash\ntorchrun --nproc_per_node=4 sft.py \\\n  --lr 1  # why\npython -c 1\n```\n`python sft.py --help`"
     assert list(command_lines(text)) == [["torchrun", "--nproc_per_node=4", "sft.py", "--lr", "1"],
                                          ["python", "sft.py", "--help"]]
     for words in (["python", "sft.py", "--learning_rate", "1"], ["python", "nothing.py"],
