@@ -202,7 +202,7 @@ class Log:
         """Reduce, write, print the keys of `show`, and start the next step. -> the row."""
         keys = sorted(self.sums)
         sums = all_sum(torch.tensor([self.sums[k] for k in keys], dtype=torch.float64))
-        row = {k: (total / count if count else 0.0) for k, (total, count) in zip(keys, sums.tolist())}
+        row = {k: total / count for k, (total, count) in zip(keys, sums.tolist()) if count}  # nothing counted: no row
         self.sums = {}
         if self.rank == 0:
             now = time.time()
@@ -213,7 +213,7 @@ class Log:
             done = step + 1
             eta = int((now - self.began) / (done - self.first) * (self.steps - done))
             line = (f"step {done:0{len(str(self.steps))}d}/{self.steps} {100 * done // self.steps:3d}% | "
-                    + " ".join(f"{k.split('/')[-1]} {row[k]:.3f}" for k in show)
+                    + " ".join(f"{k.split('/')[-1]} {row[k]:.3f}" for k in show if k in row)
                     + f" | {now - self.last:.2f}s | eta {eta // 60}m{eta % 60:02d}s")
             tty, due = sys.stdout.isatty(), done == self.steps or done % max(1, self.steps // 20) == 0
             if tty or due:  # a terminal sees every step on one line, a log file twenty lines

@@ -9,7 +9,7 @@ not rank a group: such a group is *counted and masked out* by the caller, never 
   judge       a model compares two answers; its choice is read from the log-probabilities of the two replies (D1), both
               orders averaged, so that a preference for the first place cancels.      [OR Fig. 1; VLM-RLAIF Sec. 3.1]
   context     the same with a narrative: the video cut into 3 clips of at most 20 frames, each described with 'Describe
-              this video in detail', joined and put before the question.              [VLM-RLAIF Sec. 3.2]
+              this video in detail', joined and put before the question.              [VLM-RLAIF Sec. 3.1]
 
 The oracle is a model of its own (`--oracle_model`), in life a stronger one than the policy.
 
@@ -39,7 +39,7 @@ import harness
 from data import Clip, FeatureCache, clip_seconds, read_records
 from video_llm import Prefix, generate, load_model, token_logprobs
 
-DESCRIBE = "Describe this video in detail"  # VLM-RLAIF Sec. 3.2
+DESCRIBE = "Describe this video in detail"  # VLM-RLAIF Sec. 3.1
 MAX_NARRATIVE_TOKENS = 64  # per clip
 
 

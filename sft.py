@@ -4,7 +4,7 @@ Run      python sft.py                                            the embedded w
          python sft.py --name policy --data data/moving_shapes/train.json --num_clips 40 --steps 100         few labels
          torchrun --nproc_per_node=4 sft.py --data my.json --video_root videos --clip openai/clip-vit-large-patch14-336
              --qformer 32 --llm meta-llama/Llama-2-7b-hf --quantize nf4 --lora_r 64 --lora_alpha 16          your own
-Paper    [V] VLM-RLAIF, arXiv:2402.03746, Sec. 3.3 (curriculum), Sec. 4.1 and App. B (data, hyper-parameters)
+Paper    [V] VLM-RLAIF, arXiv:2402.03746, Sec. 3.2 (curriculum), Sec. 4.1 (hyper-parameters)
 Makes    runs/sft/<name>/final: the start of every RL script; with labels in plenty also the oracle that judges it
 
 Differs  D1  stage two trains on easy *and* hard records, [V] on the hard ones alone: at this size the easy skills are
@@ -48,7 +48,7 @@ KINDS = ("answer", "describe", "judge")  # what an example asks for; logged apar
 @dataclass
 class Args:
     # -- the paper's hyper-parameters
-    curriculum: str = HfArg(default="length", help="length: short answers first [V Sec. 3.3]; off: all at once")
+    curriculum: str = HfArg(default="length", help="length: short answers first [V Sec. 3.2]; off: all at once")
     easy_share: float = HfArg(default=0.65, help="share of the records that counts as easy [V: 214k of 327k]")
     easy_steps: float = HfArg(default=0.4, help="share of the steps spent in the easy stage")
     lora_r: int = HfArg(default=0, help="LoRA rank on the decoder [V: 32]; 0 trains all weights but CLIP's")
@@ -71,6 +71,7 @@ class Args:
     clip: str = HfArg(default=f"{WORLD}/hub/clip", help="CLIP checkpoint, folder or hub name")
     qformer: str = HfArg(default=f"{WORLD}/hub/qformer", help="VideoQFormer folder, or a number of queries: a new one")
     llm: str = HfArg(default=f"{WORLD}/hub/llm", help="causal decoder; a tokenizer alone: tiny, from nothing")
+    num_frames: int = HfArg(default=8, help="frames a video is sampled at, for a composed model [V: 50]")
     max_prompt_tokens: int = HfArg(default=512, help="longer questions are cut at their end, never the video")
     max_answer_tokens: int = HfArg(default=96, help="longer answers are cut and then carry no EOS")
     # -- plumbing
@@ -93,7 +94,8 @@ class Args:
             if not 0 <= getattr(self, flag) <= 1:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must lie between 0 and 1")
         for flag, low in (("steps", 1), ("batch_size", 1), ("pack", 1), ("micro_batch_size", 1), ("save_steps", 1),
-                          ("max_prompt_tokens", 1), ("max_answer_tokens", 1), ("num_clips", 0), ("lora_r", 0)):
+                          ("num_frames", 1), ("max_prompt_tokens", 1), ("max_answer_tokens", 1), ("num_clips", 0),
+                          ("lora_r", 0)):
             if getattr(self, flag) < low:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least {low}")
         if not self.lr > 0:
@@ -104,7 +106,7 @@ class Args:
 # The curriculum, the loss, the schedule
 # ---------------------------------------------------------------------------------------------------------------
 def easy_and_hard(lengths, easy_share):
-    """[V Sec. 3.3] Difficulty is answer length. lengths (R,) tokens -> bool (R,), True on the shortest `easy_share`."""
+    """[V Sec. 3.2] Difficulty is answer length. lengths (R,) tokens -> bool (R,), True on the shortest `easy_share`."""
     return lengths <= np.quantile(lengths, easy_share)
 
 
@@ -163,7 +165,7 @@ def main(args):
     with harness.one_line_errors(OSError):
         if not args.model and rank == 0 and not checkpoint:
             qformer = int(args.qformer) if args.qformer.isdigit() else args.qformer
-            save_model(*compose(args.clip, qformer, args.llm, seed=args.seed), base)
+            save_model(*compose(args.clip, qformer, args.llm, args.num_frames, args.seed), base)
         harness.barrier()
         model, processor = load_model(checkpoint or base, args.quantize, device=str(device))
     if args.lora_r and not checkpoint:

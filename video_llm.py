@@ -231,7 +231,7 @@ def init_from_nothing(module, seed):
             p.data.normal_(std=p[0].numel() ** -0.5, generator=generator)
 
 
-def compose(clip, qformer, llm, seed=0, num_frames=None, dtype=torch.float32):
+def compose(clip, qformer, llm, num_frames=8, seed=0, dtype=torch.float32):
     """A new VideoLLM + processor out of three parts, each a local folder or hub name.
 
     clip: a CLIP checkpoint. qformer: a VideoQFormer checkpoint, or a number of query tokens for one from nothing.
@@ -264,7 +264,7 @@ def compose(clip, qformer, llm, seed=0, num_frames=None, dtype=torch.float32):
     model.vision_tower, model.qformer, model.language_model = vision, parts, decoder
     model.generation_config = copy.deepcopy(decoder.generation_config)
     image_processor = CLIPImageProcessorPil.from_pretrained(clip)
-    processor = VideoLLMProcessor(image_processor, tokenizer, num_frames=num_frames or min(8, parts.config.max_frames),
+    processor = VideoLLMProcessor(image_processor, tokenizer, num_frames=num_frames,
                                   num_query_tokens=parts.config.num_query_tokens)
     return model.to(dtype), processor
 

@@ -8,8 +8,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from data import read_records
 from transformers import HfArgumentParser
+
+from data import read_records
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = [p for p in [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))] if p.exists()]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from grpo_rank import (
     clipped_surrogate,
     gain,

@@ -1,9 +1,10 @@
 """Oracles: scores and ranks by hand, comparisons against one forward pass per pair, narratives told once."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
+
+import oracle
 from data import Clip, read_records
 from oracle import (
     JudgeOracle,

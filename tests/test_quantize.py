@@ -8,6 +8,7 @@ import bitsandbytes.nn.modules as bnb
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+
 from data import FeatureCache, read_records
 from video_llm import Prefix, add_lora, generate, load_model, token_logprobs
 

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 
-import harness
 import pytest
 import torch
 from conftest import REPO
 from inside import main_of
 from safetensors.torch import load_file
+
+import harness
 
 TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "14", "--save_steps", "3", "--lr", "3e-3"]
 SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--micro_batch_size", "4"]

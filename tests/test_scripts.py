@@ -9,13 +9,14 @@ from collections import namedtuple
 from pathlib import Path
 
 import av
-import harness
 import numpy as np
 import pytest
 import torch
 from conftest import run
 from inside import main_of
 from safetensors.torch import load_file
+
+import harness
 from video_llm import VideoLLM, load_model
 
 Done = namedtuple("Done", "code out err")

@@ -3,11 +3,12 @@
 import os
 import shutil
 
-import data
 import pytest
 import torch
-from data import Clip, FeatureCache, VideoError, read_records
 from peft import PeftModel
+
+import data
+from data import Clip, FeatureCache, VideoError, read_records
 from video_llm import (
     VIDEO_TOKEN,
     Prefix,
