@@ -41,6 +41,7 @@ from video_llm import Prefix, generate, load_model, token_logprobs
 
 DESCRIBE = "Describe this video in detail"  # VLM-RLAIF Sec. 3.1
 MAX_NARRATIVE_TOKENS = 64  # per clip
+PACK = 4  # comparisons in one packed row
 
 
 def judge_prompt(question, first, second, narrative=None):
@@ -99,7 +100,7 @@ class ReferenceOracle:
 class JudgeOracle:
     """A video LLM compares answers two by two; `narrative=True` is the context-aware judge of VLM-RLAIF."""
 
-    def __init__(self, model_dir, cache_dir, narrative, device="cpu", clips=3, max_frames=20, rows=64):
+    def __init__(self, model_dir, cache_dir, narrative, device="cpu", clips=3, max_frames=20, rows=24):
         self.model, self.processor = load_model(model_dir, device=device)
         self.model.requires_grad_(False).eval()
         self.cache = FeatureCache(self.model, self.processor, cache_dir)
@@ -150,47 +151,48 @@ class JudgeOracle:
         """
         stories = self.narratives(videos) if self.narrative else [None] * len(videos)
         B, G = len(answers), len(answers[0])
-        prefers = torch.full((B, G, G), 0.5)
         same = [[normalize(a) for a in group] for group in answers]
-        jobs = []  # (b, pairs [(i,j)]) of first occurrences
+        first = [[group.index(s) for s in group] for group in same]  # [D2] of equal answers only the first is compared
+        asked = [(b, i, j) for b in range(B) for i in set(first[b]) for j in set(first[b]) if i != j]
+        # Rows of at most PACK comparisons of one group: attention costs the square of a row's length.
+        rows = [[(b, i, j) for b, i, j in asked if b == k] for k in range(B)]
+        rows = [row[n : n + PACK] for row in rows for n in range(0, len(row), PACK)]
+        rows.sort(key=lambda row: (len(row), max(len(answers[b][i] + answers[b][j]) for b, i, j in row)))
+        p = {}  # P(answer i | asked i or j, in this order)
+        for n in range(0, len(rows), self.rows):
+            p |= self.compare(rows[n : n + self.rows], videos, questions, answers, stories)
+        prefers = torch.full((B, G, G), 0.5)
         for b in range(B):
-            first = [i for i in range(G) if same[b].index(same[b][i]) == i]  # [D2]
-            jobs.append((b, [(i, j) for i in first for j in first if i != j]))
-        jobs = sorted((job for job in jobs if job[1]), key=lambda job: len(job[1]))  # like sizes share a batch
-        while jobs:
-            count = max(1, self.rows * 2 // len(jobs[-1][1]))
-            batch, jobs = jobs[-count:], jobs[:-count]
-            self.compare(batch, videos, questions, answers, stories, prefers)
-        for b in range(B):  # copies of an answer inherit its comparisons
-            of = torch.tensor([same[b].index(s) for s in same[b]])
-            prefers[b] = prefers[b][of][:, of]
+            for i in range(G):
+                for j in range(G):
+                    f, g = first[b][i], first[b][j]
+                    if f != g:
+                        prefers[b, i, j] = (p[b, f, g] + 1 - p[b, g, f]) / 2
         return prefers
 
-    def compare(self, jobs, videos, questions, answers, stories, prefers):
-        """Fill prefers[b,i,j] for the jobs [(b, [(i,j), ...])]: each ordered pair is asked once, and both replies to
-        it, answer i and answer j, are scored behind the shared prefix."""
+    def compare(self, rows, videos, questions, answers, stories):
+        """Each row: comparisons [(b,i,j), ...] of one group b. Both replies to a comparison, answer i and answer j, are
+        scored behind the shared head. -> {(b,i,j): P(answer i)}."""
         heads, tails, counts = [], [], []
-        replies = [[self.processor.answer_ids(a) for a in group] for group in answers]
-        for b, pairs in jobs:
-            ask = lambda i, j: judge_prompt(questions[b], answers[b][i], answers[b][j], stories[b])
-            parts = [self.processor.split_prompt_ids(*ask(i, j)) for i, j in pairs]
+        for row in rows:
+            ask = lambda b, i, j: judge_prompt(questions[b], answers[b][i], answers[b][j], stories[b])
+            parts = [self.processor.split_prompt_ids(*ask(*one)) for one in row]
+            replies = [[self.processor.answer_ids(answers[b][k]) for k in (i, j)] for b, i, j in row]
             heads.append(parts[0][0])
-            tails.append([tail + replies[b][k] for (_, tail), pair in zip(parts, pairs) for k in pair])
-            counts.append([len(replies[b][k]) for pair in pairs for k in pair])
+            tails.append([tail + reply for (_, tail), pair in zip(parts, replies) for reply in pair])
+            counts.append([len(reply) for pair in replies for reply in pair])
         ids, mask = self.processor.pad(heads, "left")
-        prefix = Prefix(*(x.to(self.device) for x in (ids, mask, *self.cache([videos[b] for b, _ in jobs]))))
+        prefix = Prefix(*(x.to(self.device) for x in (ids, mask, *self.cache([videos[row[0][0]] for row in rows]))))
         n = max(map(len, tails))
         flat = [t for row in tails for t in row + [row[0]] * (n - len(row))]
-        tokens = self.processor.pad(flat, "right")[0].view(len(jobs), n, -1)
-        lengths = torch.tensor([len(t) for t in flat]).view(len(jobs), n)
-        logprobs = token_logprobs(self.model, prefix, tokens.to(self.device), lengths.to(self.device))[0].cpu()
-        logprobs = logprobs.view(len(jobs), n, -1)
-        for row, (b, pairs) in enumerate(jobs):
-            reply = [logprobs[row, k, lengths[row, k] - c : lengths[row, k]].sum() for k, c in enumerate(counts[row])]
-            # P(reply i | asked i, j)
-            p = {pair: torch.sigmoid(reply[2 * k] - reply[2 * k + 1]) for k, pair in enumerate(pairs)}
-            for i, j in pairs:
-                prefers[b, i, j] = (p[i, j] + 1 - p[j, i]) / 2
+        tokens = self.processor.pad(flat, "right")[0].view(len(rows), n, -1).to(self.device)
+        lengths = torch.tensor([len(t) for t in flat]).view(len(rows), n)
+        logprobs = token_logprobs(self.model, prefix, tokens, lengths.to(self.device))[0].cpu().view(len(rows), n, -1)
+        p = {}
+        for r, row in enumerate(rows):
+            reply = [logprobs[r, k, lengths[r, k] - c : lengths[r, k]].sum() for k, c in enumerate(counts[r])]
+            p |= {one: torch.sigmoid(reply[2 * k] - reply[2 * k + 1]) for k, one in enumerate(row)}
+        return p
 
     def score(self, videos, questions, answers):
         """Mean probability of winning against the other answers of the group (B,G), ok (B,)."""
