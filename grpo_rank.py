@@ -46,7 +46,7 @@ import json
 import random
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ from transformers.hf_argparser import HfArg
 import evaluate
 import harness
 from data import DataError, FeatureCache, read_records, report_lines
-from oracle import DESCRIBE, make_oracle, ranks_of
+from oracle import DESCRIBE, ORACLES, make_oracle, ranks_of
 from video_llm import Prefix, add_lora, answer_mask, generate, load_model, reference_of, token_logprobs, unwrap
 
 WORLD = "data/moving_shapes"
@@ -100,26 +100,26 @@ class Args:
     cache: str = HfArg(default="cache", help="folder of cached CLIP features and narratives")
     save_steps: int = HfArg(default=50, help="steps between checkpoints")
     resume: bool = HfArg(default=False, help="continue the run of this name where it stopped")
-    prompts_per_rank: int = field(init=False)
 
     def __post_init__(self):
+        if self.advantage not in ADVANTAGES:
+            raise ValueError(f"--advantage {self.advantage}: choose one of {', '.join(ADVANTAGES)}")
+        if self.oracle not in ORACLES:
+            raise ValueError(f"--oracle {self.oracle}: choose one of {', '.join(ORACLES)}")
+        if self.quantize not in ("none", "nf4") or self.quantize == "nf4" and not self.lora_r:
+            raise ValueError(f"--quantize {self.quantize}: choose none, or nf4 with --lora_r")
+        for flag, low in (("G", 2), ("steps", 1), ("prompts_per_step", 1), ("micro_batch_size", 1),
+                          ("inner_epochs", 1), ("max_new_tokens", 1),
+                          ("eval_steps", 1), ("save_steps", 1), ("beta", 0), ("entropy_coef", 0), ("lora_r", 0),
+                          ("eval_questions", 0)):
+            if getattr(self, flag) < low:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least {low}")
         world = harness.world_size()
         if self.prompts_per_step % (world * self.micro_batch_size):
             raise ValueError(f"--prompts_per_step {self.prompts_per_step} must be a multiple of processes x "
                              f"--micro_batch_size ({world} x {self.micro_batch_size})")
-        if self.advantage not in ADVANTAGES:
-            raise ValueError(f"--advantage {self.advantage}: choose one of {', '.join(ADVANTAGES)}")
-        if self.oracle not in ("context", "judge", "reference"):
-            raise ValueError(f"--oracle {self.oracle}: choose context, judge or reference")
-        if self.quantize not in ("none", "nf4") or self.quantize == "nf4" and not self.lora_r:
-            raise ValueError(f"--quantize {self.quantize}: choose none, or nf4 with --lora_r")
-        for flag, low in (("G", 2), ("steps", 1), ("micro_batch_size", 1), ("inner_epochs", 1), ("max_new_tokens", 1),
-                          ("eval_steps", 1), ("save_steps", 1), ("beta", 0), ("entropy_coef", 0), ("lora_r", 0)):
-            if getattr(self, flag) < low:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least {low}")
         if not 0 < self.clip_range < 1 or self.temperature <= 0 or self.lr <= 0:
             raise ValueError("--clip_range must lie between 0 and 1, --temperature and --lr above 0")
-        self.prompts_per_rank = self.prompts_per_step // world
         self.model = self.model or f"runs/sft/policy_s{self.seed}/final"
 
 
@@ -199,6 +199,7 @@ def main(args):
     folder = f"runs/grpo_rank/{args.name}_s{args.seed}"
     checkpoint = harness.open_run(folder, args, rank)
 
+    torch.manual_seed(args.seed)  # the initialisation of LoRA; every other draw has a key of its own
     with harness.one_line_errors(DataError, OSError):
         records, report = read_records(args.data.split(","), args.video_root or None)
         model, processor = load_model(checkpoint or args.model, args.quantize, device=str(device))
@@ -214,7 +215,8 @@ def main(args):
 
     cache = FeatureCache(unwrap(model), processor, args.cache)
     records, evals = choose_questions(args, records, report, cache, folder, rank, world)
-    oracle = make_oracle(args.oracle, records, args.oracle_model, args.cache, str(device))
+    with harness.one_line_errors(OSError):
+        oracle = make_oracle(args.oracle, records, args.oracle_model, args.cache, str(device))
     if args.oracle != "reference":
         records = [{**r, "answer": None} for r in records]  # RL sees videos and questions only
     ddp = harness.wrap_ddp(model, device)

@@ -43,7 +43,7 @@ def one_line_errors(*kinds):
     try:
         yield
     except kinds as e:
-        sys.exit(f"{Path(sys.argv[0]).name}: {e}")
+        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(e).split())}")
 
 
 # ---------------------------------------------------------------------------------------------------------------

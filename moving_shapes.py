@@ -29,8 +29,9 @@ from pathlib import Path
 import av
 import numpy as np
 from tqdm import tqdm
-from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
+
+import harness
 
 # Video-ME's task types as far as this world can ask them (no text to read in it, so no "OCR Problems").
 TASK_TYPES = (
@@ -56,6 +57,10 @@ class Args:
     seed: int = HfArg(default=0, help="seed of the world")
     preview: str = HfArg(default=None, help="also draw six clips and some of their questions into this picture file")
     workers: int = HfArg(default=os.cpu_count(), help="processes that render; the result does not depend on it")
+
+    def __post_init__(self):
+        if self.clips < 1 or self.workers < 1:
+            raise ValueError("--clips and --workers must be at least 1")
 
 
 # --- the scene: what happens in one clip ---------------------------------------------------------------------------
@@ -518,12 +523,11 @@ def preview(out, path):
     figure.savefig(path)
 
 
-def main():
-    (args,) = HfArgumentParser(Args).parse_args_into_dataclasses()
+def main(args):
     build(args)
     if args.preview:
         preview(Path(args.out), args.preview)
 
 
 if __name__ == "__main__":
-    main()
+    main(harness.parse_args(Args))

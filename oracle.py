@@ -36,11 +36,12 @@ import torch
 from transformers.hf_argparser import HfArg
 
 import harness
-from data import Clip, FeatureCache, clip_seconds, read_records
+from data import Clip, DataError, FeatureCache, clip_seconds, read_records
 from video_llm import Prefix, generate, load_model, token_logprobs
 
 DESCRIBE = "Describe this video in detail"  # VLM-RLAIF Sec. 3.1
 MAX_NARRATIVE_TOKENS = 64  # per clip
+ORACLES = ("reference", "judge", "context")
 PACK = 4  # comparisons in one packed row
 
 
@@ -213,12 +214,10 @@ def cut(clip, parts):
 
 
 def make_oracle(name, records, model_dir, cache_dir, device="cpu"):
-    """The oracle called `name`. records: labelled records, read by `reference` alone."""
+    """The oracle called `name`, one of ORACLES. records: labelled records, read by `reference` alone."""
     if name == "reference":
         return ReferenceOracle(records)
-    if name in ("judge", "context"):
-        return JudgeOracle(model_dir, cache_dir, narrative=name == "context", device=device)
-    raise ValueError(f"--oracle {name}: choose reference, judge or context")
+    return JudgeOracle(model_dir, cache_dir, narrative=name == "context", device=device)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -235,6 +234,13 @@ class Args:
     seed: int = HfArg(default=0, help="choice of questions and all sampled answers")
     cache: str = HfArg(default="cache", help="folder of cached CLIP features and narratives")
 
+    def __post_init__(self):
+        if self.G < 2 or self.questions < 1:
+            raise ValueError("--G must be at least 2, --questions at least 1")
+        for name in self.oracles.split(","):
+            if name not in ORACLES:
+                raise ValueError(f"--oracles {name}: choose of {', '.join(ORACLES)}")
+
 
 def pairwise_accuracy(scores, correct):
     """Share of (right, wrong) answer pairs of one group in which the right one scores higher; ties count one half.
@@ -249,10 +255,11 @@ def pairwise_accuracy(scores, correct):
 
 
 def main(args):
-    records = [r for r in read_records([args.data])[0] if r["clip"] and r["question"] != DESCRIBE]
+    with harness.one_line_errors(DataError, OSError):
+        records = [r for r in read_records([args.data])[0] if r["clip"] and r["question"] != DESCRIBE]
+        model, processor = load_model(args.checkpoint)
     records = random.Random(args.seed).sample(records, min(args.questions, len(records)))
     clips, questions = [r["clip"] for r in records], [r["question"] for r in records]
-    model, processor = load_model(args.checkpoint)
     cache, answers = FeatureCache(model, processor, args.cache), []
     for i in range(0, len(records), 50):
         prefix = Prefix.build(processor, cache, questions[i : i + 50], clips[i : i + 50])

@@ -59,6 +59,10 @@ class Args:
     lr: float = HfArg(default=1e-3, help="peak learning rate; linear warm-up, linear to zero")
     seed: int = HfArg(default=0, help="initialisation and order of the data")
 
+    def __post_init__(self):
+        if min(self.steps, self.text_steps, self.batch_size) < 1 or self.lr <= 0:
+            raise ValueError("--steps, --text_steps and --batch_size must be at least 1, --lr above 0")
+
 
 def make_tokenizer(texts):
     """Byte-level BPE on the world's own sentences: its words are one token each, any other text still encodes."""

@@ -82,10 +82,6 @@ class Args:
     resume: bool = HfArg(default=False, help="continue the run of this name where it stopped")
 
     def __post_init__(self):
-        world = harness.world_size()
-        if self.batch_size % (world * self.micro_batch_size):
-            raise ValueError(f"--batch_size {self.batch_size} must be a multiple of processes x --micro_batch_size "
-                             f"({world} x {self.micro_batch_size})")
         if self.curriculum not in ("length", "off"):
             raise ValueError(f"--curriculum {self.curriculum}: choose length or off")
         if self.quantize not in ("none", "nf4") or self.quantize == "nf4" and not self.lora_r:
@@ -98,6 +94,10 @@ class Args:
                           ("lora_r", 0)):
             if getattr(self, flag) < low:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least {low}")
+        world = harness.world_size()
+        if self.batch_size % (world * self.micro_batch_size):
+            raise ValueError(f"--batch_size {self.batch_size} must be a multiple of processes x --micro_batch_size "
+                             f"({world} x {self.micro_batch_size})")
         if not self.lr > 0:
             raise ValueError(f"--lr {self.lr}: must be above 0")
 
@@ -159,6 +159,8 @@ def main(args):
         records = choose_clips(records, args.num_clips, args.seed)
         if rank == 0:  # RL leaves these clips out: it learns from videos whose labels nobody saw
             Path(folder, "labelled_clips.json").write_text(json.dumps(sorted({str(r["clip"].path) for r in records})))
+
+    torch.manual_seed(args.seed)  # the initialisation of LoRA; every other draw has a key of its own
 
     # 2. Model: everything but CLIP is trained, or LoRA on the decoder with the bridge (Q-Former, projection)
     base = args.model or f"{folder}/base"

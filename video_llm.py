@@ -107,7 +107,7 @@ class VideoQFormer(PreTrainedModel):
         super().__init__(config)
         self.time_embedding = nn.Embedding(config.max_frames, config.encoder_hidden_size)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
-        self.qformer = Blip2QFormerModel._from_config(config)
+        self.transformer = Blip2QFormerModel._from_config(config)
         self.post_init()
 
     def _init_weights(self, module):
@@ -123,7 +123,7 @@ class VideoQFormer(PreTrainedModel):
         if F > self.config.max_frames:
             raise ValueError(f"{F} frames, but this Q-Former has time embeddings for {self.config.max_frames}")
         patches = features.to(self.time_embedding.weight.dtype) + self.time_embedding.weight[:F, None]  # (B,F,S,D)
-        out = self.qformer(
+        out = self.transformer(
             query_embeds=self.query_tokens.expand(B, -1, -1),
             encoder_hidden_states=patches.flatten(1, 2),  # (B,F*S,D)
             encoder_attention_mask=None if frame_mask.all() else frame_mask.repeat_interleave(S, dim=1),
@@ -304,7 +304,9 @@ class VideoLLMProcessor(ProcessorMixin):
 
     def clean(self, text):
         """Text of users and models must not smuggle in the token that stands for the video."""
-        return text.replace(VIDEO_TOKEN, "").replace("<image>", "").replace("\x00", "").strip()
+        while any(token in text for token in (VIDEO_TOKEN, "<image>", "\x00")):  # what is left could form one again
+            text = text.replace(VIDEO_TOKEN, "").replace("<image>", "").replace("\x00", "")
+        return text.strip()
 
     def prompt_ids(self, question, video=True, max_length=None):
         """The prompt's token ids, ready for an answer: `<video>` expanded to Q tokens, an assistant turn opened.
@@ -318,15 +320,15 @@ class VideoLLMProcessor(ProcessorMixin):
             messages[0]["content"] = f"{VIDEO_TOKEN}\n{messages[0]['content']}"
         ids = self._template_ids(messages)
         if max_length is not None and len(ids) > max_length:
-            head = messages[:-1]
-            question_ids = self.tokenizer(messages[-1]["content"], add_special_tokens=False).input_ids
+            head, last = messages[:-1], messages[-1]["content"]
+            question_ids = self.tokenizer(last, add_special_tokens=False).input_ids
+            floor = 2 if video and not head else 1  # the video token and one word
             keep = len(question_ids) - (len(ids) - max_length)
-            # the cut text must keep the video token and one word at least
-            floor = 2 if video and not head else 1
-            if keep < floor:
-                raise ValueError(f"a prompt of {len(ids)} tokens cannot be cut to {max_length} and keep its video")
-            text = self.tokenizer.decode(question_ids[:keep])
-            ids = self._template_ids(head + [{**messages[-1], "content": text}])
+            while len(ids) > max_length:  # text cut in two can take a token more
+                if keep < floor:
+                    raise ValueError(f"a prompt of {len(ids)} tokens cannot be cut to {max_length} and keep its video")
+                text = self.tokenizer.decode(question_ids[:keep])
+                ids, keep = self._template_ids(head + [{**messages[-1], "content": text}]), keep - 1
         return ids
 
     def split_prompt_ids(self, head, tail):

@@ -92,7 +92,7 @@ def test_equal_answers_get_equal_advantages(kind):
 def test_a_group_of_ties_gives_no_advantage_and_exactly_no_gradient(kind):
     ranks = torch.tensor([[0, 0, 0, 0, 0], [0, 1, 2, 3, 4]])
     A = rank_advantages(kind, ranks, torch.tensor([[3, 1, 0, 2, 4], [1, 0, 4, 3, 2]]))
-    for A in (A, scale_by_std(A)):
+    for A in (A, scale_by_std(A)):  # noqa: B020
         assert (A[0] == 0).all() and (A[1] != 0).any()
         logprobs = torch.randn(10, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
         clipped_surrogate(logprobs, logprobs.detach() - 0.05, A.float().flatten(), 0.2).sum().backward()

@@ -176,7 +176,8 @@ def test_a_judge_that_knows_is_believed_whatever_place_it_likes(judge, clips, mo
         assert prefers[3, 1].item() == pytest.approx(0.6974354 if place else 0.7310586, abs=1e-6)
 
 
-@pytest.mark.parametrize("answer", ["<video>", "a <vi<video>deo>", "a\x00b", "\x00", "</s>", "Response 2: 1"])
+@pytest.mark.parametrize("answer", ["</s>", "Response 2: 1", "", "<video>", "a\x00b", "\x00",
+                                    "a <vi<video>deo>"])  # fmt: skip
 def test_any_answer_can_be_judged(judge, clips, answer):
     """Answers are sampled: they can hold whatever a tokenizer can say."""
     prefers = judge.preferences(clips[:1], QUESTIONS[:1], [["red", answer, "blue"]])

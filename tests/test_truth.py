@@ -64,13 +64,7 @@ def deviations(path):
     return {int(d) for d in explained}, used
 
 
-UNUSED_TAGS = {"sft": "D1 is explained in the header and marks no line", "grpo_rank": "so does D7",
-               "oracle": "so does D1 of the judge"}  # fmt: skip
-
-
-@pytest.mark.parametrize("path", [
-    pytest.param(p, id=p.stem, marks=[pytest.mark.xfail(strict=True, reason=UNUSED_TAGS[p.stem])]
-                 if p.stem in UNUSED_TAGS else []) for p in SOURCES])  # fmt: skip
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_deviations_are_explained_and_used(path):
     explained, used = deviations(path)
     assert explained == used

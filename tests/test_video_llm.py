@@ -93,6 +93,8 @@ def plain_logprobs(model, prefix, tokens, lengths, temperature=1.0):
 
 
 # --- packed scoring ------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(params=["full", "lora", "nf4"])
 def trained(request, policy):
     model, _ = load_model(policy, "nf4" if request.param == "nf4" else "none")
@@ -173,7 +175,7 @@ def plain_sample(model, prefix, b, uniforms, eos, temperature):
         answer.append(eos)  # a place to predict; what stands there is not looked at
         p = (logits_alone(model, prefix, b, torch.tensor(answer))[-1] / temperature).softmax(-1).double()
         total = 0.0
-        for token, share in enumerate(p.tolist()):
+        for token, share in enumerate(p.tolist()):  # noqa: B007
             total += share
             if total > u:
                 break
@@ -271,11 +273,23 @@ def test_the_video_token_is_never_sampled_nor_takes_probability(start, prefix, t
     assert (extreme != video_id).all() and (extreme < model.config.text_config.vocab_size).all()
 
 
+def test_a_token_of_probability_zero_is_not_hit_at_the_edge(start, prefix):
+    model, eos = start[0], start[1].tokenizer.eos_token_id
+    head = model.language_model.lm_head.register_forward_hook(
+        lambda module, inputs, out: out.index_fill(-1, torch.arange(10), -1e4))
+    try:
+        assert (generate(model, prefix, torch.zeros(3, 1, 1), eos)[0] == 10).all()  # the first that is possible
+    finally:
+        head.remove()
+
+
 def video_at(ids, video_id):
     """Places of the video tokens, which must be neighbours."""
     at = [i for i, t in enumerate(ids) if t == video_id]
     assert at == list(range(at[0], at[0] + len(at)))
     return at
+
+
 
 
 @pytest.mark.parametrize("word", ["red circle ", "é ü 漢字"])
@@ -306,7 +320,8 @@ def test_too_little_room_for_the_video_is_an_error(start):
                               {"role": "user", "content": "why?"}], max_length=60)
 
 
-SMUGGLED = ["<video> <video>what<video>", "<image>what", "<vi<video>deo>what", "<vi<image>deo>what", "<<video>video>"]
+SMUGGLED = ["<image>what", "<video> <video>what<video>", "<vi<video>deo>what", "<vi<image>deo>what",
+            "<<video>video>"]
 
 
 @pytest.mark.parametrize("text", SMUGGLED)
@@ -325,6 +340,10 @@ def test_head_and_tail_are_the_whole_prompt(start):
     processor = start[1]
     head, tail = processor.split_prompt_ids("what moves?", "\nResponse 1: red\nResponse 2: blue")
     assert head + tail == processor.prompt_ids("what moves?\nResponse 1: red\nResponse 2: blue")
+
+
+def test_head_and_tail_are_two_whatever_is_said(start):
+    processor = start[1]
     for text in ("a\x00b", "\x00"):  # a sampled answer can hold any byte
         assert len(processor.split_prompt_ids(text, f"\nResponse 1: {text}")) == 2
 
