@@ -163,7 +163,7 @@ def save_checkpoint(folder, name, model, processor, optimizer=None, step=None):
     shutil.rmtree(folder / name, ignore_errors=True)  # half of a finish that was killed
     os.replace(aside, folder / name)
     for old in folder.glob("checkpoint-*[0-9]"):
-        if old.name != name:
+        if old.name != name and name != "adapter":  # one cannot continue from an adapter's copy
             shutil.rmtree(old)
 
 

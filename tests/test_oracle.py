@@ -11,7 +11,6 @@ from oracle import (
     ReferenceOracle,
     cut,
     judge_prompt,
-    make_oracle,
     normalize,
     pairwise_accuracy,
     ranks_of,
@@ -243,8 +242,3 @@ def test_the_narrative_stands_before_the_question(judge, clips, monkeypatch):
     assert prefers[0, 0, 1].item() == pytest.approx((one + 1 - two) / 2, abs=1e-5)
     plain = probability_of_the_first(judge, clips[0], QUESTIONS[0], "red", "blue")
     assert abs(plain - one) > 1e-3
-
-
-def test_unknown_oracle():
-    with pytest.raises(ValueError, match="--oracle guess"):
-        make_oracle("guess", [], "", "")

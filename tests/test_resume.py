@@ -15,6 +15,7 @@ from inside import main_of
 from safetensors.torch import load_file
 
 import harness
+from video_llm import load_model
 
 TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "14", "--save_steps", "3", "--lr", "3e-3"]
 SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--micro_batch_size", "4"]
@@ -96,6 +97,15 @@ def test_the_newest_whole_checkpoint_counts(tmp_path):
         (run / name).mkdir()
     assert open_run(run, resume=True) == run / "checkpoint-100"
     assert not (run / "checkpoint-120.tmp").exists() and (run / "checkpoint-9").exists()
+
+
+def test_the_last_checkpoint_is_there_until_the_run_is_finished(policy, tmp_path):
+    model, processor = load_model(policy)
+    (tmp_path / "checkpoint-3").mkdir()
+    harness.save_checkpoint(tmp_path, "adapter", model, processor)
+    assert (tmp_path / "checkpoint-3").exists()
+    harness.save_checkpoint(tmp_path, "final", model, processor)
+    assert not (tmp_path / "checkpoint-3").exists()
 
 
 def test_a_finished_run_is_not_begun_again(tmp_path):

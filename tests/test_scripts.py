@@ -191,7 +191,11 @@ def test_grpo_rank_clips_from_the_second_inner_epoch_on(script, world):
     assert first["policy/approx_kl"] > 1e-4 and first["objective/kl"] > 1e-4
 
 
-def test_the_gradient_of_a_step(world, policy, monkeypatch):
+@pytest.mark.parametrize("kind, A", [
+    # deltas 0, .3333333, .2075187; minus from their mean .1802840; over their standard deviation .1374386
+    ("oracle_rank", [1.311742, -1.113583, -0.198159]),
+    ("score", [1.224745, -1.224745, 0.0])])  # 1, -1, 0 over their standard deviation .8164966
+def test_the_gradient_of_a_step(world, policy, monkeypatch, kind, A):
     """Against the slow way: scores 3, 1, 2 for three answers, the middle one of three groups not ranked, a reference
     that is not the start. On-policy the gradient is that of the token mean of -A log pi + beta (1 - r) log pi - c H.
     """
@@ -217,7 +221,8 @@ def test_the_gradient_of_a_step(world, policy, monkeypatch):
     monkeypatch.setattr(grpo_rank, "reference_of", lambda model: lambda: nullcontext(other))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop_there)
     flags = ["--prompts_per_step", "3", "--micro_batch_size", "1", "--temperature", "0.7", "--beta", "0.5",
-             "--entropy_coef", "0.2", "--max_new_tokens", "6", "--name", "gradient"]  # fmt: skip
+             "--entropy_coef", "0.2", "--max_new_tokens", "6", "--advantage", kind,
+             "--name", f"gradient_{kind}"]  # fmt: skip
     with pytest.raises(SystemExit, match="enough"):
         main_of(monkeypatch, world, "grpo_rank.py", *REFERENCE, *flags)
 
@@ -226,12 +231,12 @@ def test_the_gradient_of_a_step(world, policy, monkeypatch):
     logprobs, entropy = plain_logprobs(model, prefix, tokens, lengths, 0.7)
     with torch.no_grad():
         reference, _ = plain_logprobs(other, prefix, tokens, lengths, 0.7)
-    (_, oracle_ranks, policy_ranks), _ = seen["rank_advantages"]
-    assert oracle_ranks.tolist() == [[0, 2, 1]] * 3
-    likely = logprobs.sum(-1).view(3, 3).argsort(descending=True)  # most likely first
-    assert policy_ranks.gather(1, likely).tolist() == [[0, 1, 2]] * 3
-    # deltas 0, .3333333, .2075187; minus from their mean .1802840; over their standard deviation .1374386
-    A = torch.tensor([1.311742, -1.113583, -0.198159]).repeat(3)[:, None]
+    if kind == "oracle_rank":
+        (_, oracle_ranks, policy_ranks), _ = seen["rank_advantages"]
+        assert oracle_ranks.tolist() == [[0, 2, 1]] * 3
+        likely = logprobs.sum(-1).view(3, 3).argsort(descending=True)  # most likely first
+        assert policy_ranks.gather(1, likely).tolist() == [[0, 1, 2]] * 3
+    A = torch.tensor(A).repeat(3)[:, None]
     ratio = (reference - logprobs).exp().detach()
     ranked = torch.tensor([1, 1, 1, 0, 0, 0, 1, 1, 1])[:, None]
     used = (torch.arange(tokens.shape[-1]) < lengths.view(-1, 1)) * ranked
@@ -341,7 +346,7 @@ def test_missing_files_are_one_line(script, monkeypatch, name, flags):
     assert done.code not in (0, None)
     said = [line for line in done.err.splitlines() if not line.startswith("video features") and line.strip()]
     assert len(said) == 1, done.err
-    assert name == "sft" and "hub" in said[0] or any(word in said[0] for word in ("nowhere", "1000", "4000"))
+    assert name == "sft" and "huggingface" in said[0] or any(word in said[0] for word in ("nowhere", "1000", "4000"))
 
 
 @pytest.mark.parametrize("name, flags, folder", [
