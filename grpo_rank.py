@@ -262,7 +262,8 @@ def main(args):
         sequence_logprobs = torch.empty(lengths.shape)  # (B,G)
         for i, logprobs in zip(micros, old_logprobs):
             sequence_logprobs[i.cpu()] = logprobs.sum(-1).view(-1, args.G).cpu()
-        policy_ranks = ranks_of((sequence_logprobs * 1e4).round())  # equal answers: equal up to rounding
+        copy_of = (tokens.unsqueeze(2) == tokens.unsqueeze(1)).all(-1).int().argmax(-1).cpu()  # (B,G) behind EOS: EOS
+        policy_ranks = ranks_of(sequence_logprobs.gather(1, copy_of))  # D4: rounding must not order copies
         if args.advantage == "score":
             advantages = scores.double() - scores.double().mean(-1, keepdim=True)
         else:

@@ -197,7 +197,7 @@ def main(args):
                       max_length=TINY_TEXT["max_position_embeddings"], return_tensors="pt")
 
     def contrastive_step(step):
-        index = torch.from_numpy(rng.choice(len(clips), 64, replace=False))
+        index = torch.from_numpy(rng.choice(len(clips), min(64, len(clips)), replace=False))
         last = layers[-1](locked[index].flatten(0, 1), attention_mask=None)
         cls = model.vision_model.post_layernorm((last[0] if isinstance(last, tuple) else last)[:, 0])  # (B*F,D)
         image = F.normalize(model.visual_projection(cls), dim=-1).view(len(index), num_frames, -1).mean(1)

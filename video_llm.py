@@ -315,20 +315,22 @@ class VideoLLMProcessor(ProcessorMixin):
         cut at the *end of the last question*, video tokens and template never. ValueError if that is not enough.
         """
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-        messages = [{**m, "content": self.clean(m["content"])} for m in messages]
-        if video:
-            messages[0]["content"] = f"{VIDEO_TOKEN}\n{messages[0]['content']}"
-        ids = self._template_ids(messages)
+        *head, last = [{**m, "content": self.clean(m["content"])} for m in messages]
+
+        def encode(text):
+            turns = [*head, {**last, "content": text}]
+            if video:
+                turns[0] = {**turns[0], "content": f"{VIDEO_TOKEN}\n{turns[0]['content']}"}
+            return self._template_ids(turns)
+
+        ids = encode(last["content"])
         if max_length is not None and len(ids) > max_length:
-            head, last = messages[:-1], messages[-1]["content"]
-            question_ids = self.tokenizer(last, add_special_tokens=False).input_ids
-            floor = 2 if video and not head else 1  # the video token and one word
+            question_ids = self.tokenizer(last["content"], add_special_tokens=False).input_ids
             keep = len(question_ids) - (len(ids) - max_length)
             while len(ids) > max_length:  # text cut in two can take a token more
-                if keep < floor:
+                if keep < 1:
                     raise ValueError(f"a prompt of {len(ids)} tokens cannot be cut to {max_length} and keep its video")
-                text = self.tokenizer.decode(question_ids[:keep])
-                ids, keep = self._template_ids(head + [{**messages[-1], "content": text}]), keep - 1
+                ids, keep = encode(self.tokenizer.decode(question_ids[:keep])), keep - 1
         return ids
 
     def split_prompt_ids(self, head, tail):

@@ -310,7 +310,6 @@ def test_overlong_questions_are_cut_never_the_video(start, word):
     assert len(processor.prompt_ids(question, video=False, max_length=20)) <= 20
 
 
-@pytest.mark.xfail(strict=True, reason="decoding puts a space behind <video>: a prompt of another format")
 def test_a_cut_prompt_begins_like_the_whole_one(start):
     processor = start[1]
     question = "what moves? " + "red circle " * 40
