@@ -330,7 +330,7 @@ class VideoLLMProcessor(ProcessorMixin):
             while len(ids) > max_length:  # text cut in two can take a token more
                 if keep < 1:
                     raise ValueError(f"a prompt of {len(ids)} tokens cannot be cut to {max_length} and keep its video")
-                ids, keep = encode(self.tokenizer.decode(question_ids[:keep])), keep - 1
+                ids, keep = encode(self.tokenizer.decode(question_ids[:keep]).strip()), keep - 1
         return ids
 
     def split_prompt_ids(self, head, tail):
