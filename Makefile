@@ -1,5 +1,5 @@
-# make demo    from nothing to a table 'SFT | SFT continued | GRPO_rank' and a plot (about 17 minutes on two cores)
-# make test    the tests (about 5 minutes on two cores)
+# make demo    from nothing to a table 'SFT | SFT continued | GRPO_rank' and a plot (roughly 20 minutes on two cores)
+# make test    the tests (about 6 minutes on two cores)
 # Both make .venv when it is not there; everything is resumable, what is finished is not done again.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ DIST = $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(if $(filte
 WORLD = data/moving_shapes
 POLICY = --data $(WORLD)/train.json --num_clips 40 --batch_size 16
 
-.PHONY: demo test results
+.PHONY: demo test
 
 .venv/done: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Every run behind docs/grpo_rank.md: seeds 0-2, all advantages, oracles and controls. Resumable; one process per core.
-#   bash benchmarks/grpo_rank.sh          then          python benchmarks/grpo_rank.py     (tables and plots)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -36,11 +35,13 @@ done | side_by_side
     echo "continued_s$s $PY sft.py --name continued_s$s $few --num_clips 40 --model runs/sft/policy_s$s/final --steps 150 --lr 3e-4 --seed $s --resume"
     echo "score_s$s $g --name score --oracle reference --advantage score"
   done
-  for s in $SEEDS; do
-    g="$PY grpo_rank.py --seed $s --resume"
-    echo "judge_s$s $g --name judge --oracle judge"
-    echo "self_s$s $g --name self --oracle_model runs/sft/policy_s$s/final"
-    echo "unscaled_s$s $g --name unscaled --oracle reference --scale_advantages False"
-    echo "published_context_s$s $g --name published_context --advantage published"
-  done
 } | side_by_side
+
+SHOW="$PY evaluate.py"
+$SHOW --runs "runs/sft/policy_s*" "runs/sft/continued_s*" "runs/grpo_rank/random_s*" "runs/grpo_rank/context_s*" \
+  "runs/grpo_rank/reference_s*" "runs/sft/more_labels_s*" \
+  --labels "SFT,SFT continued,random,GRPO_rank,reference,100 more labels" --out docs/results/grpo_rank
+$SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/reference_s*" "runs/grpo_rank/score_s*" "runs/grpo_rank/signed_s*" \
+  "runs/grpo_rank/published_s*" --labels SFT,oracle_rank,score,signed,published --out docs/results/advantages
+$SHOW --runs runs/sft/policy_s0 runs/sft/continued_s0 runs/grpo_rank/context_s0 \
+  --labels "SFT,SFT continued,GRPO_rank" --out docs/results/demo
