@@ -13,7 +13,7 @@ not rank a group: such a group is *counted and masked out* by the caller, never 
 
 The oracle is a model of its own (`--oracle_model`), in life a stronger one than the policy.
 
-    python oracle.py --checkpoint runs/sft/policy/final --oracles judge,context     agreement with the truth, printed
+    python oracle.py --checkpoint runs/sft/policy_s0/final --oracles judge,context     agreement with the truth, printed
 
 D1      the judge's two possible replies are the responses themselves, not the labels "1" and "2". A label is a pointer:
         at the size of `tiny` it stayed at chance for as long as it takes to learn to answer, while naming the better
@@ -148,7 +148,7 @@ class JudgeOracle:
     def preferences(self, videos, questions, answers):
         """P(answer i is better than answer j), (B,G,G), both orders averaged, so P_ij + P_ji = 1 and P_ii = 1/2.
 
-        All ordered pairs of *distinct* answers of a group are packed behind one prefix (video, narrative, question).
+        All ordered pairs of *distinct* answers are compared, PACK of them behind one prefix (video, narrative).
         """
         stories = self.narratives(videos) if self.narrative else [None] * len(videos)
         B, G = len(answers), len(answers[0])
