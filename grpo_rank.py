@@ -44,7 +44,6 @@ rho_{i,t}     ratio         (n,T)    pi / pi_old                                
 
 import json
 import random
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,14 +52,13 @@ import numpy as np
 import torch
 from transformers.hf_argparser import HfArg
 
-import evaluate
 import harness
-from data import DataError, FeatureCache, read_records, report_lines
-from oracle import DESCRIBE, ORACLES, make_oracle, ranks_of
+from data import DataError, FeatureCache, read_records
+from oracle import ORACLES, make_oracle, ranks_of
+from questions import build_embedded, choose_questions, count_correct, question_indices, sft_start
 from video_llm import Prefix, add_lora, answer_mask, generate, load_model, reference_of, token_logprobs, unwrap
 
 WORLD = "data/moving_shapes"
-POLICY_SFT = "--steps 100 --batch_size 16 --lr 1e-3"
 ADVANTAGES = ("oracle_rank", "published", "signed", "score", "random")
 
 
@@ -120,7 +118,7 @@ class Args:
                              f"--micro_batch_size ({world} x {self.micro_batch_size})")
         if not 0 < self.clip_range < 1 or self.temperature <= 0 or self.lr <= 0:
             raise ValueError("--clip_range must lie between 0 and 1, --temperature and --lr above 0")
-        self.model = self.model or f"runs/sft/policy_s{self.seed}/final"
+        self.model = self.model or sft_start(self.seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -195,7 +193,7 @@ def lr_at(step, args):
 # ---------------------------------------------------------------------------------------------------------------
 def main(args):
     rank, world, device = harness.setup_dist()
-    build_embedded_prerequisites(args, rank)
+    build_embedded(args, rank)
     folder = f"runs/grpo_rank/{args.name}_s{args.seed}"
     checkpoint = harness.open_run(folder, args, rank)
 
@@ -224,7 +222,7 @@ def main(args):
 
     for step in range(start, args.steps):
         if evals and step % args.eval_steps == 0:
-            log_accuracy(log, evals[rank::world], model, processor, cache)
+            log.add("eval/accuracy", *count_correct(evals[rank::world], model, processor, cache))
         clock = [time.time()]
         mine = question_indices(len(records), step, args)[rank::world]  # B of this process
         batch = [records[i] for i in mine]
@@ -313,57 +311,6 @@ def main(args):
 # ---------------------------------------------------------------------------------------------------------------
 # Plumbing
 # ---------------------------------------------------------------------------------------------------------------
-def build_embedded_prerequisites(args, rank):
-    """Data, SFT start and oracle of the embedded default; paths of the user's own are never built."""
-    if args.data.startswith(WORLD):
-        harness.build_if_missing(f"{WORLD}/clips.json", ["moving_shapes.py"], "under a minute", rank)
-    if args.model == f"runs/sft/policy_s{args.seed}/final":
-        harness.build_if_missing(args.model, policy_sft_command(args.seed), "about a minute", rank)
-    if args.oracle != "reference" and args.oracle_model == "runs/sft/oracle/final":
-        harness.build_if_missing(args.oracle_model, ["sft.py", "--name", "oracle", "--resume"], "about 6 minutes", rank)
-
-
-def policy_sft_command(seed):
-    """The label-scarce start of every RL run: the labels of 40 clips, which differ from seed to seed."""
-    data = f"--data {WORLD}/train.json --num_clips 40 --seed {seed}"
-    return f"sft.py --name policy_s{seed} {data} {POLICY_SFT} --resume".split()
-
-
-def choose_questions(args, records, report, cache, folder, rank, world):
-    """The questions RL may ask: not those whose clips the SFT start saw the labels of, no broken videos, no requests
-    for descriptions (an oracle that compares short answers cannot rank them). -> records, held-out records."""
-    seen_file = Path(args.model).parent / "labelled_clips.json"
-    seen = set(json.loads(seen_file.read_text())) if seen_file.exists() else set()
-    records = [r for r in records if r["clip"] and r["question"] != DESCRIBE and str(r["clip"].path) not in seen]
-    broken = harness.prepare_videos(cache, [r["clip"] for r in records], folder, rank, world)
-    records = [r for r in records if r["clip"] not in broken]
-    if len(records) < args.prompts_per_step:
-        sys.exit(f"{args.data}: {len(records)} usable questions, fewer than --prompts_per_step {args.prompts_per_step}")
-    if rank == 0:
-        print("\n".join(report_lines(report)))
-        print(f"{len(records)} questions; {len(seen)} clips left out (labelled in SFT); {len(broken)} broken")
-    evals = []
-    if args.eval_data:
-        with harness.one_line_errors(DataError):
-            evals, _ = read_records(args.eval_data.split(","), args.video_root or None)
-        evals = [r for r in evals if r["clip"] and r["question"] != DESCRIBE]
-        evals = random.Random(0).sample(evals, min(args.eval_questions, len(evals)))
-        bad = harness.prepare_videos(cache, [r["clip"] for r in evals], folder, rank, world)
-        evals = [r for r in evals if r["clip"] not in bad]
-    return records, evals
-
-
-def question_indices(count, step, args):
-    """The questions of one step, over all processes: an endless sequence of permutations keyed by (seed, epoch)."""
-    first, out = step * args.prompts_per_step, []
-    for k in range(first, first + args.prompts_per_step):
-        epoch, place = divmod(k, count)
-        if not out or place == 0:
-            order = np.random.default_rng([args.seed, epoch]).permutation(count)
-        out.append(int(order[place]))
-    return out
-
-
 def random_scores(answers, indices, step, seed):
     """Control: a random order of the distinct answers of each group, keyed like the rollouts."""
     rows = []
@@ -402,11 +349,6 @@ def log_groups(log, answers, lengths, oracle_ranks, policy_ranks, scores, ok, to
     log.add("rank/tied_groups", (tied & ok).sum(), B)
     log.add("rank/masked_groups", (~ok).sum(), B)
     log.add("rank/policy_agrees", concordant.sum(), concordant.sum() + discordant.sum())
-
-
-def log_accuracy(log, records, model, processor, cache):
-    answers = evaluate.answer(model, processor, cache, records)
-    log.add("eval/accuracy", sum(evaluate.is_correct(a, r["answer"]) for a, r in zip(answers, records)), len(records))
 
 
 def write_samples(folder, step, batch, answers, ranks, advantages):

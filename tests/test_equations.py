@@ -15,12 +15,12 @@ from grpo_rank import (
     kl_k3,
     lr_at,
     penalty,
-    question_indices,
     random_scores,
     rank_advantages,
     scale_by_std,
 )
 from oracle import ranks_of
+from questions import question_indices
 
 RANKED = ("oracle_rank", "published", "signed")
 PERMUTATIONS = torch.tensor(list(itertools.permutations(range(5))))

@@ -10,7 +10,7 @@ REPO = Path(__file__).resolve().parent.parent
 SOURCES = sorted(REPO.glob("*.py"))
 FILES = sorted([*SOURCES, *Path(__file__).parent.glob("*.py")])
 SCRIPTS = [p for p in SOURCES if re.search(r"^class Args", p.read_text(), re.M)]
-LIMITED = ("video_llm", "harness", "data", "oracle", "evaluate", "sft", "grpo_rank")
+LIMITED = ("video_llm", "harness", "data", "oracle", "evaluate", "sft", "grpo_rank", "questions")
 name_of = lambda path: path.stem
 
 
@@ -39,6 +39,11 @@ def test_every_flag_is_read(path):
     if "harness.open_run" in path.read_text():
         assert "args.resume" in (REPO / "harness.py").read_text()
         read.add("resume")
+    if "choose_questions(args" in path.read_text():  # the shared choice of questions reads its share of the flags
+        shared = {n.attr for n in ast.walk(ast.parse((REPO / "questions.py").read_text()))
+                  if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "args"}
+        assert shared <= flags, f"questions.py reads {sorted(shared - flags)}"
+        read |= shared
     assert not flags - read, f"flags that do nothing: {sorted(flags - read)}"
     assert not (read & {f"no_{f}" for f in flags})
 

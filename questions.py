@@ -1,0 +1,80 @@
+"""Which questions the scripts that learn from feedback may ask, and what they start from; the same for all of them.
+
+Labels are scarce, as in life: SFT sees the answers of few clips, feedback is given on the videos of the others.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import evaluate
+import harness
+from data import DataError, read_records, report_lines
+from oracle import DESCRIBE
+
+WORLD = "data/moving_shapes"
+POLICY_SFT = "--steps 100 --batch_size 16 --lr 1e-3"  # annealed; tuned on val.json, seeds 0-2: docs/grpo_rank.md
+
+
+def sft_start(seed):
+    """The label-scarce start of every embedded run: SFT on the labels of 40 clips, which differ from seed to seed."""
+    return f"runs/sft/policy_s{seed}/final"
+
+
+def build_embedded(args, rank):
+    """Data, SFT start and oracle of the embedded default; paths of the user's own are never built."""
+    if args.data.startswith(WORLD):
+        harness.build_if_missing(f"{WORLD}/clips.json", ["moving_shapes.py"], "under a minute", rank)
+    if args.model == sft_start(args.seed):
+        harness.build_if_missing(args.model, policy_sft_command(args.seed), "about a minute", rank)
+    if args.oracle != "reference" and args.oracle_model == "runs/sft/oracle/final":
+        harness.build_if_missing(args.oracle_model, ["sft.py", "--name", "oracle", "--resume"], "about 6 minutes", rank)
+
+
+def policy_sft_command(seed):
+    data = f"--data {WORLD}/train.json --num_clips 40 --seed {seed}"
+    return f"sft.py --name policy_s{seed} {data} {POLICY_SFT} --resume".split()
+
+
+def choose_questions(args, records, report, cache, folder, rank, world):
+    """The questions RL may ask: not those whose clips the SFT start saw the labels of, no broken videos, no requests
+    for descriptions (an oracle that compares short answers cannot rank them). -> records, held-out records."""
+    seen_file = Path(args.model).parent / "labelled_clips.json"
+    seen = set(json.loads(seen_file.read_text())) if seen_file.exists() else set()
+    records = [r for r in records if r["clip"] and r["question"] != DESCRIBE and str(r["clip"].path) not in seen]
+    broken = harness.prepare_videos(cache, [r["clip"] for r in records], folder, rank, world)
+    records = [r for r in records if r["clip"] not in broken]
+    if len(records) < args.prompts_per_step:
+        sys.exit(f"{args.data}: {len(records)} usable questions, fewer than --prompts_per_step {args.prompts_per_step}")
+    if rank == 0:
+        print("\n".join(report_lines(report)))
+        print(f"{len(records)} questions; {len(seen)} clips left out (labelled in SFT); {len(broken)} broken")
+    evals = []
+    if args.eval_data:
+        with harness.one_line_errors(DataError):
+            evals, _ = read_records(args.eval_data.split(","), args.video_root or None)
+        evals = [r for r in evals if r["clip"] and r["question"] != DESCRIBE]
+        evals = random.Random(0).sample(evals, min(args.eval_questions, len(evals)))
+        bad = harness.prepare_videos(cache, [r["clip"] for r in evals], folder, rank, world)
+        evals = [r for r in evals if r["clip"] not in bad]
+    return records, evals
+
+
+def question_indices(count, step, args):
+    """The questions of one step, over all processes: an endless sequence of permutations keyed by (seed, epoch)."""
+    first, out = step * args.prompts_per_step, []
+    for k in range(first, first + args.prompts_per_step):
+        epoch, place = divmod(k, count)
+        if not out or place == 0:
+            order = np.random.default_rng([args.seed, epoch]).permutation(count)
+        out.append(int(order[place]))
+    return out
+
+
+def count_correct(records, model, processor, cache):
+    """Greedy answers against the labels -> number right, number asked."""
+    answers = evaluate.answer(model, processor, cache, records)
+    return sum(evaluate.is_correct(a, r["answer"]) for a, r in zip(answers, records)), len(records)
