@@ -27,13 +27,21 @@ done | side_by_side
 {
   for s in $SEEDS; do
     g="$PY grpo_rank.py --seed $s --resume"
+    echo "continued_s$s $PY sft.py --name continued_s$s $few --num_clips 40 --model runs/sft/policy_s$s/final --steps 150 --lr 3e-4 --seed $s --resume"
     echo "context_s$s $g --name context"
     echo "reference_s$s $g --name reference --oracle reference"
     echo "random_s$s $g --name random --oracle reference --advantage random"
+  done
+  for s in $SEEDS; do
+    g="$PY grpo_rank.py --seed $s --resume"
     echo "published_s$s $g --name published --oracle reference --advantage published"
     echo "signed_s$s $g --name signed --oracle reference --advantage signed"
-    echo "continued_s$s $PY sft.py --name continued_s$s $few --num_clips 40 --model runs/sft/policy_s$s/final --steps 150 --lr 3e-4 --seed $s --resume"
     echo "score_s$s $g --name score --oracle reference --advantage score"
+    echo "unscaled_s$s $g --name unscaled --oracle reference --scale_advantages False"
+    echo "published_ai_s$s $g --name published_ai --advantage published"
+    echo "signed_ai_s$s $g --name signed_ai --advantage signed"
+    echo "self_s$s $g --name self --oracle_model runs/sft/policy_s$s/final"
+    echo "judge_s$s $g --name judge --oracle judge"
   done
 } | side_by_side
 
@@ -42,6 +50,10 @@ $SHOW --runs "runs/sft/policy_s*" "runs/sft/continued_s*" "runs/grpo_rank/random
   "runs/grpo_rank/reference_s*" "runs/sft/more_labels_s*" \
   --labels "SFT,SFT continued,random,GRPO_rank,reference,100 more labels" --out docs/results/grpo_rank
 $SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/reference_s*" "runs/grpo_rank/score_s*" "runs/grpo_rank/signed_s*" \
-  "runs/grpo_rank/published_s*" --labels SFT,oracle_rank,score,signed,published --out docs/results/advantages
+  "runs/grpo_rank/published_s*" "runs/grpo_rank/unscaled_s*" \
+  --labels "SFT,oracle_rank,score,signed,published,oracle_rank unscaled" --out docs/results/advantages
+$SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/context_s*" "runs/grpo_rank/judge_s*" "runs/grpo_rank/self_s*" \
+  "runs/grpo_rank/signed_ai_s*" "runs/grpo_rank/published_ai_s*" \
+  --labels "SFT,context,judge,judges itself,signed,published" --out docs/results/ai_feedback
 $SHOW --runs runs/sft/policy_s0 runs/sft/continued_s0 runs/grpo_rank/context_s0 \
   --labels "SFT,SFT continued,GRPO_rank" --out docs/results/demo
