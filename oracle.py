@@ -139,8 +139,8 @@ class JudgeOracle:
     def describe(self, clips):
         prefix = Prefix.build(self.processor, self.cache, [DESCRIBE] * len(clips), clips, self.device,
                               num_frames=min(self.max_frames, self.processor.num_frames))
-        uniforms = torch.zeros(len(clips), 1, MAX_NARRATIVE_TOKENS)  # unread: temperature 0
-        tokens, lengths = generate(self.model, prefix, uniforms, self.processor.tokenizer.eos_token_id, temperature=0)
+        eos, uniforms = self.processor.tokenizer.eos_token_id, torch.zeros(len(clips), 1, MAX_NARRATIVE_TOKENS)
+        tokens, lengths, _ = generate(self.model, prefix, uniforms, eos, temperature=0)  # greedy: uniforms unread
         return [group[0] for group in self.processor.decode_answers(tokens, lengths)]
 
     # -- comparisons --------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def main(args):
     for i in range(0, len(records), 50):
         prefix = Prefix.build(processor, cache, questions[i : i + 50], clips[i : i + 50])
         uniforms = np.random.default_rng([args.seed, i]).random((len(prefix.input_ids), args.G, 16))
-        tokens, lengths = generate(model, prefix, torch.from_numpy(uniforms), processor.tokenizer.eos_token_id)
+        tokens, lengths, _ = generate(model, prefix, torch.from_numpy(uniforms), processor.tokenizer.eos_token_id)
         answers += processor.decode_answers(tokens, lengths)
     correct = torch.tensor([[normalize(a) == normalize(r["answer"]) for a in g] for r, g in zip(records, answers)])
     print(f"{len(records)} questions x {args.G} answers of {args.checkpoint}: {correct.float().mean():.1%} right; "

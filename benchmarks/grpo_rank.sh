@@ -19,9 +19,9 @@ side_by_side() { xargs -P "$JOBS" -d '\n' -I{} sh -c 'set -- {}; name=$1; shift;
 
 few="--data $W/train.json --batch_size 16"
 for s in $SEEDS; do
-  echo "policy_s$s $PY sft.py --name policy_s$s $few --num_clips 40 --steps 100 --lr 1e-3 --seed $s --resume"
+  echo "policy_s$s $PY sft.py --name policy_s$s $few --num_clips 40 --steps 200 --lr 1e-3 --seed $s --resume"
   # the same recipe and number of epochs with the labels of a hundred clips more
-  echo "more_labels_s$s $PY sft.py --name more_labels_s$s $few --num_clips 140 --steps 350 --lr 1e-3 --seed $s --resume"
+  echo "more_labels_s$s $PY sft.py --name more_labels_s$s $few --num_clips 140 --steps 700 --lr 1e-3 --seed $s --resume"
 done | side_by_side
 
 {
@@ -32,17 +32,18 @@ done | side_by_side
     echo "reference_s$s $g --name reference --oracle reference"
     echo "random_s$s $g --name random --oracle reference --advantage random"
   done
-  for s in $SEEDS; do
-    g="$PY grpo_rank.py --seed $s --resume"
-    echo "published_s$s $g --name published --oracle reference --advantage published"
-    echo "signed_s$s $g --name signed --oracle reference --advantage signed"
-    echo "score_s$s $g --name score --oracle reference --advantage score"
-    echo "unscaled_s$s $g --name unscaled --oracle reference --scale_advantages False"
-    echo "published_ai_s$s $g --name published_ai --advantage published"
-    echo "signed_ai_s$s $g --name signed_ai --advantage signed"
-    echo "self_s$s $g --name self --oracle_model runs/sft/policy_s$s/final"
-    echo "judge_s$s $g --name judge --oracle judge"
-  done
+  while read -r name flags; do
+    for s in $SEEDS; do echo "${name}_s$s $PY grpo_rank.py --seed $s --resume --name $name $flags" | sed "s/SEED/$s/"; done
+  done <<'RUNS'
+published --oracle reference --advantage published
+signed --oracle reference --advantage signed
+score --oracle reference --advantage score
+published_ai --advantage published
+signed_ai --advantage signed
+self --oracle_model runs/sft/policy_sSEED/final
+judge --oracle judge
+unscaled --oracle reference --scale_advantages False
+RUNS
 } | side_by_side
 
 SHOW="$PY evaluate.py"
