@@ -28,15 +28,18 @@ Differs  D1  the two answers compared are the first two *different* ones of --sa
              the reward by 10.
          D9  `tiny` trains all weights; [V]: LoRA r = 64, alpha = 16, learning rate 2e-5, one epoch, 40k pairs.
 
+One thing makes it fast: the pairs about one video share one prefix, video and narrative (`packed` in video_llm.py).
+
 symbol        name        shape    meaning                                                          made in
-              prompt      (B,P)    video, narrative, question; one prefix for both answers           step 2
-y_c, y_r      tokens      (B,2,T)  chosen and rejected answer, right padded; lengths (B,2)           step 2
-r             rewards     (B,2)    the scalar at the answers' last tokens                            step 2
 P             p           ()       judge's probability that the first answer is better, both orders  collect
+              prefix      (B,L)    what the prompts about a video have in common; B videos           step 2
+y_c, y_r      tokens      (B,G,T)  rest of the prompt + answer; chosen and rejected side by side     step 2
+r             rewards     (n,2)    the scalar at the answers' last tokens, n pairs, chosen first     step 2
 """
 
 import json
 import math
+import os
 import random
 import sys
 from dataclasses import asdict, dataclass
@@ -81,8 +84,9 @@ class Args:
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
     # -- budget
     epochs: float = HfArg(default=3.0, help="passes over the pairs [V: 1]")
-    prompts_per_step: int = HfArg(default=32, help="pairs per optimizer step, over all processes [V: 16]")
-    micro_batch_size: int = HfArg(default=16, help="pairs per forward pass and process")
+    prompts_per_step: int = HfArg(default=16, help="videos per optimizer step, over all processes")
+    pack: int = HfArg(default=4, help="pairs about one video that share its prefix, at most")
+    micro_batch_size: int = HfArg(default=8, help="videos (times --pack pairs) per forward pass and process")
     lr: float = HfArg(default=3e-4, help="peak learning rate; short warm-up, then linear to zero [V: 2e-5]")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay [V: 0]")
     share: float = HfArg(default=1.0, help="train on this share of the training pairs, drawn by --seed [V Fig. 5]")
@@ -113,7 +117,7 @@ class Args:
         if self.quantize not in ("none", "nf4") or self.quantize == "nf4" and not self.lora_r:
             raise ValueError(f"--quantize {self.quantize}: choose none, or nf4 with --lora_r")
         for flag, low in (("clips", 1), ("prompts", 2), ("samples", 2), ("max_new_tokens", 1), ("min_margin", 0),
-                          ("centring", 0), ("lora_r", 0), ("prompts_per_step", 1), ("micro_batch_size", 1),
+                          ("centring", 0), ("lora_r", 0), ("prompts_per_step", 1), ("pack", 1), ("micro_batch_size", 1),
                           ("eval_steps", 1), ("save_steps", 1), ("max_prompt_tokens", 1), ("max_answer_tokens", 1)):
             if getattr(self, flag) < low:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least {low}")
@@ -149,7 +153,7 @@ def centring_term(rewards):
 
 def read_rewards(scores, lengths):
     """[D3] The scalar at each answer's last token. scores (N,T) with row b*G + g, lengths (B,G) -> rewards (B,G)."""
-    return scores.gather(1, lengths.view(-1, 1) - 1).view(lengths.shape)
+    return scores.gather(1, lengths.reshape(-1, 1) - 1).view(lengths.shape)
 
 
 @torch.no_grad()
@@ -227,7 +231,7 @@ def ask(batch, indices, policy, processor, cache, oracle, device, args):
 def choose_pairs(rows, records, min_margin):
     """[D2] Rows of `ask` and the records they belong to -> pairs, counts. Labels serve the counts alone."""
     pairs, right = [], {"all": [], "kept": []}
-    counts = dict(asked=len(rows), same_answer=0, near_tie=0)
+    counts = dict(asked=len(rows), same_answer=0, near_tie=0, empty_chosen=0)
     for row, record in zip(rows, records):
         (a, b), p = row["answers"], row["p"]
         if normalize(a) == normalize(b):
@@ -240,8 +244,10 @@ def choose_pairs(rows, records, min_margin):
             vote = 0.5 if abs(p - 0.5) < 1e-6 else float((p > 0.5) == truth[0])
             for which in ["all"] + ["kept"] * (not drop):
                 right[which].append(vote)
-        if not drop:
-            chosen, rejected = (a, b) if p > 0.5 else (b, a)
+        chosen, rejected = (a, b) if p > 0.5 else (b, a)
+        if not drop and not chosen:
+            counts["empty_chosen"] += 1  # nobody learns to say nothing
+        elif not drop:
             pairs.append(dict(id=row["id"], clip=record["clip"], question=record["question"], chosen=chosen,
                               rejected=rejected, place=1 if p > 0.5 else 2, margin=round(abs(p - 0.5), 6),
                               answer=record["answer"], task_type=record["task_type"], narrative=row["narrative"]))
@@ -319,9 +325,10 @@ def main(args):
     broken = harness.prepare_videos(cache, [p["clip"] for p in pairs if p["clip"]], folder, rank, world)
     train, held = split_by_video([p for p in pairs if p["clip"] not in broken], args.eval_share, args.seed)
     train = random.Random(f"{args.seed} share").sample(train, math.ceil(args.share * len(train)))
-    if len(train) < args.prompts_per_step or len(held) < world:
+    groups, held_groups = by_video(train, args.pack), by_video(held, args.pack)
+    if len(groups) < args.prompts_per_step or len(held_groups) < world:
         sys.exit(f"{args.preferences}: {len(train)} pairs to train on and {len(held)} held out are too few")
-    steps = math.ceil(args.epochs * len(train) / args.prompts_per_step)
+    steps = math.ceil(args.epochs * len(groups) / args.prompts_per_step)
     stories = tell(args, train + held, rank, world, device)
     if rank == 0:
         print("\n".join(report_lines(report)))
@@ -329,29 +336,32 @@ def main(args):
     ddp = harness.wrap_ddp(model, device)
     log = harness.Log(folder, steps, start, rank)
 
-    def rewards_of(m, some):  # -> (B,2)
-        prefix, tokens, lengths = collate(some, stories, processor, cache, device, args)
-        return read_rewards(token_scores(m, prefix, tokens, lengths), lengths)
+    def rewards_of(m, some):  # groups of pairs -> (n,2), and the pairs in the order of the rows
+        prefix, tokens, lengths, real = collate(some, stories, processor, cache, device, args)
+        rewards = read_rewards(token_scores(m, prefix, tokens, lengths), lengths)  # (B,G)
+        return rewards[real].view(-1, 2), [p for group in some for p in group]
 
     for step in range(start, steps):
-        # 2. Rewards of both answers behind one prefix, Bradley-Terry and centring                 [BT, C; D3, D6]
-        mine = [train[i] for i in question_indices(len(train), step, args)[rank::world]]
-        mine.sort(key=lambda p: len(stories.get(p["clip"], "")) + len(p["question"]))  # like lengths together
+        # 2. Rewards of the answers behind one prefix per video, Bradley-Terry and centring        [BT, C; D3, D6]
+        #    Videos with like numbers of pairs together, so that a micro-batch holds little padding.
+        batch = sorted((groups[i] for i in question_indices(len(groups), step, args)), key=len)
+        n_pairs = sum(map(len, batch))
+        mine = batch[rank::world]
         micros = [mine[i : i + args.micro_batch_size] for i in range(0, len(mine), args.micro_batch_size)]
         for g in optimizer.param_groups:
             g["lr"] = lr_at(step, steps, args.lr)
         for k, micro in enumerate(micros):
             with harness.no_sync(ddp, when=k < len(micros) - 1):
-                rewards = rewards_of(ddp, micro)
-                bt, centring = bradley_terry(rewards), args.centring * centring_term(rewards)  # (B,), (B,)
-                ((bt + centring).sum() * world / args.prompts_per_step).backward()  # DDP averages over processes
-            log.add("losses/bradley_terry", bt.detach().sum(), len(micro))
-            log.add("losses/centring", centring.detach().sum(), len(micro))
-            log_rewards(log, "rm", rewards.detach().cpu(), micro)
+                rewards, pairs = rewards_of(ddp, micro)  # (n,2)
+                bt, centring = bradley_terry(rewards), args.centring * centring_term(rewards)  # (n,), (n,)
+                ((bt + centring).sum() * world / n_pairs).backward()  # DDP averages over processes; * world undoes it
+            log.add("losses/bradley_terry", bt.detach().sum(), len(pairs))
+            log.add("losses/centring", centring.detach().sum(), len(pairs))
+            log_rewards(log, "rm", rewards.detach().cpu(), pairs)
 
         # 3. Update
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        harness.stop_if_not_finite(grad_norm, folder, step, [[str(p["question"]), p["chosen"]] for p in mine])
+        harness.stop_if_not_finite(grad_norm, folder, step, [[str(p["question"]), p["chosen"]] for p in pairs])
         optimizer.step()
         optimizer.zero_grad()
         log.add("policy/grad_norm", grad_norm)
@@ -359,21 +369,21 @@ def main(args):
 
         # 4. Measure on held-out videos, log, save
         if (step + 1) % args.eval_steps == 0 or step + 1 == steps:
-            some = held[rank::world]
-            with torch.no_grad():
-                for i in range(0, len(some), args.micro_batch_size):
-                    part = some[i : i + args.micro_batch_size]
-                    log_rewards(log, "eval", rewards_of(model, part).cpu(), part)
+            some = held_groups[rank::world]
+            for i in range(0, len(some), args.micro_batch_size):
+                with torch.no_grad():
+                    rewards, pairs = rewards_of(model, some[i : i + args.micro_batch_size])
+                log_rewards(log, "eval", rewards.cpu(), pairs)
         row = log.step(step, show=["losses/bradley_terry", "rm/accuracy", "eval/accuracy", "eval/truth_accuracy"])
         if rank == 0 and (step + 1) % args.save_steps == 0 and step + 1 < steps:
             harness.save_checkpoint(folder, f"checkpoint-{step + 1}", model, processor, optimizer, step + 1)
 
     # 5. Normalise (D8) and say how the model is to be used
-    mine, rewards = train[rank::world], torch.zeros(0, dtype=torch.float64)
+    mine, rewards = groups[rank::world], torch.zeros(0, dtype=torch.float64)
     with torch.no_grad():
         for i in range(0, len(mine), args.micro_batch_size):
-            part = rewards_of(model, mine[i : i + args.micro_batch_size]).flatten()
-            rewards = torch.cat([rewards, part.cpu().double()])
+            part = rewards_of(model, mine[i : i + args.micro_batch_size])[0]
+            rewards = torch.cat([rewards, part.flatten().cpu().double()])
     sums = torch.stack([torch.tensor(float(len(rewards)), dtype=torch.float64), rewards.sum(), rewards.square().sum()])
     n, total, squares = harness.all_sum(sums).tolist()
     mean, std = total / n, math.sqrt(max(squares / n - (total / n) ** 2, 1e-12))
@@ -403,13 +413,35 @@ def tell(args, pairs, rank, world, device):
     return dict(zip(clips, oracle.narratives(clips)))
 
 
-def collate(pairs, stories, processor, cache, device, args):
-    """-> Prefix of B prompts, tokens (B,2,T), lengths (B,2): chosen first."""
-    prompts = [reward_prompt(p["question"], stories.get(p["clip"])) for p in pairs]
-    prefix = Prefix.build(processor, cache, prompts, [p["clip"] for p in pairs], device, args.max_prompt_tokens)
-    answers = [processor.answer_ids(p[k], args.max_answer_tokens) for p in pairs for k in ("chosen", "rejected")]
-    tokens = processor.pad(answers, "right")[0].view(len(pairs), 2, -1)
-    return prefix, tokens.to(device), torch.tensor([len(a) for a in answers], device=device).view(-1, 2)
+def by_video(pairs, pack):
+    """Groups of up to `pack` pairs about the same (part of a) video. Pairs of text only: alone."""
+    clips = {}
+    for k, p in enumerate(pairs):
+        clips.setdefault(p["clip"] or k, []).append(p)
+    return [members[i : i + pack] for members in clips.values() for i in range(0, len(members), pack)]
+
+
+def collate(groups, stories, processor, cache, device, args):
+    """Groups of pairs -> Prefix of B videos, tokens (B,G,T), lengths (B,G), real (B,G) bool: chosen and rejected of a
+    pair are neighbours; a group with fewer pairs than the largest is filled up with rows that are not real."""
+    heads, tails = [], []
+    for group in groups:
+        clip = group[0]["clip"]
+        prompts = [processor.prompt_ids(reward_prompt(p["question"], stories.get(clip)), clip is not None,
+                                        args.max_prompt_tokens) for p in group]
+        shared = os.path.commonprefix(prompts)  # video and narrative; of one pair, the question as well
+        heads.append(shared)
+        tails.append([prompt[len(shared) :] + processor.answer_ids(p[k], args.max_answer_tokens)
+                      for prompt, p in zip(prompts, group) for k in ("chosen", "rejected")])
+    G = max(map(len, tails))
+    flat = [tail for row in tails for tail in row + [[processor.tokenizer.eos_token_id]] * (G - len(row))]
+    tokens = processor.pad(flat, "right")[0].view(len(groups), G, -1).to(device)
+    lengths = torch.tensor([len(tail) for tail in flat], device=device).view(-1, G)
+    real = torch.arange(G, device=device) < torch.tensor([[len(row)] for row in tails], device=device)
+    videos = [group[0]["clip"] for group in groups if group[0]["clip"]]
+    features = cache(videos) if videos else (None, None)
+    prefix = Prefix(*(x if x is None else x.to(device) for x in (*processor.pad(heads, "left"), *features)))
+    return prefix, tokens, lengths, real
 
 
 def log_rewards(log, kind, rewards, pairs):
