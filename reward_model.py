@@ -4,7 +4,7 @@ Run      python reward_model.py                                  collect prefere
          torchrun --nproc_per_node=4 reward_model.py              the same on four processes
          python reward_model.py --stage collect --oracle judge    the preference file alone; here without a narrative
          python reward_model.py --oracle reference --name truth   ground-truth preferences: an upper bound, not RLAIF
-         python reward_model.py --preferences my.json --video_root videos --start my_sft --narrative False --name mine
+         python reward_model.py --preferences my.json --video_root videos --base my_sft --narrative False --name mine
 Papers   [V] VLM-RLAIF arXiv:2402.03746, Sec. 3.1      [BT] Bradley and Terry 1952, as in InstructGPT arXiv:2203.02155
          [C] centring: Eisenstein et al. arXiv:2312.09244, as in TRL      [N] normalising: arXiv:1909.08593
 Makes    runs/reward_model/<name>_s<seed>/final: what `oracle.py --oracle reward_model` and `ppo_rlaif.py` read, and
@@ -19,7 +19,7 @@ Differs  D1  the two answers compared are the first two *different* ones of --sa
              trained with a head of its own.
          D4  the reward model reads the narrative too (--narrative). [V]'s reward prompt has a slot for a caption that
              the released code fills with None. Measured with and without: docs/reward_model.md.
-         D5  what it starts from (--start): the SFT model that judges and describes, as in [V] (there the 13B model),
+         D5  what it starts from (--base): the SFT model that judges and describes, as in [V] (there the 13B model),
              and not the weaker one that answers. Measured from both: docs/reward_model.md.
          D6  the centring term is [C]'s mean of squares per pair; [V]'s |batch mean| depends on the micro-batch.
          D7  accuracy is measured on pairs whose *videos* were not trained on; [V]'s scripts pass one file for both.
@@ -60,6 +60,7 @@ from video_llm import Prefix, add_lora, add_scalar_head, generate, load_model, t
 
 WORLD = "data/moving_shapes"
 ORACLES = ("context", "judge", "reference")
+MEASURES = ("accuracy", "margin", "reward", "truth_accuracy", "oracle_accuracy")
 COLLECTED_WITH = ("model", "data", "video_root", "oracle", "oracle_model", "clips", "prompts", "samples", "temperature",
                   "max_new_tokens", "min_margin", "seed")  # the flags that decide what a preference file holds
 
@@ -83,11 +84,11 @@ class Args:
     lora_alpha: int = HfArg(default=16, help="LoRA alpha [V: 16]")
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
     # -- budget
-    epochs: float = HfArg(default=3.0, help="passes over the pairs [V: 1]")
+    epochs: float = HfArg(default=5.0, help="passes over the pairs [V: 1]")
     prompts_per_step: int = HfArg(default=16, help="videos per optimizer step, over all processes")
     pack: int = HfArg(default=4, help="pairs about one video that share its prefix, at most")
     micro_batch_size: int = HfArg(default=8, help="videos (times --pack pairs) per forward pass and process")
-    lr: float = HfArg(default=3e-4, help="peak learning rate; short warm-up, then linear to zero [V: 2e-5]")
+    lr: float = HfArg(default=1e-3, help="peak learning rate; short warm-up, then linear to zero [V: 2e-5]")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay [V: 0]")
     share: float = HfArg(default=1.0, help="train on this share of the training pairs, drawn by --seed [V Fig. 5]")
     eval_share: float = HfArg(default=0.15, help="share of the videos held out (D7)")
@@ -99,7 +100,7 @@ class Args:
     video_root: str = HfArg(default="", help="where the videos are; empty: beside the annotation or preference file")
     model: str = HfArg(default="", help="collect: the SFT model that answers; empty: runs/sft/policy_s<seed>/final")
     oracle_model: str = HfArg(default="runs/sft/oracle/final", help="the model that judges and tells the narrative")
-    start: str = HfArg(default="runs/sft/oracle/final", help="train: what the reward model starts from (D5)")
+    base: str = HfArg(default="runs/sft/oracle/final", help="train: what the reward model starts from (D5)")
     max_prompt_tokens: int = HfArg(default=512, help="longer prompts are cut at their end, never the video")
     max_answer_tokens: int = HfArg(default=96, help="longer answers are cut")
     # -- plumbing
@@ -299,7 +300,7 @@ def main(args):
             sys.exit(f"{args.preferences} is there already")
     if args.stage == "collect":
         return
-    if "runs/sft/oracle/final" in (args.start, args.oracle_model * args.narrative):
+    if "runs/sft/oracle/final" in (args.base, args.oracle_model * args.narrative):
         harness.build_if_missing("runs/sft/oracle/final", ["sft.py", "--name", "oracle", "--resume"],
                                  "about 6 minutes", rank)
     folder = f"runs/reward_model/{args.name}_s{args.seed}"
@@ -312,7 +313,7 @@ def main(args):
         if not args.own_file:  # the file of the default name, but of which flags?
             check_flags(json.loads(report_file.read_text())["flags"], args, args.preferences)
         pairs, report = read_preferences(args.preferences.split(","), args.video_root)
-        model, processor = load_model(checkpoint or args.start, args.quantize, device=str(device))
+        model, processor = load_model(checkpoint or args.base, args.quantize, device=str(device))
     if not checkpoint:
         add_scalar_head(model)
         model = add_lora(model, args.lora_r, args.lora_alpha) if args.lora_r else model
@@ -357,7 +358,9 @@ def main(args):
                 ((bt + centring).sum() * world / n_pairs).backward()  # DDP averages over processes; * world undoes it
             log.add("losses/bradley_terry", bt.detach().sum(), len(pairs))
             log.add("losses/centring", centring.detach().sum(), len(pairs))
-            log_rewards(log, "rm", rewards.detach().cpu(), pairs)
+            measured = measure(rewards.detach().cpu(), pairs)
+            for key in MEASURES:
+                log.add(f"rm/{key}", *measured[key])
 
         # 3. Update
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -373,7 +376,9 @@ def main(args):
             for i in range(0, len(some), args.micro_batch_size):
                 with torch.no_grad():
                     rewards, pairs = rewards_of(model, some[i : i + args.micro_batch_size])
-                log_rewards(log, "eval", rewards.cpu(), pairs)
+                measured = measure(rewards.cpu(), pairs)
+                for key in MEASURES:
+                    log.add(f"eval/{key}", *measured[key])
         row = log.step(step, show=["losses/bradley_terry", "rm/accuracy", "eval/accuracy", "eval/truth_accuracy"])
         if rank == 0 and (step + 1) % args.save_steps == 0 and step + 1 < steps:
             harness.save_checkpoint(folder, f"checkpoint-{step + 1}", model, processor, optimizer, step + 1)
@@ -444,17 +449,16 @@ def collate(groups, stories, processor, cache, device, args):
     return prefix, tokens, lengths, real
 
 
-def log_rewards(log, kind, rewards, pairs):
-    """Accuracy and margin against the oracle's choice; against the truth where exactly one answer is the label's."""
-    margin = rewards[:, 0] - rewards[:, 1]  # (B,)
+def measure(rewards, pairs):
+    """rewards (n,2) of n pairs -> {one of MEASURES: (sum, count)}. Against the oracle's choice; and against the truth,
+    where a label is known and exactly one of the two answers is it."""
+    margin, n = rewards[:, 0] - rewards[:, 1], len(pairs)  # (n,)
     won = (margin > 0).float() + (margin == 0).float() / 2
     right = [[p["answer"] is not None and is_correct(p[k], p["answer"]) for k in ("chosen", "rejected")] for p in pairs]
     truth = torch.tensor([float(c) - float(r) for c, r in right])  # 1: the oracle chose the right one, -1: the wrong
-    n = len(pairs)
-    for key, value in (("accuracy", won), ("margin", margin), ("reward", rewards.mean(-1))):
-        log.add(f"{kind}/{key}", value.sum(), n)
-    log.add(f"{kind}/truth_accuracy", torch.where(truth > 0, won, 1 - won)[truth != 0].sum(), (truth != 0).sum())
-    log.add(f"{kind}/oracle_accuracy", (truth > 0).sum(), (truth != 0).sum())
+    true = torch.where(truth > 0, won, 1 - won)[truth != 0].sum()
+    sums = (won.sum(), margin.sum(), rewards.mean(-1).sum(), true, (truth > 0).sum())
+    return dict(zip(MEASURES, zip(sums, (n, n, n, (truth != 0).sum(), (truth != 0).sum()))))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from reward_model import bradley_terry, centring_term, choose_pairs, normalise_h
 from video_llm import Prefix, add_lora, load_model, token_scores
 
 JUDGE = "runs/sft/policy_s0/final"  # in the miniature world one model answers, judges and starts
-COLLECT = ["reward_model.py", "--data", "data/moving_shapes/train.json", "--oracle_model", JUDGE, "--start", JUDGE,
+COLLECT = ["reward_model.py", "--data", "data/moving_shapes/train.json", "--oracle_model", JUDGE, "--base", JUDGE,
            "--prompts", "60", "--max_new_tokens", "6", "--min_margin", "0", "--eval_share", "0.3"]
 TRAIN = [*COLLECT, "--prompts_per_step", "4", "--micro_batch_size", "2", "--pack", "3", "--save_steps", "3",
          "--eval_steps", "4", "--epochs", "2", "--lr", "3e-3"]
@@ -247,7 +247,17 @@ def test_bad_files(world, policy, pairs_file, monkeypatch):
         return str(stop.value)
 
     assert "nowhere.json" in stopped("--preferences", "nowhere.json", "--name", "bad")
-    assert "no model there" in stopped("--preferences", "runs/pairs/whole.json", "--name", "bad", "--start", "nowhere")
+    assert "no model there" in stopped("--preferences", "runs/pairs/whole.json", "--name", "bad", "--base", "nowhere")
     (world / "few.json").write_text(json.dumps(json.loads(pairs_file.read_text())[:2]))
     assert "too few" in stopped("--preferences", "few.json", "--name", "bad")
     assert "is there already" in stopped("--stage", "collect", "--preferences", "few.json")
+
+
+def test_measures_by_hand():
+    pair = lambda chosen, rejected, answer: dict(chosen=chosen, rejected=rejected, answer=answer)
+    pairs = [pair("red", "blue", "red"), pair("blue", "the red", "red"), pair("blue", "green", "red"),
+             pair("red", "blue", None), pair("red", "blue", "red")]
+    rewards = torch.tensor([[1.0, 0.0], [3.0, 1.0], [0.0, 1.0], [0.5, 0.0], [2.0, 2.0]])
+    found = {k: (float(total), int(n)) for k, (total, n) in reward_model.measure(rewards, pairs).items()}
+    assert found == dict(accuracy=(3.5, 5), margin=(2.5, 5), reward=(5.25, 5), truth_accuracy=(1.5, 3),
+                         oracle_accuracy=(2, 3))
