@@ -318,7 +318,9 @@ def main(args):
         add_scalar_head(model)
         model = add_lora(model, args.lora_r, args.lora_alpha) if args.lora_r else model
     model.eval()  # no dropout anywhere: both answers and every epoch see the same network
-    unwrap(model).get_output_embeddings().requires_grad_(False)  # no word is predicted here
+    words = unwrap(model).get_output_embeddings().weight
+    if words is not unwrap(model).get_input_embeddings().weight:
+        words.requires_grad_(False)  # no word is predicted here
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
     start = harness.load_trainer(checkpoint, optimizer) if checkpoint else 0
@@ -334,7 +336,7 @@ def main(args):
     if rank == 0:
         print("\n".join(report_lines(report)))
         print(f"{len(train)} pairs to train on, {len(held)} on other videos to measure; {len(broken)} broken videos")
-    ddp = harness.wrap_ddp(model, device)
+    ddp = harness.wrap_ddp(model, device, find_unused=report["text_only"] > 0)
     log = harness.Log(folder, steps, start, rank)
 
     def rewards_of(m, some):  # groups of pairs -> (n,2), and the pairs in the order of the rows
@@ -344,8 +346,8 @@ def main(args):
 
     for step in range(start, steps):
         # 2. Rewards of the answers behind one prefix per video, Bradley-Terry and centring        [BT, C; D3, D6]
-        #    Videos with like numbers of pairs together, so that a micro-batch holds little padding.
-        batch = sorted((groups[i] for i in question_indices(len(groups), step, args)), key=len)
+        #    Groups of like size and length together, so that a micro-batch holds little padding.
+        batch = sorted((groups[i] for i in question_indices(len(groups), step, args)), key=group_size)
         n_pairs = sum(map(len, batch))
         mine = batch[rank::world]
         micros = [mine[i : i + args.micro_batch_size] for i in range(0, len(mine), args.micro_batch_size)]
@@ -424,6 +426,11 @@ def by_video(pairs, pack):
     for k, p in enumerate(pairs):
         clips.setdefault(p["clip"] or k, []).append(p)
     return [members[i : i + pack] for members in clips.values() for i in range(0, len(members), pack)]
+
+
+def group_size(group):
+    """Number of pairs, then the longest of them."""
+    return len(group), max(len(f"{p['question']} {p['chosen']} {p['rejected']}") for p in group)
 
 
 def collate(groups, stories, processor, cache, device, args):
