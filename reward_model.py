@@ -215,7 +215,7 @@ def ask(batch, indices, policy, processor, cache, oracle, device, args):
     draw = lambda i: np.random.default_rng([args.seed, i]).random((args.samples, args.max_new_tokens))
     uniforms = torch.from_numpy(np.stack([draw(i) for i in indices]))
     eos = processor.tokenizer.eos_token_id
-    tokens, lengths = generate(policy, prefix, uniforms, eos, args.temperature)  # (B,samples,T)
+    tokens, lengths, _ = generate(policy, prefix, uniforms, eos, args.temperature)  # (B,samples,T)
     distinct = [list({normalize(a): a for a in reversed(group)}.values())[::-1]  # the first of each kind, in order
                 for group in processor.decode_answers(tokens, lengths)]
     two = [(d + d)[:2] for d in distinct]  # of one kind only: the answer twice, which is no pair
