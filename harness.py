@@ -4,6 +4,7 @@ Nothing here knows an algorithm. One process or many is the same code: `python x
 x.py` differ only in what `setup_dist` returns.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -31,6 +32,11 @@ def parse_args(cls):
     """The dataclass `cls` from the command line. Whatever is wrong with a flag: one line, exit code 2."""
     parser = HfArgumentParser(cls, allow_abbrev=False, description=sys.modules[cls.__module__].__doc__.split("\n")[0])
     parser.error = lambda message: (print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr), sys.exit(2))
+    if hasattr(cls, "PRESETS"):  # --preset NAME: other defaults; what stands on the command line still wins
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.error = parser.error
+        first.add_argument("--preset")
+        parser.set_defaults(**cls.PRESETS.get(first.parse_known_args()[0].preset, {}))
     try:
         return parser.parse_args_into_dataclasses()[0]
     except ValueError as e:  # raised by __post_init__
@@ -100,6 +106,16 @@ def no_sync(model, when):
     return model.no_sync() if when and isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
+def sum_gradients(params):
+    """Sum the gradients of all processes in one message, for losses that are shares of a global sum. Unlike under DDP
+    the processes may run different numbers of micro-batches, and one network may play several roles in a step."""
+    if dist.is_initialized():
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        flat = all_sum(torch.cat([g.flatten() for g in grads]))
+        for p, g in zip(params, flat.split([g.numel() for g in grads])):
+            p.grad = g.view_as(p)
+
+
 def build_if_missing(path, command, duration, rank):
     """A missing piece of the *embedded* default is built by the script that makes it: on rank 0, the others wait."""
     if rank == 0 and not Path(path).exists():
@@ -153,13 +169,16 @@ def open_run(folder, args, rank):
     return last
 
 
-def save_checkpoint(folder, name, model, processor, optimizer=None, step=None):
-    """Write `folder/name` aside and rename it: a kill leaves the old checkpoint or the new one, never half of one."""
+def save_checkpoint(folder, name, model, processor, optimizer=None, step=None, also=None):
+    """Write `folder/name` aside and rename it: a kill leaves the old checkpoint or the new one, never half of one.
+    also(folder aside) writes what else belongs to the checkpoint."""
     folder = Path(folder)
     aside = folder / f"{name}.tmp"
     save_model(getattr(model, "module", model), processor, aside)
     if optimizer is not None:
         torch.save(dict(optimizer=optimizer.state_dict(), step=step, rng=torch.get_rng_state()), aside / "trainer.pt")
+    if also:
+        also(aside)
     shutil.rmtree(folder / name, ignore_errors=True)  # half of a finish that was killed
     os.replace(aside, folder / name)
     for old in folder.glob("checkpoint-*[0-9]"):
@@ -210,7 +229,7 @@ class Log:
                 f.write(json.dumps(dict(step=step, **row, **{"time/step_s": now - self.last})) + "\n")
             for k, v in row.items():
                 self.board.add_scalar(k, v, step)
-            done = step + 1
+            done = min(step + 1, self.steps)  # a row behind the last step: a last evaluation
             eta = int((now - self.began) / (done - self.first) * (self.steps - done))
             line = (f"step {done:0{len(str(self.steps))}d}/{self.steps} {100 * done // self.steps:3d}% | "
                     + " ".join(f"{k.split('/')[-1]} {row[k]:.3f}" for k in show if k in row)
