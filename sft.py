@@ -16,7 +16,7 @@ Differs  D1  stage two trains on easy *and* hard records, [V] on the hard ones a
              Built from the labelled clips alone: the right answer against another answer to the same question.
 
 One thing makes it fast: the questions about one clip are packed behind one video. Video and Q-Former are computed once
-for up to `--pack` examples, and a block mask keeps them from seeing each other (`packed_logits` in video_llm.py).
+for up to `--pack` examples, and a block mask keeps them from seeing each other (`packed` in video_llm.py).
 
 symbol      name          shape     meaning
             prefix        (B,P)     what the prompts about a clip have in common, the video first; B clips

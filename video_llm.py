@@ -9,7 +9,7 @@ Losses, advantages and training loops live in the scripts (`sft.py`, `grpo_rank.
 
 Three things are worth reading even if you only came for an algorithm:
   `generate`        one prefill of video + question, its KV cache shared by the G answers of a group;
-  `packed_logits`   the G answers trained behind *one* prefix (block mask, restarting positions), logits of answer
+  `packed`          the G answers trained behind *one* prefix (block mask, restarting positions), logits of answer
                     tokens only: the same numbers as G separate forward passes, at a fraction of the cost;
   `load_model`      NF4 on a CPU, and the kernel that silently breaks its gradients.
 
@@ -21,7 +21,7 @@ Papers  CLIP arXiv:2103.00020 | Q-Former BLIP-2 arXiv:2301.12597 | LLaMA arXiv:2
 
 import copy
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,6 +92,7 @@ class VideoLLMConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     video_token_id: int = 0
     vision_layer: int = -2
+    scalar_head: bool = False  # a reward or value model: `token_scores`
     tie_word_embeddings: bool = False
 
 
@@ -141,6 +142,7 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = False  # the packed forward passes a 4-D mask, which flash attention cannot take
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer", "Blip2QFormerLayer"]
+    _keep_in_fp32_modules_strict = ["score_head"]  # bfloat16 has 3 digits: rewards of like answers would tie
 
     def __init__(self, config):
         super().__init__(config)
@@ -149,10 +151,12 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
         self.qformer = VideoQFormer._from_config(config.qformer_config)
         self.projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if config.scalar_head:
+            self.score_head = nn.Linear(config.text_config.hidden_size, 1)
         self.post_init()
 
     def _init_weights(self, module):
-        if isinstance(module, nn.Linear):  # only `projection`: every other module belongs to a model of its own
+        if isinstance(module, nn.Linear):  # `projection`, `score_head`: every other one belongs to a model of its own
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             nn.init.zeros_(module.bias)
 
@@ -174,12 +178,13 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, video_features=None, frame_mask=None, labels=None, use_cache=None,
-                logits_to_keep=0, **kwargs):
+                logits_to_keep=0, scores=False, **kwargs):
         """input_ids (B,L) with Q video tokens in each row that has a video; video_features (rows with a video,F,S,D).
 
         attention_mask (B,L), or (B,1,L,L) for packed groups. logits_to_keep: as in `transformers`, a number or an
-        index tensor of positions. The video token's logit is banned here, in the one place every sampler, scorer
-        and loss goes through: it can never be sampled, nor take probability from words.
+        index tensor of positions. scores: the scalar head's values (B,kept,1) in place of logits. The video token's
+        logit is banned here, in the one place every sampler, scorer and loss goes through: it can never be sampled,
+        nor take probability from words.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -190,9 +195,13 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
                     have = video.shape[:2].numel()
                     raise ValueError(f"prompts hold {int(at.sum())} video tokens, the videos give {have}")
                 inputs_embeds = inputs_embeds.masked_scatter(at, video)
-        out = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
-                                  past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep,
-                                  **kwargs)
+        kwargs |= dict(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
+                       past_key_values=past_key_values, use_cache=use_cache)
+        if scores:  # read behind the decoder's last norm; no logits are computed
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden = self.language_model.get_decoder()(**kwargs).last_hidden_state[:, keep]
+            return CausalLMOutputWithPast(logits=self.score_head(hidden.float()))
+        out = self.language_model(logits_to_keep=logits_to_keep, **kwargs)
         banned = torch.tensor([self.config.video_token_id], device=out.logits.device)
         logits = out.logits.index_fill(-1, banned, BANNED_LOGIT)
         loss = None
@@ -321,7 +330,7 @@ class VideoLLMProcessor(ProcessorMixin):
             turns = [*head, {**last, "content": text}]
             if video:
                 turns[0] = {**turns[0], "content": f"{VIDEO_TOKEN}\n{turns[0]['content']}"}
-            return self._template_ids(turns)
+            return self._ids(self._template(turns))
 
         ids = encode(last["content"])
         if max_length is not None and len(ids) > max_length:
@@ -337,9 +346,6 @@ class VideoLLMProcessor(ProcessorMixin):
         """The prompt `head + tail` as two lists of ids: many tails can be packed behind one head (oracle.py)."""
         content = f"{VIDEO_TOKEN}\n{self.clean(head)}\x00\n{self.clean(tail)}"  # `clean` leaves no other \x00
         return [self._ids(part) for part in self._template([{"role": "user", "content": content}]).split("\x00")]
-
-    def _template_ids(self, messages):
-        return self._ids(self._template(messages))
 
     def _template(self, messages):
         return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template,
@@ -384,8 +390,10 @@ def load_model(path, quantize="none", dtype=torch.float32, device="cpu"):
     """
     path = Path(path)
     if (path / "adapter_config.json").exists():
-        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
-        model, processor = load_model(base, quantize, dtype, device)
+        config = json.loads((path / "adapter_config.json").read_text())
+        model, processor = load_model(config["base_model_name_or_path"], quantize, dtype, device)
+        if "score_head" in (config["modules_to_save"] or []):
+            add_scalar_head(model)  # the base is an SFT model, its head comes with the adapter
         return PeftModel.from_pretrained(model, path, is_trainable=True), processor
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"{path}: no model there (config.json is missing)")
@@ -393,9 +401,9 @@ def load_model(path, quantize="none", dtype=torch.float32, device="cpu"):
         model = VideoLLM.from_pretrained(path, dtype=dtype).to(device)
     else:
         dtype = torch.bfloat16 if str(device).startswith("cuda") else dtype  # of everything that is not quantised
+        whole = ["vision_tower", "qformer", "projection", "lm_head", "score_head"]
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                 bnb_4bit_compute_dtype=dtype,
-                                 llm_int8_skip_modules=["vision_tower", "qformer", "projection", "lm_head"])
+                                 bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=whole)
         model = VideoLLM.from_pretrained(path, dtype=dtype, quantization_config=nf4, device_map={"": device})
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -405,11 +413,22 @@ def load_model(path, quantize="none", dtype=torch.float32, device="cpu"):
 
 
 def add_lora(model, r, alpha, train_bridge=False):
-    """LoRA on every linear layer of the decoder (papers: r=64, alpha=16); train_bridge: Q-Former, projection too."""
+    """LoRA on every linear layer of the decoder (papers: r=64, alpha=16); train_bridge: Q-Former, projection too.
+    A scalar head is trained as a whole."""
     targets = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, bias="none",
-                        modules_to_save=["qformer", "projection"] if train_bridge else None)
+    whole = ["qformer", "projection"] * train_bridge + ["score_head"] * model.config.scalar_head
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, bias="none", modules_to_save=whole or None)
     return get_peft_model(model, config)
+
+
+def add_scalar_head(model):
+    """Give a VideoLLM a scalar head, in place; one that is there stays. Zero: every answer scores 0 at the start."""
+    if not model.config.scalar_head:
+        model.score_head = nn.Linear(model.config.text_config.hidden_size, 1, device=model.device)
+        nn.init.zeros_(model.score_head.weight)
+        nn.init.zeros_(model.score_head.bias)
+        model.config.scalar_head = True
+    return model
 
 
 def merged(adapter):
@@ -431,18 +450,13 @@ def unwrap(model):
 
 def reference_of(model):
     """Makes context managers for the frozen start: `with ref() as ref_model`. LoRA: the same weights, adapter off."""
-    if isinstance(model, PeftModel):
-        @contextmanager
-        def adapter_off():
-            with model.disable_adapter():
-                yield model
-        return adapter_off
-    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    frozen = None if isinstance(model, PeftModel) else copy.deepcopy(model).requires_grad_(False).eval()
 
     @contextmanager
-    def frozen_copy():
-        yield frozen
-    return frozen_copy
+    def reference():
+        with nullcontext() if frozen else model.disable_adapter():
+            yield frozen or model
+    return reference
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -519,15 +533,16 @@ def generate(model, prefix, uniforms, eos_id, temperature=1.0):
     return torch.stack(tokens, -1).view(B, G, -1), lengths.view(B, G)
 
 
-def packed_logits(model, prefix, tokens, lengths):
-    """Logits (B,G,T,V) that predict tokens (B,G,T), all G answers packed behind one prefix.
+def packed(model, prefix, tokens, lengths, before=True, **kwargs):
+    """What `model` gives (B,G,T,..) for tokens (B,G,T), all G answers packed behind one prefix: read at the position
+    *before* each token (where it is predicted), or at the token itself.
 
         prefix  a1 a1 a1  a2 a2 a2  ...           one row of P + G*T tokens instead of G rows of P + T
     Block mask: an answer's token sees the prefix and its own past, never another answer; positions restart behind the
     prefix for every answer. So each answer gets exactly what a forward pass of its own would give (tests: 1e-5 in
     values and gradients), but video and question pass the Q-Former and the decoder once per group, not G times.
-    Logits are computed where an answer token is predicted, nowhere else: the last prefix token predicts every
-    answer's first token, answer token t predicts token t+1.
+    Logits are computed where they are read, nowhere else: the last prefix token predicts every answer's first token,
+    answer token t predicts token t+1.
     """
     B, G, T = tokens.shape
     P = prefix.input_ids.shape[1]
@@ -542,14 +557,16 @@ def packed_logits(model, prefix, tokens, lengths):
     start = prefix.attention_mask.sum(-1, keepdim=True)  # (B,1)
     answer_positions = start + torch.arange(T, device=tokens.device).repeat(G)  # (B,G*T)
     ids = torch.cat([prefix.input_ids, tokens.reshape(B, G * T)], 1)
-    keep = torch.cat([index[P - 1 : P], index[P:].view(G, T)[:, :-1].reshape(-1)])  # (1 + G*(T-1),)
+    keep = torch.cat([index[P - 1 : P], index[P:].view(G, T)[:, :-1].reshape(-1)]) if before else index[P:]
     bias = torch.zeros(mask.shape, dtype=unwrap(model).dtype, device=mask.device)
     bias.masked_fill_(~mask, torch.finfo(bias.dtype).min)
-    logits = model(input_ids=ids, attention_mask=bias, logits_to_keep=keep, use_cache=False,
-                   position_ids=torch.cat([positions(prefix.attention_mask), answer_positions], 1),
-                   **prefix.model_inputs()).logits  # (B,1+G*(T-1),V)
-    first = logits[:, None, :1].expand(-1, G, -1, -1)  # (B,G,1,V)
-    return torch.cat([first, logits[:, 1:].reshape(B, G, T - 1, -1)], 2)
+    out = model(input_ids=ids, attention_mask=bias, logits_to_keep=keep, use_cache=False,
+                position_ids=torch.cat([positions(prefix.attention_mask), answer_positions], 1),
+                **prefix.model_inputs(), **kwargs).logits  # (B,1+G*(T-1),V), or (B,G*T,V)
+    if not before:
+        return out.view(B, G, T, -1)
+    first = out[:, None, :1].expand(-1, G, -1, -1)  # (B,G,1,V)
+    return torch.cat([first, out[:, 1:].reshape(B, G, T - 1, -1)], 2)
 
 
 def token_logprobs(model, prefix, tokens, lengths, temperature=1.0):
@@ -559,11 +576,21 @@ def token_logprobs(model, prefix, tokens, lengths, temperature=1.0):
     come through here.
     """
     B, G, T = tokens.shape
-    logprobs = (packed_logits(model, prefix, tokens, lengths).float() / temperature).log_softmax(-1)  # (B,G,T,V)
+    logprobs = (packed(model, prefix, tokens, lengths).float() / temperature).log_softmax(-1)  # (B,G,T,V)
     entropy = -(logprobs.exp() * logprobs).sum(-1).view(B * G, T)
     chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).view(B * G, T)
     mask = answer_mask(lengths, T)
     return chosen * mask, entropy * mask
+
+
+def token_scores(model, prefix, tokens, lengths, before=False):
+    """The scalar head's value (N,T) at every answer token, row b*G + g; zero behind an answer's end.
+
+    A reward stands at an answer's last token (lengths - 1, its EOS). before=True: read where token t is predicted, that
+    is V(s_t) of PPO, which has not seen the token.
+    """
+    values = packed(model, prefix, tokens, lengths, before, scores=True).view(-1, tokens.shape[-1])
+    return values * answer_mask(lengths, tokens.shape[-1])
 
 
 def answer_mask(lengths, T):

@@ -12,7 +12,9 @@ from data import Clip, FeatureCache, VideoError, read_records
 from video_llm import (
     VIDEO_TOKEN,
     Prefix,
+    VideoLLM,
     add_lora,
+    add_scalar_head,
     answer_mask,
     generate,
     load_model,
@@ -20,6 +22,8 @@ from video_llm import (
     reference_of,
     save_model,
     token_logprobs,
+    token_scores,
+    unwrap,
 )
 
 QUESTIONS = ["what moves?", "what does the red shape do at the end of the video?", "where is the blue circle?"]
@@ -453,6 +457,145 @@ def test_save_and_load_a_model(start, tmp_path, prefix, tokens):
 def test_no_model_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model there"):
         load_model(tmp_path / "nothing")
+
+
+# --- the scalar head -----------------------------------------------------------------------------------------------
+def with_head(model, seed=4):
+    """A scalar head that says something: it starts at zero."""
+    add_scalar_head(model)
+    heads = {n: p for n, p in model.named_parameters() if "score_head" in n}
+    assert all((p == 0).all() and p.dtype == torch.float32 for p in heads.values()) and len(heads) == 2
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in heads.values():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def scorer(policy):
+    return with_head(lively(load_model(policy)[0]))
+
+
+def plain_scores(model, prefix, tokens, lengths, before):
+    """One unpadded forward pass per answer: the decoder's last hidden state times the head."""
+    out, inner = torch.zeros(tokens.shape), unwrap(model)
+    for b in range(tokens.shape[0]):
+        prompt = prefix.input_ids[b][prefix.attention_mask[b].bool()]
+        video = dict(video_features=prefix.video_features[b : b + 1], frame_mask=prefix.frame_mask[b : b + 1])
+        for g in range(tokens.shape[1]):
+            n = int(lengths[b, g])
+            ids = torch.cat([prompt, tokens[b, g, :n]])[None]
+            kept = []
+            hook = inner.language_model.model.norm.register_forward_hook(lambda m, i, o, kept=kept: kept.append(o))
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **video)
+            hook.remove()
+            first = len(prompt) - 1 if before else len(prompt)
+            out[b, g, :n] = inner.score_head(kept[0][0, first : first + n]).squeeze(-1)
+    return out.flatten(0, 1)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("kind", ["full", "lora", "nf4"])
+def test_packed_answers_are_valued_as_if_alone(policy, prefix, tokens, kind, before):
+    model = with_head(load_model(policy, "nf4" if kind == "nf4" else "none")[0])
+    assert type(model.score_head) is torch.nn.Linear
+    lively(model if kind == "full" else (model := add_lora(model, 4, 8, train_bridge=kind == "lora")))
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad and "lm_head" not in n}
+    assert sum("score_head" in n for n in params) == 2
+    weights = torch.randn(12, 7, generator=torch.Generator().manual_seed(2))
+    found = []
+    for score in (token_scores, plain_scores):
+        values = score(model, prefix, tokens, LENGTHS, before)
+        found.append((values.detach(), torch.autograd.grad((values * weights).sum(), list(params.values()))))
+    (values, grads), (plain, plain_grads) = found
+    assert values.shape == (12, 7) and values.dtype == torch.float32
+    torch.testing.assert_close(values, plain, rtol=1e-5, atol=1e-5)
+    assert (values[answer_mask(LENGTHS, 7) == 0] == 0).all() and values.std() > 0.1
+    for name, a, b in zip(params, grads, plain_grads):
+        assert b.abs().max() > 1e-6 or name.endswith("bias"), name
+        assert (a - b).abs().max() < 1e-5 * max(1.0, b.abs().max().item()), name
+
+
+def test_a_reward_does_not_depend_on_padding_or_company(start, scorer, cache, clips, tokens, prefix):
+    values = token_scores(scorer, prefix, tokens, LENGTHS)
+    reward = lambda v, n: v.view(*n.shape, -1).gather(-1, n.unsqueeze(-1) - 1).squeeze(-1)
+    rewards = reward(values, LENGTHS)
+    assert len(rewards.unique()) == 11  # two answers of the third question are EOS alone
+    for b in range(3):
+        alone = Prefix.build(start[1], cache, QUESTIONS[b : b + 1], clips[b : b + 1])  # no padding at all
+        for g in range(4):
+            n = LENGTHS[b : b + 1, g : g + 1]
+            one = token_scores(scorer, alone, tokens[b : b + 1, g : g + 1, : n.item()], n)
+            torch.testing.assert_close(one[0, -1], rewards[b, g], rtol=1e-5, atol=1e-5)
+    # five more pads on the left of every prompt, four on the right of every answer, rubbish in them
+    ids, mask = (torch.cat([torch.full((3, 5), fill), x], 1) for fill, x in
+                 ((17, prefix.input_ids), (0, prefix.attention_mask)))
+    wide = torch.cat([tokens, torch.full((3, 4, 4), 23)], -1)
+    padded = token_scores(scorer, prefix._replace(input_ids=ids, attention_mask=mask), wide, LENGTHS)
+    torch.testing.assert_close(reward(padded, LENGTHS), rewards, rtol=1e-5, atol=1e-5)
+
+
+def test_a_value_is_read_before_its_token(scorer, prefix, tokens):
+    """before=True: V(s_t) does not change with token t, the score at the token does."""
+    other = tokens.clone()
+    other[..., 3] = (other[..., 3] + 5) % 300 + 6
+    values, rewards = ([token_scores(scorer, prefix, t, LENGTHS, before).view(3, 4, 7) for t in (tokens, other)]
+                       for before in (True, False))
+    torch.testing.assert_close(values[0][..., :4], values[1][..., :4], rtol=0, atol=1e-6)
+    torch.testing.assert_close(rewards[0][..., :3], rewards[1][..., :3], rtol=0, atol=1e-6)
+    alive = LENGTHS > 3
+    assert ((rewards[0] - rewards[1])[..., 3][alive].abs() > 1e-4).all()
+    alive = LENGTHS > 4
+    assert ((values[0] - values[1])[..., 4][alive].abs() > 1e-4).all()
+
+
+def test_a_model_with_a_head_still_speaks(policy, scorer, prefix, tokens):
+    plain = lively(load_model(policy)[0])
+    assert torch.equal(*(token_logprobs(m, prefix, tokens, LENGTHS)[0] for m in (scorer, plain)))
+    assert not hasattr(plain, "score_head") and add_scalar_head(scorer) is scorer
+    assert (scorer.score_head.weight != 0).all()  # a head that is there stays
+
+
+def test_save_and_load_a_head(scorer, start, prefix, tokens, tmp_path):
+    save_model(scorer, start[1], tmp_path / "rm")
+    again, _ = load_model(tmp_path / "rm")
+    assert again.config.scalar_head and torch.equal(again.score_head.weight, scorer.score_head.weight)
+    assert torch.equal(*(token_scores(m, prefix, tokens, LENGTHS) for m in (again, scorer)))
+    half, _ = load_model(tmp_path / "rm", dtype=torch.bfloat16)
+    assert half.score_head.weight.dtype == torch.float32 and half.projection.weight.dtype == torch.bfloat16
+    assert token_scores(half, prefix, tokens, LENGTHS).dtype == torch.float32
+    small, _ = load_model(tmp_path / "rm", quantize="nf4")
+    assert torch.equal(small.score_head.weight, scorer.score_head.weight)
+    assert not torch.equal(*(token_scores(m, prefix, tokens, LENGTHS) for m in (small, scorer)))
+    with reference_of(scorer)() as frozen:
+        assert torch.equal(*(token_scores(m, prefix, tokens, LENGTHS) for m in (frozen, scorer)))
+
+
+def test_save_and_load_an_adapter_with_a_head(policy, prefix, tokens, tmp_path):
+    """The base is an SFT model without a head; the head lies in the adapter and is trained with it."""
+    base, processor = load_model(policy)
+    model = add_lora(add_scalar_head(base), 4, 8)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or "score_head.modules_to_save" in n for n in trained) and len(trained) == 44
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if n in trained:
+                p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n)))
+    values = token_scores(model, prefix, tokens, LENGTHS)
+    assert values.abs().max() > 0.1
+    with reference_of(model)() as off:
+        assert (token_scores(off, prefix, tokens, LENGTHS) == 0).all()  # the head of the start: zero
+    save_model(model, processor, tmp_path / "adapter")
+    again, _ = load_model(tmp_path / "adapter")
+    assert torch.equal(token_scores(again, prefix, tokens, LENGTHS), values)
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == trained
+    whole = merged(tmp_path / "adapter")
+    assert isinstance(whole, VideoLLM) and whole.config.scalar_head
+    torch.testing.assert_close(token_scores(whole, prefix, tokens, LENGTHS), values, rtol=0, atol=1e-4)
+    save_model(whole, processor, tmp_path / "whole")
+    torch.testing.assert_close(token_scores(load_model(tmp_path / "whole")[0], prefix, tokens, LENGTHS), values,
+                               rtol=0, atol=1e-4)
 
 
 # --- features ------------------------------------------------------------------------------------------------------
