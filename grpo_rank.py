@@ -43,7 +43,6 @@ rho_{i,t}     ratio         (n,T)    pi / pi_old                                
 """
 
 import json
-import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +56,7 @@ from api_oracle import ApiError
 from data import DataError, FeatureCache, read_records
 from oracle import OracleArgs, log_counts, make_oracle, ranks_of
 from questions import build_embedded, choose_questions, count_correct, question_indices, sft_start
+from ranks import random_scores
 from video_llm import Prefix, add_lora, answer_mask, generate, load_model, reference_of, token_logprobs, unwrap
 
 WORLD = "data/moving_shapes"
@@ -311,16 +311,6 @@ def main(args):
 # ---------------------------------------------------------------------------------------------------------------
 # Plumbing
 # ---------------------------------------------------------------------------------------------------------------
-def random_scores(answers, indices, step, seed):
-    """Control: a random order of the distinct answers of each group, keyed like the rollouts."""
-    rows = []
-    for group, i in zip(answers, indices):
-        draw = random.Random(f"{seed} {step} {i} control")
-        value = {a: draw.random() for a in dict.fromkeys(group)}
-        rows.append([value[a] for a in group])
-    return torch.tensor(rows)
-
-
 @torch.no_grad()
 def log_update(log, logprobs, old_logprobs, J, kl, entropy, advantages, mask, args):
     n, log_ratio, A = mask.sum(), (logprobs - old_logprobs) * mask, advantages.unsqueeze(1)

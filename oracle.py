@@ -313,11 +313,12 @@ class JudgeOracle:
 class RewardModelOracle:
     """The reward of a model with a scalar head, trained on preferences by reward_model.py, read at an answer's end."""
 
-    def __init__(self, model_dir, cache_dir, device="cpu", rows=24):
-        self.model, self.processor = load_model(model_dir, device=device)
+    def __init__(self, model_dir, cache_dir, device="cpu", rows=24, loaded=None):
+        self.model, self.processor = loaded or load_model(model_dir, device=device)
         if not self.model.config.scalar_head:
             raise DataError(f"{model_dir}: no reward model (it has no scalar head)")
-        self.model.requires_grad_(False).eval()
+        if not loaded:  # a network that plays other roles, too, belongs to the caller
+            self.model.requires_grad_(False).eval()
         self.cache = FeatureCache(self.model, self.processor, cache_dir)
         self.device, self.rows, self.teller = device, rows, None
         about = json.loads(Path(model_dir, "reward_model.json").read_text())
@@ -380,15 +381,16 @@ def cut(clip, parts):
     return [Clip(clip.path, a, b) for a, b in zip(edges, edges[1:])]
 
 
-def make_oracle(args, records, device="cpu"):
+def make_oracle(args, records, device="cpu", loaded=None):
     """The oracle of `args.oracle`. args: OracleArgs with `cache` and `seed`; records: labelled records, read by
-    `reference` alone. OSError, DataError: a model is not there or not what it should be."""
+    `reference` alone; loaded: (model, processor) of the reward model, where the caller has it in memory already.
+    OSError, DataError: a model is not there or not what it should be."""
     raters, judge = {}, None
     for name in args.raters:
         if name == "reference":
             raters[name] = ReferenceOracle(records)
         elif name == "reward_model":
-            raters[name] = RewardModelOracle(args.reward_model, args.cache, device)
+            raters[name] = RewardModelOracle(args.reward_model, args.cache, device, loaded=loaded)
         elif name == "api":
             client = ApiClient(args.api_url, args.api_model, args.cache, args.api_concurrency, args.api_timeout,
                                args.api_retries)

@@ -21,7 +21,8 @@ Differs  D1  masks. In the released code of [V] the score stands at the last *te
              the start. [V] multiplies by 10 (--reward_scale 10). kl_coef and the value's clip range then mean the same
              for every oracle.
          D4  G answers to a question, so that video and question are encoded once for all (video_llm.packed). [V]: one.
-         D5  the value model reads what the policy reads. The reward model may read a narrative, too ([V] Sec. 3.1).
+         D5  a value model that starts from a reward model reads its prompt, narrative included: a critic may know more
+             of the video than the policy, as long as nothing the policy does changes it. [V]: narratives for the judge.
          D6  `tiny` trains all weights, so policy, reference and value model (and reward model) are networks of their
              own. With --lora_r they are adapters of *one* base network: policy adapter, value adapter, reference =
              adapters off, and the reward model's adapter, where it has the same base: four roles, one set of weights.
@@ -69,7 +70,6 @@ rho_t         ratio          (N,T)   pi / pi_old                                
 import copy
 import json
 import math
-import random
 import sys
 import time
 from contextlib import contextmanager
@@ -83,9 +83,11 @@ from transformers.hf_argparser import HfArg
 
 import evaluate
 import harness
+from api_oracle import ApiError
 from data import DataError, FeatureCache, read_records
-from oracle import ORACLES, make_oracle
+from oracle import ORACLES, JudgeOracle, OracleArgs, build_oracle, log_counts, make_oracle, reward_prompt
 from questions import build_embedded, choose_questions, question_indices, sft_start
+from ranks import random_scores
 from video_llm import (
     Prefix,
     add_lora,
@@ -104,7 +106,7 @@ WORLD = "data/moving_shapes"
 
 
 @dataclass
-class Args:
+class Args(OracleArgs):  # --oracle_model, --reward_model, --api_...: oracle.py, api_oracle.py
     PRESETS = {"paper": dict(  # RLAIF/scripts/train_rl_model.sh of [V]; no annotation: this is not a flag
         prompts_per_step=256, G=1, mini_batches=2, ppo_epochs=2, lr=3e-5, value_lr=3e-5, schedule="cosine",
         warmup_steps=5, value_warmup=0, kl_coef=0.1, target_kl=0.0, reward_scale=10.0, missing_eos_penalty=8.0,
@@ -112,8 +114,8 @@ class Args:
         max_new_tokens=896, lora_r=64, lora_alpha=16, quantize="nf4", micro_batch_size=8, stop_oracle="")}
     # -- the algorithm
     preset: str = HfArg(default="", help="paper: defaults of VLM-RLAIF's script, QLoRA included; other flags still win")
-    oracle: str = HfArg(default="context", help="whose score is the reward: judge | context: AI feedback; "
-                        "reference: token F1 with the label")
+    oracle: str = HfArg(default="reward_model", help="whose score is the reward: reward_model | judge | context | api: "
+                        "AI feedback; reference: token F1 with the label; several: the mean of their ranks")
     random_reward: bool = HfArg(default=False, help="control: random numbers in place of the scores")
     kl_coef: float = HfArg(default=0.05, help="weight of the per-token KL to the start, in the reward (I7)")
     target_kl: float = HfArg(default=0.0, help="nats per answer that the adaptive controller aims at (I10); 0: fixed")
@@ -132,8 +134,9 @@ class Args:
                              "last policy is final")
     patience: int = HfArg(default=3, help="evaluations without progress after which --stop_oracle stops")
     # -- networks
-    value_model: str = HfArg(default="", help="start of the value model: a reward model, or with --lora_r its adapter "
-                             "folder; empty: the start of the policy with a zero head (I12)")
+    value_model: str = HfArg(default="", help="start of the value model: a reward model (with --lora_r: an adapter); "
+                             "sft: the policy's start with a zero head; empty: --reward_model where it gives the "
+                             "reward, else sft (I11, I12)")
     lora_r: int = HfArg(default=0, help="LoRA rank on the decoder [V: 64]: one base network, several adapters (D6); "
                         "0 trains all weights but CLIP's")
     lora_alpha: int = HfArg(default=16, help="LoRA alpha [V: 16]")
@@ -157,16 +160,16 @@ class Args:
     eval_questions: int = HfArg(default=500, help="how many of them")
     eval_steps: int = HfArg(default=25, help="steps between evaluations")
     model: str = HfArg(default="", help="the SFT start; empty: runs/sft/policy_s<seed>/final, built if missing")
-    oracle_model: str = HfArg(default="runs/sft/oracle/final", help="the judging model, built if missing")
     # -- plumbing
-    name: str = HfArg(default="context", help="run name: runs/ppo_rlaif/<name>_s<seed>")
+    name: str = HfArg(default="reward_model", help="run name: runs/ppo_rlaif/<name>_s<seed>")
     seed: int = HfArg(default=0, help="order of the questions and all sampled answers")
     cache: str = HfArg(default="cache", help="folder of cached CLIP features and narratives")
     save_steps: int = HfArg(default=50, help="steps between checkpoints")
     resume: bool = HfArg(default=False, help="continue the run of this name where it stopped")
 
     def __post_init__(self):
-        for flag, choices in (("preset", ("", "paper")), ("oracle", ORACLES), ("stop_oracle", ("", *ORACLES)),
+        super().__post_init__()
+        for flag, choices in (("preset", ("", "paper")), ("stop_oracle", ("", *ORACLES)),
                               ("schedule", ("linear", "cosine")), ("quantize", ("none", "nf4"))):
             if getattr(self, flag) not in choices:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: choose {', '.join(c or 'nothing' for c in choices)}")
@@ -192,11 +195,20 @@ class Args:
                 raise ValueError(f"--prompts_per_step {self.prompts_per_step} must be a multiple of {what} ({divisor})")
         if self.target_kl and not self.kl_coef:
             raise ValueError("--target_kl: the controller multiplies --kl_coef, which must be above 0")
-        if self.stop_oracle and self.stop_oracle == self.oracle and not self.random_reward:
+        if self.stop_oracle in self.raters and not self.random_reward:
             raise ValueError(f"--stop_oracle {self.stop_oracle}: another one than --oracle, or it shares its errors")
         if self.stop_oracle and not (self.eval_data and self.eval_questions):
             raise ValueError("--stop_oracle: needs --eval_data and --eval_questions")
+        if self.stop_oracle == "api":
+            self.check_api(needed=True)
         self.model = self.model or sft_start(self.seed)
+        self.value_model = self.value_model or (self.reward_model if "reward_model" in self.raters else "sft")
+
+    def stopping(self):
+        """The flags of --stop_oracle as those of an oracle."""
+        other = copy.copy(self)
+        other.oracle = self.stop_oracle
+        return other
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -268,38 +280,49 @@ def lr_at(step, args, peak):
 # Four roles
 # ---------------------------------------------------------------------------------------------------------------
 class Roles:
-    """Who is policy, value model and reference (D6). With LoRA all are one network, and the adapter in use says which
-    role it plays; without, each is a network of its own."""
+    """Who is policy, value model, reference and reward model (D6). With LoRA all are one network, and the adapter in
+    use says which role it plays; without, each is a network of its own (the reward model that of the oracle)."""
 
     def __init__(self, args, checkpoint, device):
         load = lambda path: load_model(path, args.quantize, device=str(device))
-        self.lora = bool(args.lora_r)
-        value_start = checkpoint / "value" if checkpoint else args.value_model
+        self.adapters = {}  # role -> adapter, with LoRA
         self.policy, self.processor = load(checkpoint or args.model)
-        if self.lora:
+        self.value, self.value_processor = self.policy, self.processor
+        from_reward_model = args.value_model != "sft"
+        if args.lora_r:
             if not checkpoint:
-                self.policy = add_lora(self.policy, args.lora_r, args.lora_alpha)
-            self.value = self.policy
+                self.policy = self.value = add_lora(self.policy, args.lora_r, args.lora_alpha)
+            self.adapters = dict(policy="default", value="value")
             add_scalar_head(unwrap(self.policy))
-            if value_start:
-                check_base(value_start, args.model)
-                self.policy.load_adapter(value_start, "value", is_trainable=True)
-            else:  # I12
+            if from_reward_model or checkpoint:
+                source = checkpoint / "value" if checkpoint else adapter_of(args.value_model, args.model)
+                if not source:
+                    sys.exit(f"--value_model {args.value_model}: with --lora_r an adapter of {args.model}, or sft")
+                self.policy.load_adapter(source, "value", is_trainable=True)  # I11
+            else:
                 config = copy.deepcopy(self.policy.peft_config["default"])
                 config.modules_to_save = ["score_head"]
-                self.policy.add_adapter("value", config)
+                self.policy.add_adapter("value", config)  # I12
+            reward = "reward_model" in args.raters and adapter_of(args.reward_model, args.model)
+            if reward:
+                self.adapters["reward"] = "reward"
+                self.policy.load_adapter(reward, "reward")
             self.reference = reference_of(self.policy)
         else:
-            self.value = add_scalar_head(load(value_start or args.model)[0])  # I11, I12
+            value_start = args.value_model if from_reward_model else args.model
+            self.value, self.value_processor = load(checkpoint / "value" if checkpoint else value_start)
+            add_scalar_head(self.value)  # I12; the head of a reward model stays: I11
             self.reference = reference_of(load(args.model)[0] if checkpoint else self.policy)
+        if self.value_processor.tokenizer.get_vocab() != self.processor.tokenizer.get_vocab():
+            sys.exit(f"--value_model {args.value_model}: its tokens are not those of the policy {args.model}")
         self.params = {name: self.trained(name) for name in ("policy", "value")}
 
     @contextmanager
     def as_(self, name):
         """`with roles.as_("value") as model`; PEFT makes the parameters of the chosen adapter trainable, no others."""
-        if self.lora:
-            self.policy.set_adapter({"policy": "default", "value": "value"}[name])
-        yield getattr(self, name)
+        if name in self.adapters:
+            self.policy.set_adapter(self.adapters[name], inference_mode=name == "reward")
+        yield self.value if name == "value" else self.policy
 
     def trained(self, name):
         """{name: parameter} of one role; a value model has no use for the language model's last layer."""
@@ -316,25 +339,29 @@ class Roles:
 
     def save_value(self, folder):
         """What the policy's own save leaves out: without LoRA the value network (adapters are saved together)."""
-        if not self.lora:
-            save_model(self.value, self.processor, folder / "value")
+        if not self.adapters:
+            save_model(self.value, self.value_processor, folder / "value")
 
     def only_policy(self, best):
         """The end of training: the weights of the file `best`, if any, and no adapter but the policy's."""
         if best:
             for name, p in load_file(best).items():
                 self.params["policy"][name].data.copy_(p)
-        if self.lora:
-            self.policy.set_adapter("default")
-            self.policy.delete_adapter("value")
+        for role in sorted(self.adapters):  # "policy" first
+            if role == "policy":
+                self.policy.set_adapter("default")
+            else:
+                self.policy.delete_adapter(self.adapters[role])
 
 
-def check_base(adapter, base):
-    """With LoRA every role must stand on the same base network."""
-    file = Path(adapter, "adapter_config.json")
-    theirs = json.loads(file.read_text())["base_model_name_or_path"] if file.exists() else "no adapter"
-    if Path(theirs).resolve() != Path(base).resolve():
-        sys.exit(f"--value_model {adapter}: with --lora_r it must be an adapter of {base}, but its base is {theirs}")
+def adapter_of(folder, base):
+    """The adapter in `folder` or in `adapter/` beside it (a run's final/ is merged), if its base network is `base`."""
+    for path in (Path(folder), Path(folder).parent / "adapter"):
+        file = path / "adapter_config.json"
+        if file.exists():
+            theirs = json.loads(file.read_text())["base_model_name_or_path"]
+            return path if Path(theirs).resolve() == Path(base).resolve() else None
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -343,6 +370,7 @@ def check_base(adapter, base):
 def main(args):
     rank, world, device = harness.setup_dist()
     build_embedded(args, rank)
+    build_oracle(args.stopping(), rank)
     folder = f"runs/ppo_rlaif/{args.name}_s{args.seed}"
     checkpoint = harness.open_run(folder, args, rank)
 
@@ -360,10 +388,15 @@ def main(args):
 
     cache = FeatureCache(unwrap(roles.policy), processor, args.cache)
     records, evals = choose_questions(args, records, report, cache, folder, rank, world)
-    with harness.one_line_errors(OSError):
-        oracle = make_oracle(args.oracle, records, args.oracle_model, args.cache, str(device))
+    with harness.one_line_errors(DataError, OSError):
+        loaded = (roles.policy, processor) if "reward" in roles.adapters else None
+        oracle = make_oracle(args, records, str(device), loaded)
         validate = Validation(args, evals[rank::world], roles, cache, str(device))
-    if args.oracle != "reference":
+        value_prompt = value_prompts(args, roles, oracle, str(device))
+    if rank == 0:
+        print("one base network: " + ", ".join([*roles.adapters, "reference"]) if roles.adapters else
+              "networks of their own: policy, value, reference, and the oracle's")
+    if "reference" not in args.raters:
         records = [{**r, "answer": None} for r in records]  # RL sees videos and questions only
     log, stop = harness.Log(folder, args.steps, start, rank), False
 
@@ -390,13 +423,14 @@ def main(args):
         clock.append(time.time())
 
         # 2. Feedback: one score per answer. Questions the oracle cannot score are counted and masked, not dropped.
-        scores, ok = oracle.score(clips, questions, answers)  # (B,G), (B,)
+        with harness.one_line_errors(ApiError), roles.as_("reward"):
+            scores, ok = oracle.score(clips, questions, answers)  # (B,G), (B,)
         if args.random_reward:
             scores = random_scores(answers, mine, step, args.seed)
         scores, ok = scores.float().to(device), ok.to(device)
         if state["normal"] is None:  # I8, D3: from the first batch, for good
             state["normal"] = normal_of(scores, ok, args.reward_scale)
-            if args.value_model:
+            if args.value_model != "sft":
                 roles.rescale_head(*state["normal"])
         mean, gain = state["normal"]
         ended = tokens.gather(-1, (lengths - 1).unsqueeze(-1)).squeeze(-1) == eos  # (B,G)
@@ -409,26 +443,30 @@ def main(args):
         mask = answer_mask(lengths * ok.unsqueeze(-1), T)  # (N,T) D1
         micros = by_length(torch.arange(B), lengths, args.micro_batch_size)
 
-        def forward(function, model, i, *temperature):  # -> (n,T_i): questions i, as many tokens as their answers have
-            T_i = lengths[i].max()
-            return function(model, prefix.rows(i), tokens[i, :, :T_i], lengths[i], *temperature)
+        value_prefix = value_prompt(questions, clips, prefix)
 
-        def all_tokens(function, model, *more):  # -> (B,G,T), 0 behind the answers
+        def logprobs_of(model, i):  # -> (n,T_i) x 2: log-probability and entropy, as many tokens as answers i have
+            T_i = lengths[i].max()
+            return token_logprobs(model, prefix.rows(i), tokens[i, :, :T_i], lengths[i], args.temperature)
+
+        def values_of(model, i):  # -> (n,T_i)                                                                [I13]
+            T_i = lengths[i].max()
+            return token_scores(model, value_prefix.rows(i), tokens[i, :, :T_i], lengths[i], before=True)
+
+        def all_tokens(function):  # -> (B,G,T), 0 behind the answers
             out = torch.zeros(B, G, T, device=device)
             for i in micros:
-                part = forward(function, model, i, *more)
+                part = function(i)
                 out[i, :, : part.shape[-1]] = part.view(len(i), G, -1).to(out.dtype)
             return out
 
-        logprobs_of = lambda *a: token_logprobs(*a)[0]
-        values_of = lambda *a: token_scores(*a, before=True)  # I13
         with torch.no_grad():
             with roles.as_("policy") as policy:
-                old_logprobs = all_tokens(logprobs_of, policy, args.temperature)
+                old_logprobs = all_tokens(lambda i: logprobs_of(policy, i)[0])
             with roles.reference() as reference:
-                ref_logprobs = all_tokens(logprobs_of, reference, args.temperature)
+                ref_logprobs = all_tokens(lambda i: logprobs_of(reference, i)[0])
             with roles.as_("value") as value_model:
-                old_values = all_tokens(values_of, value_model)
+                old_values = all_tokens(lambda i: values_of(value_model, i))
         flat = lambda x: x.view(B * G, T)
         rewards = token_rewards(shaped.view(-1), flat(old_logprobs), flat(ref_logprobs), lengths.view(-1),
                                 state["kl_coef"]) * mask  # (N,T)
@@ -451,12 +489,12 @@ def main(args):
                     m = at(mask.view(B, G, T))
                     if "policy" in learns:
                         with roles.as_("policy") as policy:
-                            logprobs, entropy = forward(token_logprobs, policy, i, args.temperature)
+                            logprobs, entropy = logprobs_of(policy, i)
                             losses = policy_loss(logprobs, at(old_logprobs), at(whitened), args.clip_range)
                             ((losses * m).sum() / n_tokens).backward()
                         log_policy(log, losses, logprobs - at(old_logprobs), entropy, at(whitened), m, args.clip_range)
                     with roles.as_("value") as value_model:
-                        values = forward(values_of, value_model, i)
+                        values = values_of(value_model, i)
                         losses = value_loss(values, at(old_values), at(returns.view(B, G, T)), args.value_clip_range)
                         ((losses * m).sum() / n_tokens).backward()
                     log_value(log, losses, (values - at(old_values)).abs() > args.value_clip_range, m)
@@ -482,6 +520,7 @@ def main(args):
         log.add("objective/advantage_std", A_std)
         for key, a, b in zip(("rollout", "oracle", "score", "update"), clock, clock[1:]):
             log.add(f"time/{key}_s", b - a)
+        log_counts(log, oracle)
         log.add("charts/lr", lr_at(step, args, args.lr))
         log.add("charts/kl_coef", state["kl_coef"])
         row = log.step(step, show=["objective/score", "objective/kl", "policy/clipfrac_high",
@@ -514,7 +553,7 @@ class Validation:
         self.records, self.cache, self.patience = records, cache, args.patience * args.eval_steps
         self.oracle = None
         if args.stop_oracle:
-            self.oracle = make_oracle(args.stop_oracle, records, args.oracle_model, args.cache, device)
+            self.oracle = make_oracle(args.stopping(), records, device)
             with roles.reference() as start:
                 self.before = evaluate.answer(start, roles.processor, cache, records)
 
@@ -540,6 +579,26 @@ class Validation:
         return step - state["best_step"] >= self.patience
 
 
+def value_prompts(args, roles, oracle, device):
+    """[D5, I11] -> function(questions, clips, prefix of the policy) that makes the prompts of the value model: those of
+    the policy, with the narrative before them if the value model started from a reward model that reads one."""
+    file = Path(args.value_model, "reward_model.json")
+    about = json.loads(file.read_text()) if file.exists() else dict(narrative_clips=0)
+    cache, teller = FeatureCache(unwrap(roles.value), roles.value_processor, args.cache), None
+    if about["narrative_clips"]:
+        teller = getattr(oracle, "teller", None) or JudgeOracle(about["narrative_model"], args.cache, True, device,
+                                                                clips=about["narrative_clips"])
+
+    def build(questions, clips, prefix):
+        if args.value_model == "sft":
+            return prefix
+        stories = teller.narratives(clips) if teller else [None] * len(clips)
+        asked = [reward_prompt(q, story) for q, story in zip(questions, stories)]
+        return Prefix.build(roles.value_processor, cache, asked, clips, device)
+
+    return build
+
+
 def by_length(rows, lengths, size):
     """Questions `rows` in micro-batches of `size`, answers of like length together."""
     return rows[lengths[rows].max(-1).values.cpu().argsort(stable=True)].split(size) if len(rows) else []
@@ -558,16 +617,6 @@ def normal_of(scores, ok, reward_scale):
         return 0.0, reward_scale
     mean, std = moments(scores, ok.float().unsqueeze(-1).expand_as(scores))
     return mean.item(), (1 / std).item() if std > 1e-6 else 1.0
-
-
-def random_scores(answers, indices, step, seed):
-    """Control: random scores of the distinct answers of each group, keyed like the rollouts."""
-    rows = []
-    for group, i in zip(answers, indices):
-        draw = random.Random(f"{seed} {step} {i} control")
-        value = {a: draw.random() for a in dict.fromkeys(group)}
-        rows.append([value[a] for a in group])
-    return torch.tensor(rows)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 Shapes: B groups of G answers. Scores are higher for better answers; ranks are 0 for the best.
 """
 
+import random
 import re
 from collections import Counter
 
@@ -75,3 +76,13 @@ def kendall_tau(scores, truth):
     tau = (a * b).sum((1, 2)) / (untied * known).sqrt().clamp(min=1)
     groups = (known > 0).sum().item()
     return tau[known > 0].sum().item() / max(groups, 1), groups
+
+
+def random_scores(answers, indices, step, seed):
+    """Control: a random order of the distinct answers of each group, keyed like the rollouts."""
+    rows = []
+    for group, i in zip(answers, indices):
+        draw = random.Random(f"{seed} {step} {i} control")
+        value = {a: draw.random() for a in dict.fromkeys(group)}
+        rows.append([value[a] for a in group])
+    return torch.tensor(rows)
