@@ -96,7 +96,6 @@ from video_llm import (
     generate,
     load_model,
     reference_of,
-    save_model,
     token_logprobs,
     token_scores,
     unwrap,
@@ -337,11 +336,6 @@ class Roles:
                 if "score_head" in name:
                     p.sub_(mean if name.endswith("bias") else 0).mul_(gain)
 
-    def save_value(self, folder):
-        """What the policy's own save leaves out: without LoRA the value network (adapters are saved together)."""
-        if not self.adapters:
-            save_model(self.value, self.value_processor, folder / "value")
-
     def only_policy(self, best):
         """The end of training: the weights of the file `best`, if any, and no adapter but the policy's."""
         if best:
@@ -533,11 +527,10 @@ def main(args):
         if rank == 0 and step % 25 == 0:
             write_samples(folder, step, batch, answers, scores, kl, advantages.view(B, G, T)[..., 0])
         if rank == 0 and (step + 1) % args.save_steps == 0 and step + 1 < args.steps:
-            def rest(aside):
-                roles.save_value(aside)
-                (aside / "ppo.json").write_text(json.dumps(state))
+            # adapters are saved with the policy, a value network of its own beside it
+            beside = {} if roles.adapters else {"value": (roles.value, roles.value_processor)}
             harness.save_checkpoint(folder, f"checkpoint-{step + 1}", roles.policy, processor, optimizer, step + 1,
-                                    also=rest)
+                                    about={"ppo.json": state}, beside=beside)
     roles.only_policy(Path(folder, "best.safetensors") if args.stop_oracle else None)
     harness.finish(folder, roles.policy, processor, rank)
 
