@@ -70,36 +70,23 @@ rho_t         ratio          (N,T)   pi / pi_old                                
 import copy
 import json
 import math
-import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from transformers.hf_argparser import HfArg
 
 import evaluate
 import harness
 from api_oracle import ApiError
 from data import DataError, FeatureCache, read_records
-from oracle import ORACLES, JudgeOracle, OracleArgs, build_oracle, log_counts, make_oracle, reward_prompt
+from oracle import ORACLES, OracleArgs, build_oracle, log_counts, make_oracle
 from questions import build_embedded, choose_questions, question_indices, sft_start
 from ranks import random_scores
-from video_llm import (
-    Prefix,
-    add_lora,
-    add_scalar_head,
-    answer_mask,
-    generate,
-    load_model,
-    reference_of,
-    token_logprobs,
-    token_scores,
-    unwrap,
-)
+from roles import Roles, value_prompts
+from video_llm import Prefix, answer_mask, generate, token_logprobs, token_scores, unwrap
 
 WORLD = "data/moving_shapes"
 
@@ -273,89 +260,6 @@ def lr_at(step, args, peak):
     left = (args.steps - step) / args.steps
     decay = left if args.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
     return peak * min((step + 1) / (args.warmup_steps + 1), decay)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Four roles
-# ---------------------------------------------------------------------------------------------------------------
-class Roles:
-    """Who is policy, value model, reference and reward model (D6). With LoRA all are one network, and the adapter in
-    use says which role it plays; without, each is a network of its own (the reward model that of the oracle)."""
-
-    def __init__(self, args, checkpoint, device):
-        load = lambda path: load_model(path, args.quantize, device=str(device))
-        self.adapters = {}  # role -> adapter, with LoRA
-        self.policy, self.processor = load(checkpoint or args.model)
-        self.value, self.value_processor = self.policy, self.processor
-        from_reward_model = args.value_model != "sft"
-        if args.lora_r:
-            if not checkpoint:
-                self.policy = self.value = add_lora(self.policy, args.lora_r, args.lora_alpha)
-            self.adapters = dict(policy="default", value="value")
-            add_scalar_head(unwrap(self.policy))
-            if from_reward_model or checkpoint:
-                source = checkpoint / "value" if checkpoint else adapter_of(args.value_model, args.model)
-                if not source:
-                    sys.exit(f"--value_model {args.value_model}: with --lora_r an adapter of {args.model}, or sft")
-                self.policy.load_adapter(source, "value", is_trainable=True)  # I11
-            else:
-                config = copy.deepcopy(self.policy.peft_config["default"])
-                config.modules_to_save = ["score_head"]
-                self.policy.add_adapter("value", config)  # I12
-            reward = "reward_model" in args.raters and adapter_of(args.reward_model, args.model)
-            if reward:
-                self.adapters["reward"] = "reward"
-                self.policy.load_adapter(reward, "reward")
-            self.reference = reference_of(self.policy)
-        else:
-            value_start = args.value_model if from_reward_model else args.model
-            self.value, self.value_processor = load(checkpoint / "value" if checkpoint else value_start)
-            add_scalar_head(self.value)  # I12; the head of a reward model stays: I11
-            self.reference = reference_of(load(args.model)[0] if checkpoint else self.policy)
-        if self.value_processor.tokenizer.get_vocab() != self.processor.tokenizer.get_vocab():
-            sys.exit(f"--value_model {args.value_model}: its tokens are not those of the policy {args.model}")
-        self.params = {name: self.trained(name) for name in ("policy", "value")}
-
-    @contextmanager
-    def as_(self, name):
-        """`with roles.as_("value") as model`; PEFT makes the parameters of the chosen adapter trainable, no others."""
-        if name in self.adapters:
-            self.policy.set_adapter(self.adapters[name], inference_mode=name == "reward")
-        yield self.value if name == "value" else self.policy
-
-    def trained(self, name):
-        """{name: parameter} of one role; a value model has no use for the language model's last layer."""
-        with self.as_(name) as model:
-            unused = "lm_head" if name == "value" else "score_head"
-            return {n: p for n, p in model.named_parameters() if p.requires_grad and unused not in n}
-
-    def rescale_head(self, mean, gain):
-        """[I8, I11] A head that predicts a score predicts the normalised score."""
-        with torch.no_grad():
-            for name, p in self.params["value"].items():
-                if "score_head" in name:
-                    p.sub_(mean if name.endswith("bias") else 0).mul_(gain)
-
-    def only_policy(self, best):
-        """The end of training: the weights of the file `best`, if any, and no adapter but the policy's."""
-        if best:
-            for name, p in load_file(best).items():
-                self.params["policy"][name].data.copy_(p)
-        for role in sorted(self.adapters):  # "policy" first
-            if role == "policy":
-                self.policy.set_adapter("default")
-            else:
-                self.policy.delete_adapter(self.adapters[role])
-
-
-def adapter_of(folder, base):
-    """The adapter in `folder` or in `adapter/` beside it (a run's final/ is merged), if its base network is `base`."""
-    for path in (Path(folder), Path(folder).parent / "adapter"):
-        file = path / "adapter_config.json"
-        if file.exists():
-            theirs = json.loads(file.read_text())["base_model_name_or_path"]
-            return path if Path(theirs).resolve() == Path(base).resolve() else None
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -566,30 +470,8 @@ class Validation:
         if state["best"] is None or margin > state["best"]:
             state["best"], state["best_step"] = margin, step
             if rank == 0:
-                aside = Path(folder, "best.tmp.safetensors")
-                save_file({n: p.detach().cpu().contiguous() for n, p in roles.params["policy"].items()}, aside)
-                aside.replace(Path(folder, "best.safetensors"))
+                roles.save_policy(Path(folder, "best.safetensors"))
         return step - state["best_step"] >= self.patience
-
-
-def value_prompts(args, roles, oracle, device):
-    """[D5, I11] -> function(questions, clips, prefix of the policy) that makes the prompts of the value model: those of
-    the policy, with the narrative before them if the value model started from a reward model that reads one."""
-    file = Path(args.value_model, "reward_model.json")
-    about = json.loads(file.read_text()) if file.exists() else dict(narrative_clips=0)
-    cache, teller = FeatureCache(unwrap(roles.value), roles.value_processor, args.cache), None
-    if about["narrative_clips"]:
-        teller = getattr(oracle, "teller", None) or JudgeOracle(about["narrative_model"], args.cache, True, device,
-                                                                clips=about["narrative_clips"])
-
-    def build(questions, clips, prefix):
-        if args.value_model == "sft":
-            return prefix
-        stories = teller.narratives(clips) if teller else [None] * len(clips)
-        asked = [reward_prompt(q, story) for q, story in zip(questions, stories)]
-        return Prefix.build(roles.value_processor, cache, asked, clips, device)
-
-    return build
 
 
 def by_length(rows, lengths, size):
