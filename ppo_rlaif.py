@@ -310,7 +310,7 @@ def main(args):
         batch = [records[i] for i in mine]
         clips, questions = [r["clip"] for r in batch], [r["question"] for r in batch]
 
-        # 1. Rollout: G answers per question, one prefill per group                              [I1, I4; D4]
+        # 1. Rollout: G answers per question, one prefill per group                              [I1, I2, I4; D4]
         #    Every draw is keyed by (seed, step, question): world size and interruptions do not change it.
         prefix = Prefix.build(processor, cache, questions, clips, device)
         draw = lambda i: np.random.default_rng([args.seed, step, i]).random((args.G, args.max_new_tokens))
@@ -336,9 +336,9 @@ def main(args):
                                args.max_new_tokens)  # (B,G)
         clock.append(time.time())
 
-        # 3. Log-probabilities, values, advantages of every real token, all before the first update
+        # 3. Log-probabilities, values, advantages of every real token, all before the first update, no dropout [I5]
         B, G, T = tokens.shape
-        mask = answer_mask(lengths * ok.unsqueeze(-1), T)  # (N,T) D1
+        mask = answer_mask(lengths * ok.unsqueeze(-1), T)  # (N,T) D1, I3
         micros = by_length(torch.arange(B), lengths, args.micro_batch_size)
 
         value_prefix = value_prompt(questions, clips, prefix)
