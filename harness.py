@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -269,9 +270,14 @@ def stop_if_not_finite(grad_norm, folder, step, batch):
 
 def finish(folder, model, processor, rank, about=()):
     """`final/` is a whole model that loads with from_pretrained; with LoRA it is the adapter merged into the
-    unquantised base, and `adapter/` beside it is the plain PEFT adapter."""
+    unquantised base, and `adapter/` beside it is the plain PEFT adapter. `cost.json` has the peak memory of all
+    processes: of the GPUs where there are some, else of the machine."""
     model = getattr(model, "module", model)
+    cuda, kilobytes = torch.cuda.is_available(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = sum(all_gather(torch.cuda.max_memory_allocated() / 2**30 if cuda else kilobytes / 2**20))
     if rank == 0:
+        about_run = dict(peak_gb=peak, device=torch.cuda.get_device_name() if cuda else "cpu", processes=world_size())
+        Path(folder, "cost.json").write_text(json.dumps(about_run, indent=2))
         if isinstance(model, PeftModel):
             save_checkpoint(folder, "adapter", model, processor, about=about)
             model = merged(Path(folder, "adapter"))

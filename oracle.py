@@ -404,9 +404,11 @@ def make_oracle(args, records, device="cpu", loaded=None):
 
 
 def build_oracle(args, rank):
-    """Build the judging model of the embedded default where it is asked for and missing."""
+    """Build the models of the embedded default, judge and reward model, where they are asked for and missing."""
     if {"judge", "context"} & set(args.raters) and args.oracle_model == ORACLE_SFT:
         harness.build_if_missing(ORACLE_SFT, ["sft.py", "--name", "oracle", "--resume"], "about 6 minutes", rank)
+    if "reward_model" in args.raters and args.reward_model == REWARD_MODEL:
+        harness.build_if_missing(REWARD_MODEL, ["reward_model.py", "--resume"], "several minutes", rank)
 
 
 def log_counts(log, oracle):

@@ -4,7 +4,7 @@ Run      python ppo_rlaif.py                                      the embedded w
          torchrun --nproc_per_node=4 ppo_rlaif.py                 the same on four processes
          python ppo_rlaif.py --oracle reference --name upper      token F1 with the label as reward: an upper bound
          python ppo_rlaif.py --oracle reference --random_reward True --name random            the control
-         torchrun --nproc_per_node=4 ppo_rlaif.py --preset paper --model DIR --oracle_model DIR   their scripts' values
+         torchrun --nproc_per_node=4 ppo_rlaif.py --preset paper --model DIR --reward_model DIR   their scripts' values
 Papers   [V] VLM-RLAIF arXiv:2402.03746    [L] LLaVA-RLHF arXiv:2309.14525    [P] PPO arXiv:1707.06347
          [GAE] arXiv:1506.02438    [Z] Ziegler et al. arXiv:1909.08593    [S] Stiennon et al. arXiv:2009.01325
          [O] InstructGPT arXiv:2203.02155    [M] PPO-max arXiv:2307.04964    [T] TRL's PPOTrainer
@@ -402,7 +402,10 @@ def main(args):
                     grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)  # I19
                     asked = [{"question": str(q), "answers": a} for q, a in zip(questions, answers)]
                     harness.stop_if_not_finite(grad_norm, folder, step, asked)
-                    log.add("policy/grad_norm" if name == "policy" else "val/grad_norm", grad_norm)
+                    if name == "policy":
+                        log.add("policy/grad_norm", grad_norm)
+                    else:
+                        log.add("val/grad_norm", grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
         clock.append(time.time())

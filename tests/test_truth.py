@@ -10,7 +10,8 @@ REPO = Path(__file__).resolve().parent.parent
 SOURCES = sorted(REPO.glob("*.py"))
 FILES = sorted([*SOURCES, *Path(__file__).parent.glob("*.py")])
 SCRIPTS = [p for p in SOURCES if re.search(r"^class Args", p.read_text(), re.M)]
-LIMITED = ("video_llm", "harness", "data", "oracle", "api_oracle", "ranks", "evaluate", "sft", "grpo_rank", "questions")
+LIMITED = ("video_llm", "harness", "data", "oracle", "api_oracle", "ranks", "evaluate", "sft", "grpo_rank", "questions",
+           "ppo_rlaif", "roles")
 SHARED_FLAGS = {"ApiArgs": "api_oracle.py", "OracleArgs": "oracle.py"}  # dataclasses that an Args can inherit from
 name_of = lambda path: path.stem
 
@@ -63,6 +64,11 @@ def test_every_flag_is_read(path):
         known = flags | inherited(class_of(path, "Args")) | {"raters"}  # `raters`: a property of OracleArgs
         assert shared <= known, f"questions.py reads {sorted(shared - known)}"
         read |= shared
+    if "PRESETS" in path.read_text():
+        assert "cls.PRESETS" in (REPO / "harness.py").read_text()
+        read.add("preset")
+    if "args.raters" in path.read_text():  # a property of OracleArgs that splits --oracle
+        read.add("oracle")
     assert not flags - read, f"flags that do nothing: {sorted(flags - read)}"
     assert not (read & {f"no_{f}" for f in flags})
 
