@@ -78,7 +78,8 @@ class Roles:
         """{name: parameter} of one role; a value model has no use for the language model's last layer."""
         with self.as_(name) as model:
             unused = "lm_head" if name == "value" else "score_head"
-            return {n: p for n, p in model.named_parameters() if p.requires_grad and unused not in n}
+            own = f".{self.adapters[name]}." if self.adapters else ""  # PEFT leaves other adapters' heads trainable
+            return {n: p for n, p in model.named_parameters() if p.requires_grad and unused not in n and own in n}
 
     def rescale_head(self, mean, gain):
         """A head that predicts a score predicts (score - mean) * gain."""

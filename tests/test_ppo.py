@@ -3,8 +3,11 @@
 import ast
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -14,7 +17,6 @@ import torch
 from conftest import REPO, run
 from inside import main_of
 from safetensors.torch import load_file
-from test_resume import run_and_kill
 from test_video_llm import lively, plain_logprobs, plain_scores
 
 import harness
@@ -372,16 +374,17 @@ def test_the_gradient_of_a_step(world, policy, monkeypatch):
 
 def test_pad_may_be_eos(world, policy, monkeypatch):
     """Masks come from lengths: with another pad token, in prompts and behind answers, not a number changes."""
-    for name in ("unk", "eos"):
+    for name in ("word", "eos"):
         start = world / f"runs/sft/pad_{name}/final"
         shutil.copytree(policy.parent, start.parent)
         model, processor = load_model(policy)
         eos = processor.tokenizer.eos_token
-        processor.tokenizer.pad_token = eos if name == "eos" else processor.tokenizer.convert_ids_to_tokens(5)
+        word = processor.tokenizer.tokenize("what")[0]
+        processor.tokenizer.pad_token = eos if name == "eos" else word
         assert (processor.tokenizer.pad_token_id == processor.tokenizer.eos_token_id) == (name == "eos")
         save_model(model, processor, start)
         main_of(monkeypatch, world, *SHORT, "--model", start, "--name", f"pad_{name}")
-    a, b = (world / f"runs/ppo_rlaif/pad_{name}_s0" for name in ("unk", "eos"))
+    a, b = (world / f"runs/ppo_rlaif/pad_{name}_s0" for name in ("word", "eos"))
     assert rows(a) == rows(b) and all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values()))
 
 
@@ -458,7 +461,6 @@ def test_roles_take_turns(policy, reward_model):
     tokens, lengths = t([[[8, 9], [9, 2]]]), t([[2, 1]])
     with roles.as_("reward") as model, torch.no_grad():
         ours = token_scores(model, prefix, tokens, lengths)
-        assert not any(p.requires_grad for n, p in model.named_parameters() if ".reward" in n)
     whole = load_model(reward_model)[0]
     near(ours, token_scores(whole, prefix, tokens, lengths).detach(), 1e-4)
     with roles.as_("value") as model:
@@ -545,13 +547,22 @@ def test_two_processes_equal_one(world, policy, monkeypatch):
     assert [json.loads((f / "args.json").read_text())["world_size"] for f in (one, two)] == [1, 2]
     assert len(rows(one)) == len(rows(two)) == 4
     for a, b in zip(rows(one), rows(two)):
-        assert a.keys() == b.keys() and (len(a) > 20 or a["step"] == 3)
+        assert a.keys() == b.keys() and len(a) >= (3 if a["step"] == 3 else 20)
         for key in a:
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), f"step {a['step']}: {key}"
     first, second, start = weights(one), weights(two), load_file(policy / "model.safetensors")
     far = max((first[k] - start[k]).abs().max().item() for k in first)
     apart = max((first[k] - second[k]).abs().max().item() for k in first)
     assert apart < 0.05 * far  # Adam's first steps turn the sign of a tiny gradient into a whole step
+
+
+SUICIDE = """
+import os, signal, sys
+import harness, ppo_rlaif
+plain, sys.argv = harness.Log.step, sys.argv[1:]
+harness.Log.step = lambda log, step, show: os.kill(os.getpid(), signal.SIGKILL) if step == 5 else plain(log, step, show)
+ppo_rlaif.main(harness.parse_args(ppo_rlaif.Args))
+"""
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -570,9 +581,12 @@ def test_killed_and_resumed_equals_uninterrupted(world, policy, monkeypatch, lor
             m.setattr(harness.Log, "step", killed)
             main_of(m, world, *flags, "--name", f"broken{lora}")
     else:
-        run_and_kill(world, broken, 4, *flags, "--name", f"broken{lora}")
+        command = [sys.executable, "-c", SUICIDE, *flags, "--name", f"broken{lora}"]
+        env = {**os.environ, "PYTHONPATH": str(REPO)}
+        done = subprocess.run(command, cwd=world, env=env, capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
     saved = [p.name for p in broken.glob("checkpoint-*") if p.suffix != ".tmp"]
-    assert len(saved) == 1 and saved[0] in ("checkpoint-2", "checkpoint-4", "checkpoint-6")
+    assert len(saved) == 1 and saved[0] == "checkpoint-4"
     main_of(monkeypatch, world, *flags, "--name", f"broken{lora}", "--resume")
     main_of(monkeypatch, world, *flags, "--name", f"whole{lora}")
     assert rows(broken) == rows(whole) and len(rows(whole)) == 8
