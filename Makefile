@@ -25,7 +25,7 @@ demo: .venv/done
 	$(PY) moving_shapes.py
 	OMP_NUM_THREADS=2 $(PY) pretrain_tiny.py
 	$(DIST) sft.py --name oracle --resume
-	$(DIST) sft.py --name policy_s0 $(POLICY) --steps 100 --lr 1e-3 --resume
+	$(DIST) sft.py --name policy_s0 $(POLICY) --steps 200 --lr 1e-3 --resume
 	$(DIST) grpo_rank.py --G 5 --resume
 	$(DIST) sft.py --name continued_s0 $(POLICY) --model runs/sft/policy_s0/final --steps 150 --lr 3e-4 --resume
 	$(PY) evaluate.py --runs runs/sft/policy_s0 runs/sft/continued_s0 runs/grpo_rank/context_s0 \

@@ -56,7 +56,7 @@ def answer(model, processor, cache, records, max_new_tokens=48, batch_size=100, 
     for i in range(0, len(records), batch_size):
         some = records[i : i + batch_size]
         prefix = Prefix.build(processor, cache, [r["question"] for r in some], [r["clip"] for r in some], device)
-        tokens, lengths = generate(model, prefix, torch.zeros(len(some), 1, max_new_tokens), eos, temperature=0)
+        tokens, lengths, _ = generate(model, prefix, torch.zeros(len(some), 1, max_new_tokens), eos, temperature=0)
         out += [group[0] for group in processor.decode_answers(tokens, lengths)]
         ended += (tokens.gather(-1, lengths.unsqueeze(-1) - 1) == eos).flatten().tolist()
     return (out, ended) if return_ended else out

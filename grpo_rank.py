@@ -231,7 +231,7 @@ def main(args):
         prefix = Prefix.build(processor, cache, questions, clips, device)
         draw = lambda i: np.random.default_rng([args.seed, step, i]).random((args.G, args.max_new_tokens))
         uniforms = np.stack([draw(i) for i in mine])  # (B,G,T)
-        tokens, lengths = generate(model, prefix, torch.from_numpy(uniforms), eos, args.temperature)  # (B,G,T), (B,G)
+        tokens, lengths, sampled_logprobs = generate(model, prefix, torch.from_numpy(uniforms), eos, args.temperature)
         answers = processor.decode_answers(tokens, lengths)
         clock.append(time.time())
 
@@ -252,15 +252,10 @@ def main(args):
             T = lengths[i].max()
             return token_logprobs(m, prefix.rows(i), tokens[i, :, :T], lengths[i], args.temperature)
 
-        with torch.no_grad():
-            old_logprobs = [logprobs_of(model, i)[0] for i in micros]
-            with reference() as ref:
-                ref_logprobs = [logprobs_of(ref, i)[0] for i in micros]
-        sequence_logprobs = torch.empty(lengths.shape)  # (B,G)
-        for i, logprobs in zip(micros, old_logprobs):
-            sequence_logprobs[i.cpu()] = logprobs.sum(-1).view(-1, args.G).cpu()
-        copy_of = (tokens.unsqueeze(2) == tokens.unsqueeze(1)).all(-1).int().argmax(-1).cpu()  # (B,G) behind EOS: EOS
-        policy_ranks = ranks_of(sequence_logprobs.gather(1, copy_of))  # D4: rounding must not order copies
+        with torch.no_grad(), reference() as ref:
+            ref_logprobs = [logprobs_of(ref, i)[0] for i in micros]
+        copy_of = (tokens.unsqueeze(2) == tokens.unsqueeze(1)).all(-1).int().argmax(-1)  # (B,G) behind EOS: EOS
+        policy_ranks = ranks_of(sampled_logprobs.gather(1, copy_of)).cpu()  # D4: rounding must not order copies
         if args.advantage == "score":
             advantages = scores.double() - scores.double().mean(-1, keepdim=True)
         else:
@@ -274,10 +269,13 @@ def main(args):
         # 4. Update: `inner_epochs` steps on J - beta KL + c H                                     [G Eq. 3; D5, D6]
         for g in optimizer.param_groups:
             g["lr"] = lr_at(step, args)
-        for _ in range(args.inner_epochs):
+        old_logprobs = []
+        for epoch in range(args.inner_epochs):
             for k, i in enumerate(micros):
                 with harness.no_sync(ddp, when=k < len(micros) - 1):
                     logprobs, entropy = logprobs_of(ddp, i)  # (n,T)
+                    if epoch == 0:  # the first epoch is on-policy: pi_old is pi, no pass of its own is needed
+                        old_logprobs.append(logprobs.detach())
                     mask = answer_mask(lengths[i], logprobs.shape[-1])  # (n,T)
                     mask *= ok.to(device)[i].repeat_interleave(args.G)[:, None]
                     A = advantages[i].view(-1)  # (n,)

@@ -194,7 +194,7 @@ class JudgeOracle:
                                   num_frames=num_frames)
             uniforms = torch.zeros(len(clips[some]), 1, MAX_NARRATIVE_TOKENS)  # unread: temperature 0
             eos = self.processor.tokenizer.eos_token_id
-            tokens, lengths = generate(self.model, prefix, uniforms, eos, temperature=0)
+            tokens, lengths, _ = generate(self.model, prefix, uniforms, eos, temperature=0)
             out += [group[0] for group in self.processor.decode_answers(tokens, lengths)]
         return out
 
@@ -495,7 +495,7 @@ def agreement(args):
     for i in range(0, len(records), 50):
         prefix = Prefix.build(processor, cache, questions[i : i + 50], clips[i : i + 50])
         uniforms = np.random.default_rng([args.seed, i]).random((len(prefix.input_ids), args.G, 16))
-        tokens, lengths = generate(model, prefix, torch.from_numpy(uniforms), processor.tokenizer.eos_token_id)
+        tokens, lengths, _ = generate(model, prefix, torch.from_numpy(uniforms), processor.tokenizer.eos_token_id)
         answers += processor.decode_answers(tokens, lengths)
     correct = torch.tensor([[normalize(a) == normalize(r["answer"]) for a in g] for r, g in zip(records, answers)])
     truth, _ = ReferenceOracle(records).score(clips, questions, answers)  # token F1 with the label

@@ -316,7 +316,7 @@ def main(args):
         draw = lambda i: np.random.default_rng([args.seed, step, i]).random((args.G, args.max_new_tokens))
         uniforms = torch.from_numpy(np.stack([draw(i) for i in mine]))  # (B,G,T)
         with roles.as_("policy") as policy:
-            tokens, lengths = generate(policy, prefix, uniforms, eos, args.temperature)  # (B,G,T), (B,G)
+            tokens, lengths, _ = generate(policy, prefix, uniforms, eos, args.temperature)  # (B,G,T), (B,G)
         answers = processor.decode_answers(tokens, lengths)
         clock.append(time.time())
 

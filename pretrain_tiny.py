@@ -1,6 +1,6 @@
 """What a download brings at 7B and nothing brings at `tiny`: a CLIP, a Q-Former and a tokenizer, made in minutes.
 
-Run      python pretrain_tiny.py                -> data/moving_shapes/hub/{clip,qformer,llm}, 5 minutes on two cores
+Run      python pretrain_tiny.py                -> data/moving_shapes/hub/{clip,qformer,llm}, 4 minutes on two cores
 
 `sft.py` then composes its model from these folders exactly as it composes one from `openai/clip-vit-large-patch14-336`
 and friends. Trained on the clips of the `pretrain` split alone: no policy, RL run or benchmark sees one of them.
@@ -170,9 +170,12 @@ def main(args):
     readout = nn.ModuleList(nn.Linear(TINY_QFORMER["hidden_size"], n) for n in CLASSES)
     rng = np.random.default_rng(args.seed)
 
+    encoder = model.vision_model.encoder
+    layers = encoder.layers
+    encoder.layers = layers[:-1]  # VideoLLM reads layer -2: the last layer has nothing to learn in this stage
+
     def predict(pixels):
-        # the layer that VideoLLM reads
-        hidden = model.vision_model(pixels.flatten(0, 1), output_hidden_states=True).hidden_states[-2]
+        hidden = model.vision_model(pixels.flatten(0, 1), output_hidden_states=True).hidden_states[-1]
         features = hidden.view(*pixels.shape[:2], *hidden.shape[1:])
         queries = qformer(features, torch.ones(features.shape[:2], dtype=torch.bool))
         tokens = queries.unflatten(1, (len(COLORS), -1))  # (B,4,4,D)
@@ -183,15 +186,15 @@ def main(args):
         pixels, target = mirror(pixels_of(index), labels[index], rng)
         return attribute_loss(predict(pixels), target)
 
-    layers = model.vision_model.encoder.layers
-    read = [p for m in (model.vision_model.embeddings, model.vision_model.pre_layrnorm, layers[:-1], qformer, readout)
+    read = [p for m in (model.vision_model.embeddings, model.vision_model.pre_layrnorm, encoder, qformer, readout)
             for p in m.parameters()]
     optimize(read, args, args.steps, attribute_step, "stage 1: attributes")
 
     # stage 2: CLIP's loss on locked features
     with torch.no_grad():
-        locked = torch.cat([model.vision_model(pixels_of(i).flatten(0, 1), output_hidden_states=True).hidden_states[-2]
+        locked = torch.cat([model.vision_model(pixels_of(i).flatten(0, 1), output_hidden_states=True).hidden_states[-1]
                             for i in torch.arange(len(clips)).split(100)])
+    encoder.layers = layers
     locked = locked.view(len(clips), num_frames, *locked.shape[1:])  # (C,F,S,D)
     story = tokenizer([c["narrative"] + tokenizer.eos_token for c in clips], padding=True, truncation=True,
                       max_length=TINY_TEXT["max_position_embeddings"], return_tensors="pt")

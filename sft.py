@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a video language model, in two stages: easy answers first, then all of them.
 
 Run      python sft.py                                            the embedded world, labels in plenty, 2 CPU cores
-         python sft.py --name policy --data data/moving_shapes/train.json --num_clips 40 --steps 100         few labels
+         python sft.py --name policy --data data/moving_shapes/train.json --num_clips 40 --steps 200         few labels
          torchrun --nproc_per_node=4 sft.py --data my.json --video_root videos --clip openai/clip-vit-large-patch14-336
              --qformer 32 --llm meta-llama/Llama-2-7b-hf --quantize nf4 --lora_r 64 --lora_alpha 16          your own
 Paper    [V] VLM-RLAIF, arXiv:2402.03746, Sec. 3.2 (curriculum), Sec. 4.1 (hyper-parameters)

@@ -496,8 +496,9 @@ def generate(model, prefix, uniforms, eos_id, temperature=1.0):
     """Sample G answers per prompt from *one* prefill: video, question and their KV cache are computed once.
 
     uniforms (B,G,T) in [0,1): one number a token decides everything (inverse of the cumulated probabilities), so a
-    caller who keys them by (seed, step, question) gets the same answers on one process, on four, and after a resume.
-    temperature 0 is greedy. -> tokens (B,G,T'), lengths (B,G) counted with EOS; T' <= T; behind EOS: EOS.
+    caller who keys them by (seed, step, question) gets the same answers on any number of processes and after a resume.
+    temperature 0 is greedy. -> tokens (B,G,T'), T' <= T, behind EOS: EOS; lengths (B,G) with EOS; logprobs (B,G) of
+    the whole answers.
     """
     B, G, T = uniforms.shape
     out = model(input_ids=prefix.input_ids, attention_mask=prefix.attention_mask,
@@ -511,18 +512,19 @@ def generate(model, prefix, uniforms, eos_id, temperature=1.0):
     u = uniforms.reshape(B * G, T).to(logits.device)
     done = torch.zeros(B * G, dtype=torch.bool, device=logits.device)
     lengths = torch.zeros(B * G, dtype=torch.long, device=logits.device)
-    tokens = []
+    tokens, logprobs = [], torch.zeros(B * G, device=logits.device)
     for t in range(T):
+        all_logprobs = (logits.float() / (temperature or 1)).log_softmax(-1)  # (N,V)
         if temperature == 0:
             token = logits.argmax(-1)
         else:
-            cdf = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
+            cdf = all_logprobs.double().exp().cumsum(-1)
             # the first token whose cumulated probability exceeds u: tokens of probability 0 cannot be hit
-            token = torch.searchsorted(cdf, u[:, t : t + 1].double() * cdf[:, -1:], right=True).squeeze(-1)
+            token = torch.searchsorted(cdf, u[:, t : t + 1].double() * cdf[:, -1:], right=True)[:, 0]
             token = token.clamp(max=logits.shape[-1] - 1)
-        token = torch.where(done, eos_id, token)
+        tokens.append(token := torch.where(done, eos_id, token))
+        logprobs += all_logprobs.gather(1, token[:, None])[:, 0] * ~done
         lengths += ~done
-        tokens.append(token)
         done |= token == eos_id
         if done.all() or t == T - 1:
             break
@@ -530,7 +532,7 @@ def generate(model, prefix, uniforms, eos_id, temperature=1.0):
         out = model(input_ids=token[:, None], attention_mask=mask, position_ids=where + t, past_key_values=cache,
                     use_cache=True)
         logits = out.logits[:, -1]
-    return torch.stack(tokens, -1).view(B, G, -1), lengths.view(B, G)
+    return torch.stack(tokens, -1).view(B, G, -1), lengths.view(B, G), logprobs.view(B, G)
 
 
 def packed(model, prefix, tokens, lengths, before=True, **kwargs):

@@ -19,22 +19,31 @@ side_by_side() { xargs -P "$JOBS" -d '\n' -I{} sh -c 'set -- {}; name=$1; shift;
 
 few="--data $W/train.json --batch_size 16"
 for s in $SEEDS; do
-  echo "policy_s$s $PY sft.py --name policy_s$s $few --num_clips 40 --steps 100 --lr 1e-3 --seed $s --resume"
+  echo "policy_s$s $PY sft.py --name policy_s$s $few --num_clips 40 --steps 200 --lr 1e-3 --seed $s --resume"
   # the same recipe and number of epochs with the labels of a hundred clips more
-  echo "more_labels_s$s $PY sft.py --name more_labels_s$s $few --num_clips 140 --steps 350 --lr 1e-3 --seed $s --resume"
+  echo "more_labels_s$s $PY sft.py --name more_labels_s$s $few --num_clips 140 --steps 700 --lr 1e-3 --seed $s --resume"
 done | side_by_side
 
 {
   for s in $SEEDS; do
     g="$PY grpo_rank.py --seed $s --resume"
+    echo "continued_s$s $PY sft.py --name continued_s$s $few --num_clips 40 --model runs/sft/policy_s$s/final --steps 150 --lr 3e-4 --seed $s --resume"
     echo "context_s$s $g --name context"
     echo "reference_s$s $g --name reference --oracle reference"
     echo "random_s$s $g --name random --oracle reference --advantage random"
-    echo "published_s$s $g --name published --oracle reference --advantage published"
-    echo "signed_s$s $g --name signed --oracle reference --advantage signed"
-    echo "continued_s$s $PY sft.py --name continued_s$s $few --num_clips 40 --model runs/sft/policy_s$s/final --steps 150 --lr 3e-4 --seed $s --resume"
-    echo "score_s$s $g --name score --oracle reference --advantage score"
   done
+  while read -r name flags; do
+    for s in $SEEDS; do echo "${name}_s$s $PY grpo_rank.py --seed $s --resume --name $name $flags" | sed "s/SEED/$s/"; done
+  done <<'RUNS'
+published --oracle reference --advantage published
+signed --oracle reference --advantage signed
+score --oracle reference --advantage score
+published_ai --advantage published
+signed_ai --advantage signed
+self --oracle_model runs/sft/policy_sSEED/final
+judge --oracle judge
+unscaled --oracle reference --scale_advantages False
+RUNS
 } | side_by_side
 
 SHOW="$PY evaluate.py"
@@ -42,6 +51,10 @@ $SHOW --runs "runs/sft/policy_s*" "runs/sft/continued_s*" "runs/grpo_rank/random
   "runs/grpo_rank/reference_s*" "runs/sft/more_labels_s*" \
   --labels "SFT,SFT continued,random,GRPO_rank,reference,100 more labels" --out docs/results/grpo_rank
 $SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/reference_s*" "runs/grpo_rank/score_s*" "runs/grpo_rank/signed_s*" \
-  "runs/grpo_rank/published_s*" --labels SFT,oracle_rank,score,signed,published --out docs/results/advantages
+  "runs/grpo_rank/published_s*" "runs/grpo_rank/unscaled_s*" \
+  --labels "SFT,oracle_rank,score,signed,published,oracle_rank unscaled" --out docs/results/advantages
+$SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/context_s*" "runs/grpo_rank/judge_s*" "runs/grpo_rank/self_s*" \
+  "runs/grpo_rank/signed_ai_s*" "runs/grpo_rank/published_ai_s*" \
+  --labels "SFT,context,judge,judges itself,signed,published" --out docs/results/ai_feedback
 $SHOW --runs runs/sft/policy_s0 runs/sft/continued_s0 runs/grpo_rank/context_s0 \
   --labels "SFT,SFT continued,GRPO_rank" --out docs/results/demo

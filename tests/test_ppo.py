@@ -340,7 +340,7 @@ def test_the_gradient_of_a_step(world, policy, monkeypatch):
     with pytest.raises(SystemExit, match="enough"):
         main_of(monkeypatch, world, *SHORT, *flags)
 
-    (prefix, (tokens, lengths)), = seen_rollout
+    (prefix, (tokens, lengths, _)), = seen_rollout
     value_model, policy_names, value_names = seen_roles[0]
     model, processor = load_model(policy)
     eos = processor.tokenizer.eos_token_id

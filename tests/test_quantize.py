@@ -36,7 +36,7 @@ def with_lora(model):
 
 def gradient_after_rollout(model, prefix, eos):
     uniforms = torch.rand(4, 3, 6, generator=torch.Generator().manual_seed(1))
-    tokens, lengths = generate(model, prefix, uniforms, eos)  # without gradients: here the weights get repacked
+    tokens, lengths, _ = generate(model, prefix, uniforms, eos)  # without gradients: here the weights get repacked
     logprobs, _ = token_logprobs(model, prefix, tokens, lengths)
     weights = torch.randn(12, 6, generator=torch.Generator().manual_seed(2))[:, : logprobs.shape[1]]
     (logprobs * weights).sum().backward()

@@ -193,7 +193,7 @@ def plain_sample(model, prefix, b, uniforms, eos, temperature):
 def test_generate_equals_plain_sampling(start, prefix, temperature):
     model, eos = start[0], start[1].tokenizer.eos_token_id
     uniforms = torch.rand(3, 4, 9, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    tokens, lengths = generate(model, prefix, uniforms, eos, temperature)
+    tokens, lengths, _ = generate(model, prefix, uniforms, eos, temperature)
     with torch.no_grad():
         expected = [[plain_sample(model, prefix, b, u, eos, temperature) for u in uniforms[b]] for b in range(3)]
     assert lengths.tolist() == [[len(a) for a in row] for row in expected]
@@ -204,7 +204,7 @@ def test_generate_equals_plain_sampling(start, prefix, temperature):
 def test_nothing_but_eos_behind_eos(policy, prefix):
     model, processor = load_model(policy)
     eos = processor.tokenizer.eos_token_id
-    tokens, lengths = generate(model, prefix, torch.rand(3, 40, 12, generator=torch.Generator().manual_seed(0)), eos)
+    tokens, lengths, _ = generate(model, prefix, torch.rand(3, 40, 12, generator=torch.Generator().manual_seed(0)), eos)
     ended = lengths < tokens.shape[-1]
     assert ended.any() and len(lengths.unique()) > 3
     behind = torch.arange(tokens.shape[-1]) >= lengths.unsqueeze(-1)
@@ -227,7 +227,7 @@ def test_frequencies_of_the_first_two_tokens(start, prefix):
     model, V, count = start[0], start[0].config.text_config.vocab_size, 6000
     eos = start[1].tokenizer.eos_token_id
     one = prefix.rows(slice(1, 2))
-    tokens, _ = generate(model, one, torch.rand(1, count, 2, generator=torch.Generator().manual_seed(3)), eos, 0.6)
+    tokens, *_ = generate(model, one, torch.rand(1, count, 2, generator=torch.Generator().manual_seed(3)), eos, 0.6)
     with torch.no_grad():
         first = (logits_alone(model, one, 0, torch.tensor([0]))[0] / 0.6).softmax(-1).double()
         prompt = one.input_ids[0][one.attention_mask[0].bool()]
@@ -245,12 +245,22 @@ def test_frequencies_of_the_first_two_tokens(start, prefix):
 def test_greedy_equals_generate_of_transformers(start, prefix):
     model, tokenizer = start[0], start[1].tokenizer
     eos = tokenizer.eos_token_id
-    ours, lengths = generate(model, prefix, torch.zeros(3, 1, 12), eos, temperature=0)
+    ours, lengths, _ = generate(model, prefix, torch.zeros(3, 1, 12), eos, temperature=0)
     theirs = model.generate(input_ids=prefix.input_ids, attention_mask=prefix.attention_mask, do_sample=False,
                             max_new_tokens=12, eos_token_id=eos, pad_token_id=eos, **prefix.model_inputs())
     theirs = theirs[:, prefix.input_ids.shape[1] :]
     assert torch.equal(ours[:, 0], theirs[:, : ours.shape[-1]])
     assert len({tuple(t) for t in ours[:, 0].tolist()}) == 3 and lengths.max() > 3
+
+
+def test_sampled_answers_come_with_their_log_probability(start, prefix):
+    """Summed over a whole answer, EOS included, nothing behind it; the same number the packed forward pass gives."""
+    model, eos = start[0], start[1].tokenizer.eos_token_id
+    uniforms = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(1))
+    for temperature in (0.7, 1.0):
+        sampled, lengths, logprobs = generate(model, prefix, uniforms, eos, temperature)
+        again = token_logprobs(model, prefix, sampled, lengths, temperature)[0].sum(-1).view(3, 4)
+        torch.testing.assert_close(logprobs, again, rtol=0, atol=1e-4)
 
 
 # --- the video token -----------------------------------------------------------------------------------------------
