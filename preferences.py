@@ -13,7 +13,8 @@ A row names its video as an annotation file does (data.py) and is one of these:
 
 A pair is a dict: `id`, `clip` (a Clip, None for text), `question` (a string, or messages that end with it), `chosen`,
 `rejected`, `task_type`, `file`, and what else the row tells: `answer`, the label (never seen by training; None), and
-EXTRA. A draw, or two equal answers, is no preference: the row is skipped and counted.
+EXTRA. A draw, or two equal answers, is no preference: the row is skipped and counted. `rejected` may be empty (a model
+that says nothing has said something worse), `chosen` may not.
 
 Papers  VLM-RLAIF arXiv:2402.03746    LLaVA-RLHF arXiv:2309.14525
 """
@@ -74,9 +75,9 @@ def parse_pair(row, find):
 
     # The rest of the row (video, range of seconds, roles, empty texts) is read and checked as an annotation's.
     place = {k: v for k, v in row.items() if k not in ("output_1", "output_2", "conversations", "messages", "q")}
-    both = [parse_turns({**place, "conversations": [*turns, {"role": "assistant", "content": text}]}, find)
-            for text in (chosen, rejected)]
-    (turns, clip), (other, _) = both
+    whole = lambda text: {**place, "conversations": [*turns, {"role": "assistant", "content": text}]}
+    other, _ = parse_turns(whole(rejected), find) if rejected else ([{"content": ""}], None)
+    turns, clip = parse_turns(whole(chosen), find)
     question = turns[0]["content"] if len(turns) == 2 else turns[:-1]
     label = row.get("answer")
     if not isinstance(label, str | None):
@@ -97,8 +98,8 @@ def answer_of(said):
         said = said.get("value", said.get("content"))
     if isinstance(said, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in said):
         said = "".join(p["text"] for p in said)
-    if not isinstance(said, str) or not said.strip():
-        raise DataError(f"empty answer: {said!r}")
+    if not isinstance(said, str):
+        raise DataError(f"answer is no text: {said!r}")
     return said.strip()
 
 

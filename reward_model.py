@@ -4,7 +4,7 @@ Run      python reward_model.py                                  collect prefere
          torchrun --nproc_per_node=4 reward_model.py              the same on four processes
          python reward_model.py --stage collect --oracle judge    the preference file alone; here without a narrative
          python reward_model.py --oracle reference --name truth   ground-truth preferences: an upper bound, not RLAIF
-         python reward_model.py --preferences my.json --video_root videos --start my_sft --narrative False --name mine
+         python reward_model.py --preferences my.json --video_root videos --base my_sft --narrative False --name mine
 Papers   [V] VLM-RLAIF arXiv:2402.03746, Sec. 3.1      [BT] Bradley and Terry 1952, as in InstructGPT arXiv:2203.02155
          [C] centring: Eisenstein et al. arXiv:2312.09244, as in TRL      [N] normalising: arXiv:1909.08593
 Makes    runs/reward_model/<name>_s<seed>/final: what `oracle.py --oracle reward_model` and `ppo_rlaif.py` read, and
@@ -19,7 +19,7 @@ Differs  D1  the two answers compared are the first two *different* ones of --sa
              trained with a head of its own.
          D4  the reward model reads the narrative too (--narrative). [V]'s reward prompt has a slot for a caption that
              the released code fills with None. Measured with and without: docs/reward_model.md.
-         D5  what it starts from (--start): the SFT model that judges and describes, as in [V] (there the 13B model),
+         D5  what it starts from (--base): the SFT model that judges and describes, as in [V] (there the 13B model),
              and not the weaker one that answers. Measured from both: docs/reward_model.md.
          D6  the centring term is [C]'s mean of squares per pair; [V]'s |batch mean| depends on the micro-batch.
          D7  accuracy is measured on pairs whose *videos* were not trained on; [V]'s scripts pass one file for both.
@@ -28,15 +28,18 @@ Differs  D1  the two answers compared are the first two *different* ones of --sa
              the reward by 10.
          D9  `tiny` trains all weights; [V]: LoRA r = 64, alpha = 16, learning rate 2e-5, one epoch, 40k pairs.
 
+One thing makes it fast: the pairs about one video share one prefix, video and narrative (`packed` in video_llm.py).
+
 symbol        name        shape    meaning                                                          made in
-              prompt      (B,P)    video, narrative, question; one prefix for both answers           step 2
-y_c, y_r      tokens      (B,2,T)  chosen and rejected answer, right padded; lengths (B,2)           step 2
-r             rewards     (B,2)    the scalar at the answers' last tokens                            step 2
 P             p           ()       judge's probability that the first answer is better, both orders  collect
+              prefix      (B,L)    what the prompts about a video have in common; B videos           step 2
+y_c, y_r      tokens      (B,G,T)  rest of the prompt + answer; chosen and rejected side by side     step 2
+r             rewards     (n,2)    the scalar at the answers' last tokens, n pairs, chosen first     step 2
 """
 
 import json
 import math
+import os
 import random
 import sys
 from dataclasses import asdict, dataclass
@@ -57,6 +60,7 @@ from video_llm import Prefix, add_lora, add_scalar_head, generate, load_model, t
 
 WORLD = "data/moving_shapes"
 ORACLES = ("context", "judge", "reference")
+MEASURES = ("accuracy", "margin", "reward", "truth_accuracy", "oracle_accuracy")
 COLLECTED_WITH = ("model", "data", "video_root", "oracle", "oracle_model", "clips", "prompts", "samples", "temperature",
                   "max_new_tokens", "min_margin", "seed")  # the flags that decide what a preference file holds
 
@@ -80,10 +84,11 @@ class Args:
     lora_alpha: int = HfArg(default=16, help="LoRA alpha [V: 16]")
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
     # -- budget
-    epochs: float = HfArg(default=3.0, help="passes over the pairs [V: 1]")
-    prompts_per_step: int = HfArg(default=32, help="pairs per optimizer step, over all processes [V: 16]")
-    micro_batch_size: int = HfArg(default=16, help="pairs per forward pass and process")
-    lr: float = HfArg(default=3e-4, help="peak learning rate; short warm-up, then linear to zero [V: 2e-5]")
+    epochs: float = HfArg(default=5.0, help="passes over the pairs [V: 1]")
+    prompts_per_step: int = HfArg(default=16, help="videos per optimizer step, over all processes")
+    pack: int = HfArg(default=4, help="pairs about one video that share its prefix, at most")
+    micro_batch_size: int = HfArg(default=8, help="videos (times --pack pairs) per forward pass and process")
+    lr: float = HfArg(default=1e-3, help="peak learning rate; short warm-up, then linear to zero [V: 2e-5]")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay [V: 0]")
     share: float = HfArg(default=1.0, help="train on this share of the training pairs, drawn by --seed [V Fig. 5]")
     eval_share: float = HfArg(default=0.15, help="share of the videos held out (D7)")
@@ -95,7 +100,7 @@ class Args:
     video_root: str = HfArg(default="", help="where the videos are; empty: beside the annotation or preference file")
     model: str = HfArg(default="", help="collect: the SFT model that answers; empty: runs/sft/policy_s<seed>/final")
     oracle_model: str = HfArg(default="runs/sft/oracle/final", help="the model that judges and tells the narrative")
-    start: str = HfArg(default="runs/sft/oracle/final", help="train: what the reward model starts from (D5)")
+    base: str = HfArg(default="runs/sft/oracle/final", help="train: what the reward model starts from (D5)")
     max_prompt_tokens: int = HfArg(default=512, help="longer prompts are cut at their end, never the video")
     max_answer_tokens: int = HfArg(default=96, help="longer answers are cut")
     # -- plumbing
@@ -113,7 +118,7 @@ class Args:
         if self.quantize not in ("none", "nf4") or self.quantize == "nf4" and not self.lora_r:
             raise ValueError(f"--quantize {self.quantize}: choose none, or nf4 with --lora_r")
         for flag, low in (("clips", 1), ("prompts", 2), ("samples", 2), ("max_new_tokens", 1), ("min_margin", 0),
-                          ("centring", 0), ("lora_r", 0), ("prompts_per_step", 1), ("micro_batch_size", 1),
+                          ("centring", 0), ("lora_r", 0), ("prompts_per_step", 1), ("pack", 1), ("micro_batch_size", 1),
                           ("eval_steps", 1), ("save_steps", 1), ("max_prompt_tokens", 1), ("max_answer_tokens", 1)):
             if getattr(self, flag) < low:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least {low}")
@@ -149,7 +154,7 @@ def centring_term(rewards):
 
 def read_rewards(scores, lengths):
     """[D3] The scalar at each answer's last token. scores (N,T) with row b*G + g, lengths (B,G) -> rewards (B,G)."""
-    return scores.gather(1, lengths.view(-1, 1) - 1).view(lengths.shape)
+    return scores.gather(1, lengths.reshape(-1, 1) - 1).view(lengths.shape)
 
 
 @torch.no_grad()
@@ -210,7 +215,7 @@ def ask(batch, indices, policy, processor, cache, oracle, device, args):
     draw = lambda i: np.random.default_rng([args.seed, i]).random((args.samples, args.max_new_tokens))
     uniforms = torch.from_numpy(np.stack([draw(i) for i in indices]))
     eos = processor.tokenizer.eos_token_id
-    tokens, lengths = generate(policy, prefix, uniforms, eos, args.temperature)  # (B,samples,T)
+    tokens, lengths, _ = generate(policy, prefix, uniforms, eos, args.temperature)  # (B,samples,T)
     distinct = [list({normalize(a): a for a in reversed(group)}.values())[::-1]  # the first of each kind, in order
                 for group in processor.decode_answers(tokens, lengths)]
     two = [(d + d)[:2] for d in distinct]  # of one kind only: the answer twice, which is no pair
@@ -227,7 +232,7 @@ def ask(batch, indices, policy, processor, cache, oracle, device, args):
 def choose_pairs(rows, records, min_margin):
     """[D2] Rows of `ask` and the records they belong to -> pairs, counts. Labels serve the counts alone."""
     pairs, right = [], {"all": [], "kept": []}
-    counts = dict(asked=len(rows), same_answer=0, near_tie=0)
+    counts = dict(asked=len(rows), same_answer=0, near_tie=0, empty_chosen=0)
     for row, record in zip(rows, records):
         (a, b), p = row["answers"], row["p"]
         if normalize(a) == normalize(b):
@@ -240,8 +245,10 @@ def choose_pairs(rows, records, min_margin):
             vote = 0.5 if abs(p - 0.5) < 1e-6 else float((p > 0.5) == truth[0])
             for which in ["all"] + ["kept"] * (not drop):
                 right[which].append(vote)
-        if not drop:
-            chosen, rejected = (a, b) if p > 0.5 else (b, a)
+        chosen, rejected = (a, b) if p > 0.5 else (b, a)
+        if not drop and not chosen:
+            counts["empty_chosen"] += 1  # nobody learns to say nothing
+        elif not drop:
             pairs.append(dict(id=row["id"], clip=record["clip"], question=record["question"], chosen=chosen,
                               rejected=rejected, place=1 if p > 0.5 else 2, margin=round(abs(p - 0.5), 6),
                               answer=record["answer"], task_type=record["task_type"], narrative=row["narrative"]))
@@ -293,7 +300,7 @@ def main(args):
             sys.exit(f"{args.preferences} is there already")
     if args.stage == "collect":
         return
-    if "runs/sft/oracle/final" in (args.start, args.oracle_model * args.narrative):
+    if "runs/sft/oracle/final" in (args.base, args.oracle_model * args.narrative):
         harness.build_if_missing("runs/sft/oracle/final", ["sft.py", "--name", "oracle", "--resume"],
                                  "about 6 minutes", rank)
     folder = f"runs/reward_model/{args.name}_s{args.seed}"
@@ -306,7 +313,7 @@ def main(args):
         if not args.own_file:  # the file of the default name, but of which flags?
             check_flags(json.loads(report_file.read_text())["flags"], args, args.preferences)
         pairs, report = read_preferences(args.preferences.split(","), args.video_root)
-        model, processor = load_model(checkpoint or args.start, args.quantize, device=str(device))
+        model, processor = load_model(checkpoint or args.base, args.quantize, device=str(device))
     if not checkpoint:
         add_scalar_head(model)
         model = add_lora(model, args.lora_r, args.lora_alpha) if args.lora_r else model
@@ -319,9 +326,10 @@ def main(args):
     broken = harness.prepare_videos(cache, [p["clip"] for p in pairs if p["clip"]], folder, rank, world)
     train, held = split_by_video([p for p in pairs if p["clip"] not in broken], args.eval_share, args.seed)
     train = random.Random(f"{args.seed} share").sample(train, math.ceil(args.share * len(train)))
-    if len(train) < args.prompts_per_step or len(held) < world:
+    groups, held_groups = by_video(train, args.pack), by_video(held, args.pack)
+    if len(groups) < args.prompts_per_step or len(held_groups) < world:
         sys.exit(f"{args.preferences}: {len(train)} pairs to train on and {len(held)} held out are too few")
-    steps = math.ceil(args.epochs * len(train) / args.prompts_per_step)
+    steps = math.ceil(args.epochs * len(groups) / args.prompts_per_step)
     stories = tell(args, train + held, rank, world, device)
     if rank == 0:
         print("\n".join(report_lines(report)))
@@ -329,29 +337,34 @@ def main(args):
     ddp = harness.wrap_ddp(model, device)
     log = harness.Log(folder, steps, start, rank)
 
-    def rewards_of(m, some):  # -> (B,2)
-        prefix, tokens, lengths = collate(some, stories, processor, cache, device, args)
-        return read_rewards(token_scores(m, prefix, tokens, lengths), lengths)
+    def rewards_of(m, some):  # groups of pairs -> (n,2), and the pairs in the order of the rows
+        prefix, tokens, lengths, real = collate(some, stories, processor, cache, device, args)
+        rewards = read_rewards(token_scores(m, prefix, tokens, lengths), lengths)  # (B,G)
+        return rewards[real].view(-1, 2), [p for group in some for p in group]
 
     for step in range(start, steps):
-        # 2. Rewards of both answers behind one prefix, Bradley-Terry and centring                 [BT, C; D3, D6]
-        mine = [train[i] for i in question_indices(len(train), step, args)[rank::world]]
-        mine.sort(key=lambda p: len(stories.get(p["clip"], "")) + len(p["question"]))  # like lengths together
+        # 2. Rewards of the answers behind one prefix per video, Bradley-Terry and centring        [BT, C; D3, D6]
+        #    Videos with like numbers of pairs together, so that a micro-batch holds little padding.
+        batch = sorted((groups[i] for i in question_indices(len(groups), step, args)), key=len)
+        n_pairs = sum(map(len, batch))
+        mine = batch[rank::world]
         micros = [mine[i : i + args.micro_batch_size] for i in range(0, len(mine), args.micro_batch_size)]
         for g in optimizer.param_groups:
             g["lr"] = lr_at(step, steps, args.lr)
         for k, micro in enumerate(micros):
             with harness.no_sync(ddp, when=k < len(micros) - 1):
-                rewards = rewards_of(ddp, micro)
-                bt, centring = bradley_terry(rewards), args.centring * centring_term(rewards)  # (B,), (B,)
-                ((bt + centring).sum() * world / args.prompts_per_step).backward()  # DDP averages over processes
-            log.add("losses/bradley_terry", bt.detach().sum(), len(micro))
-            log.add("losses/centring", centring.detach().sum(), len(micro))
-            log_rewards(log, "rm", rewards.detach().cpu(), micro)
+                rewards, pairs = rewards_of(ddp, micro)  # (n,2)
+                bt, centring = bradley_terry(rewards), args.centring * centring_term(rewards)  # (n,), (n,)
+                ((bt + centring).sum() * world / n_pairs).backward()  # DDP averages over processes; * world undoes it
+            log.add("losses/bradley_terry", bt.detach().sum(), len(pairs))
+            log.add("losses/centring", centring.detach().sum(), len(pairs))
+            measured = measure(rewards.detach().cpu(), pairs)
+            for key in MEASURES:
+                log.add(f"rm/{key}", *measured[key])
 
         # 3. Update
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        harness.stop_if_not_finite(grad_norm, folder, step, [[str(p["question"]), p["chosen"]] for p in mine])
+        harness.stop_if_not_finite(grad_norm, folder, step, [[str(p["question"]), p["chosen"]] for p in pairs])
         optimizer.step()
         optimizer.zero_grad()
         log.add("policy/grad_norm", grad_norm)
@@ -359,21 +372,23 @@ def main(args):
 
         # 4. Measure on held-out videos, log, save
         if (step + 1) % args.eval_steps == 0 or step + 1 == steps:
-            some = held[rank::world]
-            with torch.no_grad():
-                for i in range(0, len(some), args.micro_batch_size):
-                    part = some[i : i + args.micro_batch_size]
-                    log_rewards(log, "eval", rewards_of(model, part).cpu(), part)
+            some = held_groups[rank::world]
+            for i in range(0, len(some), args.micro_batch_size):
+                with torch.no_grad():
+                    rewards, pairs = rewards_of(model, some[i : i + args.micro_batch_size])
+                measured = measure(rewards.cpu(), pairs)
+                for key in MEASURES:
+                    log.add(f"eval/{key}", *measured[key])
         row = log.step(step, show=["losses/bradley_terry", "rm/accuracy", "eval/accuracy", "eval/truth_accuracy"])
         if rank == 0 and (step + 1) % args.save_steps == 0 and step + 1 < steps:
             harness.save_checkpoint(folder, f"checkpoint-{step + 1}", model, processor, optimizer, step + 1)
 
     # 5. Normalise (D8) and say how the model is to be used
-    mine, rewards = train[rank::world], torch.zeros(0, dtype=torch.float64)
+    mine, rewards = groups[rank::world], torch.zeros(0, dtype=torch.float64)
     with torch.no_grad():
         for i in range(0, len(mine), args.micro_batch_size):
-            part = rewards_of(model, mine[i : i + args.micro_batch_size]).flatten()
-            rewards = torch.cat([rewards, part.cpu().double()])
+            part = rewards_of(model, mine[i : i + args.micro_batch_size])[0]
+            rewards = torch.cat([rewards, part.flatten().cpu().double()])
     sums = torch.stack([torch.tensor(float(len(rewards)), dtype=torch.float64), rewards.sum(), rewards.square().sum()])
     n, total, squares = harness.all_sum(sums).tolist()
     mean, std = total / n, math.sqrt(max(squares / n - (total / n) ** 2, 1e-12))
@@ -403,26 +418,47 @@ def tell(args, pairs, rank, world, device):
     return dict(zip(clips, oracle.narratives(clips)))
 
 
-def collate(pairs, stories, processor, cache, device, args):
-    """-> Prefix of B prompts, tokens (B,2,T), lengths (B,2): chosen first."""
-    prompts = [reward_prompt(p["question"], stories.get(p["clip"])) for p in pairs]
-    prefix = Prefix.build(processor, cache, prompts, [p["clip"] for p in pairs], device, args.max_prompt_tokens)
-    answers = [processor.answer_ids(p[k], args.max_answer_tokens) for p in pairs for k in ("chosen", "rejected")]
-    tokens = processor.pad(answers, "right")[0].view(len(pairs), 2, -1)
-    return prefix, tokens.to(device), torch.tensor([len(a) for a in answers], device=device).view(-1, 2)
+def by_video(pairs, pack):
+    """Groups of up to `pack` pairs about the same (part of a) video. Pairs of text only: alone."""
+    clips = {}
+    for k, p in enumerate(pairs):
+        clips.setdefault(p["clip"] or k, []).append(p)
+    return [members[i : i + pack] for members in clips.values() for i in range(0, len(members), pack)]
 
 
-def log_rewards(log, kind, rewards, pairs):
-    """Accuracy and margin against the oracle's choice; against the truth where exactly one answer is the label's."""
-    margin = rewards[:, 0] - rewards[:, 1]  # (B,)
+def collate(groups, stories, processor, cache, device, args):
+    """Groups of pairs -> Prefix of B videos, tokens (B,G,T), lengths (B,G), real (B,G) bool: chosen and rejected of a
+    pair are neighbours; a group with fewer pairs than the largest is filled up with rows that are not real."""
+    heads, tails = [], []
+    for group in groups:
+        clip = group[0]["clip"]
+        prompts = [processor.prompt_ids(reward_prompt(p["question"], stories.get(clip)), clip is not None,
+                                        args.max_prompt_tokens) for p in group]
+        shared = os.path.commonprefix(prompts)  # video and narrative; of one pair, the question as well
+        heads.append(shared)
+        tails.append([prompt[len(shared) :] + processor.answer_ids(p[k], args.max_answer_tokens)
+                      for prompt, p in zip(prompts, group) for k in ("chosen", "rejected")])
+    G = max(map(len, tails))
+    flat = [tail for row in tails for tail in row + [[processor.tokenizer.eos_token_id]] * (G - len(row))]
+    tokens = processor.pad(flat, "right")[0].view(len(groups), G, -1).to(device)
+    lengths = torch.tensor([len(tail) for tail in flat], device=device).view(-1, G)
+    real = torch.arange(G, device=device) < torch.tensor([[len(row)] for row in tails], device=device)
+    videos = [group[0]["clip"] for group in groups if group[0]["clip"]]
+    features = cache(videos) if videos else (None, None)
+    prefix = Prefix(*(x if x is None else x.to(device) for x in (*processor.pad(heads, "left"), *features)))
+    return prefix, tokens, lengths, real
+
+
+def measure(rewards, pairs):
+    """rewards (n,2) of n pairs -> {one of MEASURES: (sum, count)}. Against the oracle's choice; and against the truth,
+    where a label is known and exactly one of the two answers is it."""
+    margin, n = rewards[:, 0] - rewards[:, 1], len(pairs)  # (n,)
     won = (margin > 0).float() + (margin == 0).float() / 2
     right = [[p["answer"] is not None and is_correct(p[k], p["answer"]) for k in ("chosen", "rejected")] for p in pairs]
     truth = torch.tensor([float(c) - float(r) for c, r in right])  # 1: the oracle chose the right one, -1: the wrong
-    n = len(pairs)
-    for key, value in (("accuracy", won), ("margin", margin), ("reward", rewards.mean(-1))):
-        log.add(f"{kind}/{key}", value.sum(), n)
-    log.add(f"{kind}/truth_accuracy", torch.where(truth > 0, won, 1 - won)[truth != 0].sum(), (truth != 0).sum())
-    log.add(f"{kind}/oracle_accuracy", (truth > 0).sum(), (truth != 0).sum())
+    true = torch.where(truth > 0, won, 1 - won)[truth != 0].sum()
+    sums = (won.sum(), margin.sum(), rewards.mean(-1).sum(), true, (truth > 0).sum())
+    return dict(zip(MEASURES, zip(sums, (n, n, n, (truth != 0).sum(), (truth != 0).sum()))))
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ def test_earlier_turns_belong_to_the_question(one):
     (rlaif(None), "no preference"),
     (rlaif("1"), "no preference"),
     (rlaif(1, output_2=GPT("a cat")), "no preference"),
-    (rlaif(1, output_2=GPT(" ")), "empty answer"),
-    (rlaif(1, output_2=None), "empty answer"),
+    (rlaif(2, output_2=GPT(" ")), "empty text of assistant"),
+    (rlaif(1, output_2=None), "answer is no text"),
     (rlaif(1, conversations=[]), "no question"),
     (rlaif(1, conversations=[GPT("\n")]), "user and assistant do not take turns"),
     (rlaif(1, video="b.mp4"), "video missing"),
@@ -128,6 +128,11 @@ def test_what_is_written_is_read_back(one, tmp_path, format):
         assert [r["output_2"]["value"] for r in written[:2]] == ["a dog", pairs[1]["chosen"]]
     else:
         assert all(set(r) >= {"prompt", "chosen", "rejected"} for r in written)
+
+
+def test_saying_nothing_can_be_worse(one):
+    (pair,), _ = one(rlaif(1, output_2=GPT(" ")))
+    assert (pair["chosen"], pair["rejected"]) == ("a cat", "")
 
 
 def test_an_unknown_format_is_refused(tmp_path):

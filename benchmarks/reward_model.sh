@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Every run behind docs/reward_model.md: the paper's ablation (context, size of the preference set) and ours. Resumable;
+# one process per core. The table is made of what the runs wrote: docs/results/reward_model.md.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
+PY=${PY:-.venv/bin/python}
+SEEDS=${SEEDS:-0 1 2}
+JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
+LOGS=runs/logs
+mkdir -p $LOGS docs/results
+
+$PY moving_shapes.py
+OMP_NUM_THREADS=$JOBS $PY pretrain_tiny.py
+$PY -m torch.distributed.run --standalone --nproc_per_node="$JOBS" sft.py --name oracle --resume
+
+# name | command; each line is one process, $JOBS of them at a time
+side_by_side() { xargs -P "$JOBS" -d '\n' -I{} sh -c 'set -- {}; name=$1; shift; "$@" >'"$LOGS"'/$name.log 2>&1 || echo "$name failed: see '"$LOGS"'/$name.log"'; }
+
+# First the runs that collect (and build the SFT start of their seed), then those that share their files.
+for s in $SEEDS; do
+  echo "rm_context_s$s $PY reward_model.py --seed $s --resume --name context"
+done | side_by_side
+for s in $SEEDS; do
+  r="$PY reward_model.py --seed $s --resume --name"
+  echo "rm_clips1_s$s $r clips1 --clips 1"
+  echo "rm_nocontext_s$s $r nocontext --oracle judge --narrative False"
+  echo "rm_videoonly_s$s $r videoonly --narrative False"
+  echo "rm_weakbase_s$s $r weakbase --base runs/sft/policy_s$s/final"
+  echo "rm_share50_s$s $r share50 --share 0.5"
+  echo "rm_share25_s$s $r share25 --share 0.25"
+  echo "rm_truth_s$s $r truth --oracle reference"
+done | side_by_side
+
+$PY - $SEEDS >docs/results/reward_model.md <<'PY'
+import json, statistics, sys
+from pathlib import Path
+
+ROWS = {"context": "3 clips (default)", "clips1": "1 clip", "nocontext": "no context, in judge and reward model",
+        "videoonly": "3 clips for the judge, none for the reward model", "weakbase": "3 clips, from the policy's SFT",
+        "share50": "3 clips, 50 % of the pairs", "share25": "3 clips, 25 % of the pairs",
+        "truth": "ground-truth preferences, 3 clips"}
+print("| in % | pairs | judge, truth | reward model, judge | reward model, truth | seeds |")
+print("| --- | ---: | ---: | ---: | ---: | --- |")
+for name, label in ROWS.items():
+    found = []
+    for seed in sys.argv[1:]:
+        run = Path(f"runs/reward_model/{name}_s{seed}")
+        if not (run / "final").exists():
+            continue
+        about = json.loads((run / "final/reward_model.json").read_text())
+        file = Path(json.loads((run / "args.json").read_text())["args"]["preferences"])
+        counts = json.loads(file.with_suffix(".report.json").read_text())["counts"]
+        found.append((seed, about["pairs"], counts["oracle_accuracy_all"], about["eval/accuracy"],
+                      about["eval/truth_accuracy"]))
+    if found:
+        show = lambda k: (f"{100 * statistics.mean(f[k] for f in found):.1f}"
+                          + (f" ± {100 * statistics.stdev(f[k] for f in found):.1f}" if len(found) > 1 else ""))
+        print(f"| {label} | {statistics.mean(f[1] for f in found):.0f} | {show(2)} | {show(3)} | {show(4)} | "
+              f"{' '.join(f[0] for f in found)} |")
+PY
+cat docs/results/reward_model.md

@@ -1,0 +1,263 @@
+"""The reward model: its equations by hand, its rewards against the slow way, the script in the miniature world."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import run
+from inside import main_of
+from safetensors.torch import load_file
+from test_resume import rows, run_and_kill
+from test_video_llm import lively, with_head
+
+import reward_model
+from data import Clip, FeatureCache, read_records
+from preferences import read_preferences, reward_prompt, write_preferences
+from reward_model import bradley_terry, centring_term, choose_pairs, normalise_head, read_rewards, split_by_video
+from video_llm import Prefix, add_lora, load_model, token_scores
+
+JUDGE = "runs/sft/policy_s0/final"  # in the miniature world one model answers, judges and starts
+COLLECT = ["reward_model.py", "--data", "data/moving_shapes/train.json", "--oracle_model", JUDGE, "--base", JUDGE,
+           "--prompts", "60", "--max_new_tokens", "6", "--min_margin", "0", "--eval_share", "0.3"]
+TRAIN = [*COLLECT, "--prompts_per_step", "4", "--micro_batch_size", "2", "--pack", "3", "--save_steps", "3",
+         "--eval_steps", "4", "--epochs", "2", "--lr", "3e-3"]
+
+
+# --- equations -------------------------------------------------------------------------------------------------------
+def test_bradley_terry_by_hand():
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [3.0, 0.0], [60.0, -60.0]], requires_grad=True)
+    loss = bradley_terry(rewards)
+    expected = [math.log(1 + math.exp(-d)) for d in (1, -1, 0, 3, 120)]
+    torch.testing.assert_close(loss, torch.tensor(expected))
+    (grad,) = torch.autograd.grad(loss.sum(), rewards)
+    for (chosen, rejected), d in zip(grad.tolist(), (1, -1, 0, 3, 120)):  # -P(rejected is better), and its opposite
+        assert chosen == pytest.approx(-1 / (1 + math.exp(d)), abs=1e-6) and rejected == pytest.approx(-chosen)
+    assert grad[2].tolist() == [-0.5, 0.5]
+
+
+def test_only_the_difference_counts_but_for_the_centring():
+    rewards = torch.tensor([[1.5, -0.5]], requires_grad=True)
+    torch.testing.assert_close(bradley_terry(rewards), bradley_terry(rewards + 100))
+    assert centring_term(rewards).item() == 1.0
+    (grad,) = torch.autograd.grad(centring_term(rewards).sum(), rewards)
+    assert grad.tolist() == [[2.0, 2.0]]  # both are pushed down, their difference stays
+    assert centring_term(torch.tensor([[4.0, -4.0]])).item() == 0
+
+
+def test_the_reward_stands_at_the_last_token():
+    scores = torch.arange(12.0).view(4, 3)
+    assert read_rewards(scores, torch.tensor([[1, 2], [3, 1]])).tolist() == [[0, 4], [8, 9]]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_normalised_rewards(policy, lora):
+    model = with_head(load_model(policy)[0])
+    model = add_lora(model, 2, 2) if lora else model
+    head = (model.get_base_model() if lora else model).score_head
+    hidden = torch.randn(50, 128, generator=torch.Generator().manual_seed(0))
+    before = head(hidden).detach().squeeze(-1)
+    normalise_head(head, before.mean().item(), before.std().item())
+    after = head(hidden).detach().squeeze(-1)
+    torch.testing.assert_close(after, (before - before.mean()) / before.std(), rtol=1e-4, atol=1e-5)
+    assert before.std() > 2 and after.mean().abs() < 1e-5 and after.std() == pytest.approx(1, abs=1e-5)
+
+
+# --- which pairs -----------------------------------------------------------------------------------------------------
+def test_choose_pairs():
+    record = lambda k: dict(clip=Clip(f"{k}.mp4"), question="which?", answer="red", task_type=None)
+    row = lambda k, a, b, p: dict(id=str(k), answers=[a, b], p=p, narrative=None)
+    cases = [("red", "blue", 0.9), ("blue", "red", 0.2), ("blue", "red", 0.9), ("red", "the red.", 0.5),
+             ("blue", "green", 0.61), ("red", "blue", 0.55), ("red", "blue", 0.5), ("", "blue", 0.8),
+             ("blue", "", 0.8)]
+    pairs, counts = choose_pairs([row(k, *c) for k, c in enumerate(cases)], [record(k) for k in range(9)], 0.1)
+    assert [(p["id"], p["chosen"], p["rejected"], p["place"]) for p in pairs] == [
+        ("0", "red", "blue", 1), ("1", "red", "blue", 2), ("2", "blue", "red", 1), ("4", "blue", "green", 1),
+        ("8", "blue", "", 1)]
+    assert [p["margin"] for p in pairs] == pytest.approx([0.4, 0.3, 0.4, 0.11, 0.3])
+    assert counts == dict(asked=9, same_answer=1, near_tie=2, empty_chosen=1, one_right_all=5, one_right_kept=3,
+                          oracle_accuracy_all=0.7, oracle_accuracy_kept=round(2 / 3, 4))
+    pairs, counts = choose_pairs([row(0, "red", "blue", 0.5)], [record(0)], 0)
+    assert not pairs and counts["near_tie"] == 1  # a margin of zero asks for a choice all the same
+
+
+def test_held_out_pairs_share_no_video():
+    clips = [Clip(f"{k // 3}.mp4", *((None, None), (0.0, 1.0), (1.0, 2.0))[k % 3]) for k in range(60)]
+    pairs = [dict(clip=c, id=k) for k, c in enumerate(clips)]
+    train, held = split_by_video(pairs, 0.2, 0)
+    assert len({p["clip"].path for p in held}) == 4 and len(train) + len(held) == 60
+    assert not {p["clip"].path for p in train} & {p["clip"].path for p in held}
+    assert split_by_video(pairs, 0.2, 0) == (train, held) and split_by_video(pairs, 0.2, 1)[1] != held
+    assert split_by_video(pairs[::-1], 0.2, 0)[1] == held[::-1]  # whatever their order in the file
+
+
+# --- rewards against the slow way ------------------------------------------------------------------------------------
+def test_packed_pairs_are_rewarded_as_if_alone(world, policy, tmp_path):
+    """Whatever stands beside a pair, in its group or its batch, on either side of its padding."""
+    model, processor = load_model(policy)
+    model, cache = with_head(lively(model)), FeatureCache(model, processor, tmp_path)
+    records = [r for r in read_records([str(world / "data/moving_shapes/test.json")])[0] if r["clip"].start is None]
+    clips = list(dict.fromkeys(r["clip"] for r in records))[:3]
+    stories = {clips[0]: "a red square moves left .", clips[1]: "a blue circle stays ."}
+    said = ["red", "a red circle moves left", "moves down", "three shapes"]
+    pairs = [dict(clip=r["clip"], question=r["question"], chosen=said[k % 4], rejected=said[(k + 1) % 3])
+             for c in clips for k, r in enumerate([r for r in records if r["clip"] == c][: 2 + clips.index(c)])]
+    args = SimpleNamespace(max_prompt_tokens=200, max_answer_tokens=20)
+    groups = reward_model.by_video(pairs, 3)
+    assert [len(g) for g in groups] == [2, 3, 3, 1]
+    prefix, tokens, lengths, real = reward_model.collate(groups, stories, processor, cache, "cpu", args)
+    rewards = read_rewards(token_scores(model, prefix, tokens, lengths), lengths)[real].view(-1, 2)
+    for p, both in zip([p for g in groups for p in g], rewards):
+        for answer, reward in zip((p["chosen"], p["rejected"]), both):
+            alone = Prefix.build(processor, cache, [reward_prompt(p["question"], stories.get(p["clip"]))], [p["clip"]])
+            ids = torch.tensor(processor.answer_ids(answer))
+            one = token_scores(model, alone, ids.view(1, 1, -1), torch.tensor([[len(ids)]]))
+            torch.testing.assert_close(one[0, -1], reward, rtol=1e-5, atol=1e-5)
+    assert rewards.std() > 0.1 and prefix.input_ids.shape[1] > 20
+
+
+# --- the script ------------------------------------------------------------------------------------------------------
+def collected(folder, name):
+    lines = (folder / f"{name}.answers.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pairs_file(world, policy):
+    """The preferences of the embedded judge, collected by one uninterrupted process."""
+    run(world, *COLLECT, "--stage", "collect", "--preferences", "runs/pairs/whole.json")
+    return world / "runs/pairs/whole.json"
+
+
+def test_collect(world, pairs_file, monkeypatch):
+    lines, written = collected(pairs_file.parent, "whole")
+    pairs, report = read_preferences([str(pairs_file)])
+    told = json.loads((pairs_file.parent / "whole.report.json").read_text())
+    assert len(lines) == 61 and told["counts"]["asked"] == 60 and not report["skipped"]
+    counts = told["counts"]
+    assert len(written) == len(pairs) == 60 - counts["same_answer"] - counts["near_tie"] - counts["empty_chosen"] > 20
+    assert {r["preference"] for r in written} == {1, 2} and all(r["narrative"] for r in written)
+    asked = {line["id"]: line for line in lines[1:]}
+    for row in written:  # the preferred output is the one the judge gave more than a half
+        assert (asked[row["id"]]["p"] > 0.5) == (row["preference"] == 1)
+        assert [row["output_1"]["value"], row["output_2"]["value"]] == asked[row["id"]]["answers"]
+    labelled = json.loads((world / "runs/sft/policy_s0/labelled_clips.json").read_text())
+    assert not {Path(r["video"]).name for r in written} & {Path(c).name for c in labelled}
+
+    # killed: behind the last whole row it goes on, and with other flags it does not
+    half = pairs_file.parent / "half.json"
+    whole = (pairs_file.parent / "whole.answers.jsonl").read_text().splitlines()
+    (pairs_file.parent / "half.answers.jsonl").write_text("\n".join([*whole[:41], whole[41][:30]]))
+    flags = [*COLLECT, "--stage", "collect", "--preferences", "runs/pairs/half.json"]
+    with pytest.raises(SystemExit) as stop:
+        main_of(monkeypatch, world, *flags, "--temperature", "2")
+    assert "--temperature" in str(stop.value) and "\n" not in str(stop.value)
+    main_of(monkeypatch, world, *flags)
+    assert (pairs_file.parent / "half.answers.jsonl").read_text().splitlines()[:41] == whole[:41]
+    for a, b in zip(*(collected(pairs_file.parent, name)[0][1:] for name in ("half", "whole"))):
+        # the judge's batches differ by where the collection began: the last digit of P, nothing else
+        assert b | {"p": 0} == a | {"p": 0} and a["p"] == pytest.approx(b["p"], abs=1e-5)
+    assert [r["id"] for r in json.loads(half.read_text())] == [r["id"] for r in written]
+
+
+def test_two_processes_collect_and_train_as_one(world, pairs_file, monkeypatch):
+    """The two collect for themselves; the one trains on the same pairs from its file."""
+    main_of(monkeypatch, world, *TRAIN, "--preferences", "runs/pairs/whole.json", "--name", "one")
+    flags = [f if last != "--micro_batch_size" else "1" for last, f in zip(["", *TRAIN], TRAIN)]
+    run(world, "torchrun", "--nproc_per_node=2", *flags, "--name", "two")
+    lines = [collected(f, n)[0][1:] for f, n in (
+        (pairs_file.parent, "whole"), (world / "runs/reward_model/preferences", "context_c3_s0"))]
+    for a, b in zip(*lines):
+        assert a | {"p": 0} == b | {"p": 0} and a["p"] == pytest.approx(b["p"], abs=1e-5)
+    one, two = (world / f"runs/reward_model/{name}_s0" for name in ("one", "two"))
+    assert len(rows(one)) == len(rows(two)) > 5
+    for a, b in zip(rows(one)[:4], rows(two)):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), f"step {a['step']}: {key}"
+    assert rows(one)[0]["losses/bradley_terry"] == pytest.approx(math.log(2))  # a head of zeros has no opinion
+    assert rows(one)[-1]["losses/bradley_terry"] < 0.69
+    assert {"eval/accuracy", "eval/margin"} <= rows(one)[-1].keys() and "eval/accuracy" in rows(one)[3]
+
+
+def check_final(final, clips, model=JUDGE):
+    about = json.loads((final / "reward_model.json").read_text())
+    assert about["narrative_clips"] == clips and about["narrative_model"] == model
+    whole, _ = load_model(final)
+    assert whole.config.scalar_head and whole.score_head.weight.abs().max() > 0
+    return about
+
+
+def test_killed_and_resumed_equals_uninterrupted(world, pairs_file, monkeypatch):
+    """With LoRA, so that head and adapter both pass through a checkpoint."""
+    flags = [*TRAIN, "--preferences", "runs/pairs/whole.json", "--lora_r", "4"]
+    whole, broken = (world / f"runs/reward_model/lora_{name}_s0" for name in ("whole", "broken"))
+    run_and_kill(world, broken, 7, *flags, "--name", "lora_broken")
+    main_of(monkeypatch, world, *flags, "--name", "lora_broken", "--resume")
+    main_of(monkeypatch, world, *flags, "--name", "lora_whole")
+    assert rows(broken) == rows(whole) and len(rows(whole)) > 8
+    for weights in ("final/model", "adapter/adapter_model"):
+        a, b = (load_file(f / f"{weights}.safetensors") for f in (whole, broken))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert check_final(whole / "final", 3) == check_final(broken / "final", 3)
+    assert any("score_head" in k for k in a)
+
+
+def test_preferences_of_ones_own(world, pairs_file, policy, monkeypatch):
+    """TRL's shape, another folder, no narrative; the rewards of the training answers have mean 0 and deviation 1."""
+    pairs, _ = read_preferences([str(pairs_file)])
+    write_preferences(world / "own/prefs.json", pairs, "trl")
+    main_of(monkeypatch, world, *TRAIN, "--preferences", "own/prefs.json", "--narrative", "False", "--name", "own",
+            "--share", "0.5", "--epochs", "4")
+    about = check_final(world / "runs/reward_model/own_s0/final", 0)
+    train, held = split_by_video(pairs, 0.3, 0)
+    assert about["pairs"] == math.ceil(len(train) / 2) and about["held_out_pairs"] == len(held)
+    model, processor = load_model(world / "runs/reward_model/own_s0/final")
+    cache, args = FeatureCache(model, processor, world / "cache"), SimpleNamespace(max_prompt_tokens=99,
+                                                                                 max_answer_tokens=99)
+    half = reward_model.random.Random("0 share").sample(train, about["pairs"])
+    _, *rest = got = reward_model.collate([[p] for p in half], {}, processor, cache, "cpu", args)
+    with torch.no_grad():
+        rewards = read_rewards(token_scores(model, got[0], *rest[:2]), rest[1])
+    assert rewards.mean().abs() < 1e-3 and rewards.std(correction=0) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--stage", "both"], "--stage both"), (["--oracle", "api"], "--oracle api"), (["--samples", "1"], "--samples 1"),
+    (["--share", "0"], "--share"), (["--eval_share", "1"], "--eval_share"), (["--min_margin", "0.5"], "--min_margin"),
+    (["--quantize", "nf4"], "--lora_r"), (["--prompts_per_step", "3"], "--micro_batch_size"),
+    (["--clips", "0"], "--clips 0"),
+    (["--stage", "collect", "--preferences", "a.json,b.json"], "one file")])
+def test_bad_flags(world, policy, monkeypatch, capfd, flags, said):
+    with pytest.raises(SystemExit) as stop:
+        main_of(monkeypatch, world, *TRAIN, *flags)
+    message = capfd.readouterr().err
+    assert stop.value.code == 2 and said in message and message.count("\n") == 1
+
+
+def test_bad_files(world, policy, pairs_file, monkeypatch):
+    def stopped(*flags):
+        with pytest.raises(SystemExit) as stop:
+            main_of(monkeypatch, world, *TRAIN, *flags)
+        assert "\n" not in str(stop.value)
+        shutil.rmtree(world / "runs/reward_model/bad_s0", ignore_errors=True)
+        return str(stop.value)
+
+    assert "nowhere.json" in stopped("--preferences", "nowhere.json", "--name", "bad")
+    assert "no model there" in stopped("--preferences", "runs/pairs/whole.json", "--name", "bad", "--base", "nowhere")
+    (world / "few.json").write_text(json.dumps(json.loads(pairs_file.read_text())[:2]))
+    assert "too few" in stopped("--preferences", "few.json", "--name", "bad")
+    assert "is there already" in stopped("--stage", "collect", "--preferences", "few.json")
+
+
+def test_measures_by_hand():
+    pair = lambda chosen, rejected, answer: dict(chosen=chosen, rejected=rejected, answer=answer)
+    pairs = [pair("red", "blue", "red"), pair("blue", "the red", "red"), pair("blue", "green", "red"),
+             pair("red", "blue", None), pair("red", "blue", "red")]
+    rewards = torch.tensor([[1.0, 0.0], [3.0, 1.0], [0.0, 1.0], [0.5, 0.0], [2.0, 2.0]])
+    found = {k: (float(total), int(n)) for k, (total, n) in reward_model.measure(rewards, pairs).items()}
+    assert found == dict(accuracy=(3.5, 5), margin=(2.5, 5), reward=(5.25, 5), truth_accuracy=(1.5, 3),
+                         oracle_accuracy=(2, 3))
