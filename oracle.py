@@ -41,7 +41,7 @@ import os
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -380,11 +380,11 @@ def cut(clip, parts):
     return [Clip(clip.path, a, b) for a, b in zip(edges, edges[1:])]
 
 
-def make_oracle(args, records, device="cpu"):
-    """The oracle of `args.oracle`. args: OracleArgs with `cache` and `seed`; records: labelled records, read by
-    `reference` alone. OSError, DataError: a model is not there or not what it should be."""
+def make_oracle(args, records, device="cpu", names=None):
+    """The oracle of `args.oracle`, or of the list `names`. args: OracleArgs with `cache` and `seed`; records: labelled
+    records, read by `reference` alone. OSError, DataError: a model is not there or not what it should be."""
     raters, judge = {}, None
-    for name in args.raters:
+    for name in names or args.raters:
         if name == "reference":
             raters[name] = ReferenceOracle(records)
         elif name == "reward_model":
@@ -433,7 +433,7 @@ def demo(args):
         names = ["reference", "judge", "context"]
         names += ["reward_model"] if Path(args.reward_model).exists() else []
         names += ["api"] if args.api_url else []
-        oracle = make_oracle(replace(args, oracle=",".join(names)), [record])
+        oracle = make_oracle(args, [record], names=names)
     one, two = record["answer"].split(" and ")
     other = next(r["answer"] for r in records if not set(r["answer"].split(" and ")) & {one, two})
     answers = [other, one, f"{two.capitalize()}, and {one}!", record["answer"], "left"]
