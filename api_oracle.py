@@ -29,6 +29,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -144,6 +145,8 @@ class ApiClient:
         headers = {"authorization": f"Bearer {key}" if key else None}
         self.http = InferenceClient(base_url=base_url, api_key="unused", headers=headers, timeout=timeout)
         self.without_key = lambda text: text.replace(key, "***") if len(key) >= 8 else text  # shorter: a placeholder
+        # the debug log of the HTTP library prints the headers of responses, in which a server may repeat the key
+        logging.getLogger("httpcore2").setLevel(logging.INFO)
         self.concurrency, self.slots = concurrency, threading.BoundedSemaphore(concurrency)
         self.lock, self.asking, self.not_before = threading.Lock(), {}, 0.0
         self.counts = Counter(dict.fromkeys(COST, 0))
@@ -238,11 +241,18 @@ def retry_after(headers):
     return max(0.0, (when.replace(tzinfo=when.tzinfo or timezone.utc) - datetime.now(timezone.utc)).total_seconds())
 
 
+def no_twins(pairs):
+    """A JSON object that names a key twice means two things: refused, not the last one taken."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key twice")
+    return dict(pairs)
+
+
 def parse_json(text):
     """[D2] The one JSON object that a reply consists of, alone or in one code fence. Raises ReplyError."""
     fence = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", text, re.S)
     try:
-        value = json.loads(fence[1] if fence else text)
+        value = json.loads(fence[1] if fence else text, object_pairs_hook=no_twins)
     except (ValueError, RecursionError):
         raise ReplyError("no_json", "it is not one JSON object") from None
     if not isinstance(value, dict):

@@ -51,6 +51,7 @@ from transformers.hf_argparser import HfArg
 import harness
 from api_oracle import ASPECTS, COUNTERS, MODES, ApiArgs, ApiClient, ApiError, ApiOracle
 from data import Clip, DataError, FeatureCache, clip_seconds, read_records
+from preferences import reward_prompt
 from ranks import (
     f1_parts,
     first_of_equals,
@@ -105,16 +106,6 @@ def judge_prompt(question, first, second, narrative=None):
     """
     head = narrative or ""
     return head, f"\nResponse 1: {first}\nResponse 2: {second}\nWhich response is better?\n{question}"
-
-
-def reward_prompt(question, narrative=None):
-    """What a reward model sees before the answer: the narrative, where it was trained with one, then the question."""
-    if not narrative:
-        return question
-    if isinstance(question, str):
-        return f"{narrative}\n{question}"
-    first, *rest = question  # earlier turns: the narrative stands before the first
-    return [{**first, "content": f"{narrative}\n{first['content']}"}, *rest]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -320,9 +311,13 @@ class RewardModelOracle:
         self.model.requires_grad_(False).eval()
         self.cache = FeatureCache(self.model, self.processor, cache_dir)
         self.device, self.rows, self.teller = device, rows, None
-        about = json.loads(Path(model_dir, "reward_model.json").read_text())
-        if about["narrative_clips"]:  # it was trained with the narratives of this model in its prompt
-            self.teller = JudgeOracle(about["narrative_model"], cache_dir, True, device, clips=about["narrative_clips"])
+        try:
+            about = json.loads(Path(model_dir, "reward_model.json").read_text())
+            clips, model = int(about["narrative_clips"]), str(about["narrative_model"])
+        except (ValueError, LookupError, TypeError) as e:
+            raise DataError(f"{model_dir}/reward_model.json: no narrative_clips and narrative_model ({e!r})") from None
+        if clips:  # it reads the narratives of this model before the question
+            self.teller = JudgeOracle(model, cache_dir, True, device, clips=clips)
 
     @torch.no_grad()
     def score(self, videos, questions, answers):
