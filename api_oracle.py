@@ -52,7 +52,7 @@ from PIL import Image
 from transformers.hf_argparser import HfArg
 
 from data import VideoError, read_frames
-from ranks import normalize, ranks_of
+from ranks import normalize, one_of_equals, ranks_of
 
 KEY = "ORACLE_API_KEY"
 LONGEST_WAIT = 120  # seconds; a server that asks for a longer pause is given up
@@ -410,9 +410,8 @@ class ApiOracle:
         -> [{normalized answer: value}], None for a group that got no usable reply; ApiError where asking is futile."""
 
         def one(video, question, group):
-            distinct = {}
-            for a in sorted(group):  # so that a group in another order is the same request
-                distinct.setdefault(normalize(a), a)
+            places = sorted(set(one_of_equals([group])[0]), key=lambda k: group[k])
+            distinct = {normalize(group[k]): group[k] for k in places}  # in another order it is the same request
             try:
                 images = frames_as_urls(video, self.frames, self.size)
                 return dict(zip(distinct, ask(images, question, list(distinct.values()))))
