@@ -195,7 +195,8 @@ class ApiClient:
                 raise ApiError("the variable HF_HUB_OFFLINE forbids every request, also to --api_url") from None
             except HfHubHTTPError as e:
                 status, wait = e.response.status_code, retry_after(e.response.headers)
-                said = self.without_key(f"HTTP {status}: {e.server_message or e.response.reason_phrase}")
+                said = e.server_message or e.response.text or e.response.reason_phrase
+                said = self.without_key(f"HTTP {status}: {said}")
                 again = status in (408, 429) or status >= 500
             except InferenceTimeoutError:
                 status, wait, said, again = None, None, "no answer in time", True

@@ -396,9 +396,9 @@ def make_oracle(args, records, device="cpu", names=None):
     return raters[name] if len(raters) == 1 else MeanRankOracle(raters)
 
 
-def build_oracle(args, rank):
-    """Build the judging model of the embedded default where it is asked for and missing."""
-    if {"judge", "context"} & set(args.raters) and args.oracle_model == ORACLE_SFT:
+def build_oracle(args, rank, names=None):
+    """Build the judging model of the embedded default where `args.oracle`, or the list `names`, needs it."""
+    if {"judge", "context"} & set(names or args.raters) and args.oracle_model == ORACLE_SFT:
         harness.build_if_missing(ORACLE_SFT, ["sft.py", "--name", "oracle", "--resume"], "about 6 minutes", rank)
 
 
@@ -425,6 +425,7 @@ def demo(args):
         names = ["reference", "judge", "context"]
         names += ["reward_model"] if Path(args.reward_model).exists() else []
         names += ["api"] if args.api_url else []
+        build_oracle(args, rank=0, names=names)
         oracle = make_oracle(args, [record], names=names)
     share = lambda a: len(set(a.split()) & set(record["answer"].split()))
     half, none = (min(a for a in others if share(a) == n) for n in (1, 0))
@@ -475,6 +476,7 @@ def agreement(args):
     with harness.one_line_errors(DataError, OSError):
         records = [r for r in read_records([args.data])[0] if r["clip"] and r["question"] != DESCRIBE]
         model, processor = load_model(args.checkpoint)
+        build_oracle(args, rank=0)
         oracle = make_oracle(args, records)
     records = random.Random(args.seed).sample(records, min(args.questions, len(records)))
     clips, questions = [r["clip"] for r in records], [r["question"] for r in records]
@@ -509,7 +511,6 @@ def agreement(args):
 
 
 def main(args):
-    build_oracle(args, rank=0)
     demo(args) if args.demo else agreement(args)
 
 

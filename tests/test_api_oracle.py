@@ -89,7 +89,8 @@ class Handler(BaseHTTPRequestHandler):
             choice = dict(index=0, message=dict(role="assistant", content=act), finish_reason="stop")
             return self.say(200, dict(id="1", object="chat.completion", choices=[choice], usage=USAGE))
         if isinstance(act, dict):
-            return self.say(act["status"], dict(error=dict(message=act.get("says", "no"))), act.get("headers", {}))
+            body = act.get("body", dict(error=dict(message=act.get("says", "no"))))
+            return self.say(act["status"], body, act.get("headers", {}))
         if act == "HALF":  # a promise of more bytes than come
             self.send_response(200)
             self.send_header("content-length", "500")
@@ -211,6 +212,13 @@ def test_what_will_not_pass_is_not_tried_again(server, client, status, fatal):
     with pytest.raises(ApiError, match=f"HTTP {status}.*the reason") as e:
         client.ask(HELLO, 16)
     assert len(server.seen) == 1 and e.value.fatal == fatal and client.counts["retries"] == 0
+
+
+@pytest.mark.parametrize("body", [b'{"detail": "the reason"}', b"the reason", b'{"error": "the reason"}'])
+def test_the_servers_own_words_are_shown(server, client, body):
+    server.script(dict(status=400, body=body))
+    with pytest.raises(ApiError, match="HTTP 400.*the reason"):
+        client.ask(HELLO, 16)
 
 
 def test_nobody_there(tmp_path):
