@@ -29,6 +29,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -51,7 +52,7 @@ from PIL import Image
 from transformers.hf_argparser import HfArg
 
 from data import VideoError, read_frames
-from ranks import normalize, ranks_of
+from ranks import normalize, one_of_equals, ranks_of
 
 KEY = "ORACLE_API_KEY"
 LONGEST_WAIT = 120  # seconds; a server that asks for a longer pause is given up
@@ -144,6 +145,8 @@ class ApiClient:
         headers = {"authorization": f"Bearer {key}" if key else None}
         self.http = InferenceClient(base_url=base_url, api_key="unused", headers=headers, timeout=timeout)
         self.without_key = lambda text: text.replace(key, "***") if len(key) >= 8 else text  # shorter: a placeholder
+        # the debug log of the HTTP library prints the headers of responses, in which a server may repeat the key
+        logging.getLogger("httpcore2").setLevel(logging.INFO)
         self.concurrency, self.slots = concurrency, threading.BoundedSemaphore(concurrency)
         self.lock, self.asking, self.not_before = threading.Lock(), {}, 0.0
         self.counts = Counter(dict.fromkeys(COST, 0))
@@ -192,7 +195,8 @@ class ApiClient:
                 raise ApiError("the variable HF_HUB_OFFLINE forbids every request, also to --api_url") from None
             except HfHubHTTPError as e:
                 status, wait = e.response.status_code, retry_after(e.response.headers)
-                said = self.without_key(f"HTTP {status}: {e.server_message or e.response.reason_phrase}")
+                said = e.server_message or e.response.text or e.response.reason_phrase
+                said = self.without_key(f"HTTP {status}: {said}")
                 again = status in (408, 429) or status >= 500
             except InferenceTimeoutError:
                 status, wait, said, again = None, None, "no answer in time", True
@@ -238,11 +242,18 @@ def retry_after(headers):
     return max(0.0, (when.replace(tzinfo=when.tzinfo or timezone.utc) - datetime.now(timezone.utc)).total_seconds())
 
 
+def no_twins(pairs):
+    """A JSON object that names a key twice means two things: refused, not the last one taken."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key twice")
+    return dict(pairs)
+
+
 def parse_json(text):
     """[D2] The one JSON object that a reply consists of, alone or in one code fence. Raises ReplyError."""
     fence = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", text, re.S)
     try:
-        value = json.loads(fence[1] if fence else text)
+        value = json.loads(fence[1] if fence else text, object_pairs_hook=no_twins)
     except (ValueError, RecursionError):
         raise ReplyError("no_json", "it is not one JSON object") from None
     if not isinstance(value, dict):
@@ -400,9 +411,8 @@ class ApiOracle:
         -> [{normalized answer: value}], None for a group that got no usable reply; ApiError where asking is futile."""
 
         def one(video, question, group):
-            distinct = {}
-            for a in sorted(group):  # so that a group in another order is the same request
-                distinct.setdefault(normalize(a), a)
+            places = sorted(set(one_of_equals([group])[0]), key=lambda k: group[k])
+            distinct = {normalize(group[k]): group[k] for k in places}  # in another order it is the same request
             try:
                 images = frames_as_urls(video, self.frames, self.size)
                 return dict(zip(distinct, ask(images, question, list(distinct.values()))))

@@ -3,6 +3,7 @@
 Run      torchrun --nproc_per_node=4 grpo_rank.py --G 5            the embedded world; builds what is missing
          python grpo_rank.py --G 5                                 the same on one process
          python grpo_rank.py --oracle reference --name upper       a perfect oracle: the upper bound, not RLAIF
+         python grpo_rank.py --oracle api --api_url URL --api_model NAME --name served        a server is the oracle
          python grpo_rank.py --advantage published --name printed  what the paper prints (D1)
 Papers   [OR] Oracle-RLAIF, arXiv:2510.02561      [G] GRPO: DeepSeekMath, arXiv:2402.03300
 Claim    with few labels, an oracle's order of the policy's own answers to *unlabelled* videos improves the policy; the

@@ -25,7 +25,7 @@ The oracle is a model of its own (`--oracle_model`), in life a stronger one than
 D1      the judge's two possible replies are the responses themselves, not the labels "1" and "2". A label is a pointer:
         at the size of `tiny` it stayed at chance for as long as it takes to learn to answer, while naming the better
         response is question answering with two options and is learned along with it.
-D2      identical answers (after `normalize`) are compared once and tied; nothing else is ever tied.
+D2      identical answers (after `normalize`) are compared once, as the shortest of them, and tied; nothing else is.
 D3      raters are averaged by mean place; a group that one of them cannot rank is masked, because a mean over fewer
         raters is on another scale.
 D4      Iter-W2S asks GPT-4o for a score per aspect; its prompts are not public, and a judge that can only choose
@@ -41,7 +41,7 @@ import os
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +51,13 @@ from transformers.hf_argparser import HfArg
 import harness
 from api_oracle import ASPECTS, COUNTERS, MODES, ApiArgs, ApiClient, ApiError, ApiOracle
 from data import Clip, DataError, FeatureCache, clip_seconds, read_records
+from preferences import reward_prompt
 from ranks import (
     f1_parts,
-    first_of_equals,
     kendall_tau,
     mean_rank,
     normalize,
+    one_of_equals,
     pairwise_accuracy,
     ranks_of,
     token_f1,
@@ -105,16 +106,6 @@ def judge_prompt(question, first, second, narrative=None):
     """
     head = narrative or ""
     return head, f"\nResponse 1: {first}\nResponse 2: {second}\nWhich response is better?\n{question}"
-
-
-def reward_prompt(question, narrative=None):
-    """What a reward model sees before the answer: the narrative, where it was trained with one, then the question."""
-    if not narrative:
-        return question
-    if isinstance(question, str):
-        return f"{narrative}\n{question}"
-    first, *rest = question  # earlier turns: the narrative stands before the first
-    return [{**first, "content": f"{narrative}\n{first['content']}"}, *rest]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -206,14 +197,14 @@ class JudgeOracle:
         All ordered pairs of *distinct* answers are compared, PACK of them behind one prefix (video, narrative).
         """
         B, G = len(answers), len(answers[0])
-        first = first_of_equals(answers)
-        asked = [(b, i, j) for b in range(B) for i in set(first[b]) for j in set(first[b]) if i != j]
+        one = one_of_equals(answers)
+        asked = [(b, i, j) for b in range(B) for i in set(one[b]) for j in set(one[b]) if i != j]
         p = self.ask(asked, videos, questions, answers)
         prefers = torch.full((B, G, G), 0.5)
         for b in range(B):
             for i in range(G):
                 for j in range(G):
-                    f, g = first[b][i], first[b][j]
+                    f, g = one[b][i], one[b][j]
                     if f != g:
                         prefers[b, i, j] = (p[b, f, g] + 1 - p[b, g, f]) / 2
         return prefers
@@ -279,23 +270,23 @@ class JudgeOracle:
         """
         own = self.answer(videos, questions)
         groups = [[*group, mine] for group, mine in zip(answers, own)]
-        first, G = first_of_equals(groups), len(answers[0])
-        asked = [(b, i, f[G]) for b, f in enumerate(first) for i in set(f) - {f[G]}]
+        one, G = one_of_equals(groups), len(answers[0])
+        asked = [(b, i, f[G]) for b, f in enumerate(one) for i in set(f) - {f[G]}]
         p = self.ask(asked + [(b, j, i) for b, i, j in asked], videos, questions, groups)
         logprobs, lengths = self.logprobs(videos, questions, answers)
         elsewhere, _ = self.logprobs(videos, [DESCRIBE] * len(videos), answers)
         out = torch.empty(len(answers), G, 4)
         out[..., 0] = 5 * torch.sigmoid(logprobs - elsewhere)
         out[..., 3] = 5 * (logprobs / lengths).exp()
-        for b, (group, f) in enumerate(zip(groups, first)):
+        for b, (group, f) in enumerate(zip(groups, one)):
             words = [len(set(normalize(a).split())) for a in group]
             for g in range(G):
                 i, j = f[g], f[G]
                 wins = 0.5 if i == j else (p[b, i, j] + 1 - p[b, j, i]) / 2
                 out[b, g, 1] = 5 * min(1.0, 2 * float(wins))
                 out[b, g, 2] = 5 * min(1.0, words[g] / max(words[G], 1))
-                out[b, g] = out[b, i] if i < g else out[b, g]  # [D2]
-        return out, torch.ones(len(videos), dtype=torch.bool)
+        same = torch.tensor(one_of_equals(answers)).unsqueeze(-1).expand(-1, -1, 4)
+        return out.gather(1, same), torch.ones(len(videos), dtype=torch.bool)
 
     def logprobs(self, videos, questions, answers):
         """log P(answer | video, question) summed over its tokens (B,G), and their number (B,G), EOS counted."""
@@ -321,13 +312,17 @@ class RewardModelOracle:
             self.model.requires_grad_(False).eval()
         self.cache = FeatureCache(self.model, self.processor, cache_dir)
         self.device, self.rows, self.teller = device, rows, None
-        about = json.loads(Path(model_dir, "reward_model.json").read_text())
-        if about["narrative_clips"]:  # it was trained with the narratives of this model in its prompt
-            self.teller = JudgeOracle(about["narrative_model"], cache_dir, True, device, clips=about["narrative_clips"])
+        try:
+            about = json.loads(Path(model_dir, "reward_model.json").read_text())
+            clips, model = int(about["narrative_clips"]), str(about["narrative_model"])
+        except (ValueError, LookupError, TypeError) as e:
+            raise DataError(f"{model_dir}/reward_model.json: no narrative_clips and narrative_model ({e!r})") from None
+        if clips:  # it reads the narratives of this model before the question
+            self.teller = JudgeOracle(model, cache_dir, True, device, clips=clips)
 
     @torch.no_grad()
     def score(self, videos, questions, answers):
-        """-> rewards (B,G), ok (B,). [D2] Of equal answers the first is read."""
+        """-> rewards (B,G), ok (B,). [D2] Of equal answers one is read."""
         stories = self.teller.narratives(videos) if self.teller else [None] * len(videos)
         asked, rewards = [reward_prompt(q, story) for q, story in zip(questions, stories)], []
         for n in range(0, len(videos), self.rows):
@@ -336,8 +331,8 @@ class RewardModelOracle:
             tokens, lengths = reply_tokens(self.processor, answers[some], self.device)
             values = token_scores(self.model, prefix, tokens, lengths).view(tokens.shape)  # (B,G,T)
             rewards.append(values.gather(-1, lengths.unsqueeze(-1) - 1).squeeze(-1).cpu())
-        first = torch.tensor(first_of_equals(answers))
-        return torch.cat(rewards).gather(1, first), torch.ones(len(videos), dtype=torch.bool)
+        same = torch.tensor(one_of_equals(answers))
+        return torch.cat(rewards).gather(1, same), torch.ones(len(videos), dtype=torch.bool)
 
     def rank(self, videos, questions, answers):
         scores, ok = self.score(videos, questions, answers)
@@ -381,12 +376,12 @@ def cut(clip, parts):
     return [Clip(clip.path, a, b) for a, b in zip(edges, edges[1:])]
 
 
-def make_oracle(args, records, device="cpu", loaded=None):
-    """The oracle of `args.oracle`. args: OracleArgs with `cache` and `seed`; records: labelled records, read by
-    `reference` alone; loaded: (model, processor) of the reward model, where the caller has it in memory already.
-    OSError, DataError: a model is not there or not what it should be."""
+def make_oracle(args, records, device="cpu", names=None, loaded=None):
+    """The oracle of `args.oracle`, or of the list `names`. args: OracleArgs with `cache` and `seed`; records: labelled
+    records, read by `reference` alone; loaded: (model, processor) of the reward model, where the caller has it in
+    memory already. OSError, DataError: a model is not there or not what it should be."""
     raters, judge = {}, None
-    for name in args.raters:
+    for name in names or args.raters:
         if name == "reference":
             raters[name] = ReferenceOracle(records)
         elif name == "reward_model":
@@ -403,11 +398,11 @@ def make_oracle(args, records, device="cpu", loaded=None):
     return raters[name] if len(raters) == 1 else MeanRankOracle(raters)
 
 
-def build_oracle(args, rank):
-    """Build the models of the embedded default, judge and reward model, where they are asked for and missing."""
-    if {"judge", "context"} & set(args.raters) and args.oracle_model == ORACLE_SFT:
+def build_oracle(args, rank, names=None):
+    """Build the models of the embedded default, judge and reward model, where `args.oracle`, or `names`, needs them."""
+    if {"judge", "context"} & set(names or args.raters) and args.oracle_model == ORACLE_SFT:
         harness.build_if_missing(ORACLE_SFT, ["sft.py", "--name", "oracle", "--resume"], "about 6 minutes", rank)
-    if "reward_model" in args.raters and args.reward_model == REWARD_MODEL:
+    if "reward_model" in (names or args.raters) and args.reward_model == REWARD_MODEL:
         harness.build_if_missing(REWARD_MODEL, ["reward_model.py", "--resume"], "several minutes", rank)
 
 
@@ -424,43 +419,40 @@ def log_counts(log, oracle):
 # ---------------------------------------------------------------------------------------------------------------
 # See for yourself
 # ---------------------------------------------------------------------------------------------------------------
-DEMO = "what happens in the video?"
-
-
 def demo(args):
-    """Five answers to one clip: the label, the label in other words of the same, two that are half right, one that is
-    beside the point; ranked and scored by every oracle that can be asked here."""
+    """Five answers to one clip: the label, the label with a full stop, half of it, none of it, and one that is beside
+    the point; ranked, and scored by aspect, by every oracle that can be asked here."""
     harness.build_if_missing(f"{WORLD}/clips.json", ["moving_shapes.py"], "under a minute", 0)
     with harness.one_line_errors(DataError, OSError):
-        records = [r for r in read_records([f"{WORLD}/test.json"])[0] if r["question"] == DEMO]
-        record = next(r for r in records if r["answer"].count(" and ") == 1)
+        records = [r for r in read_records([f"{WORLD}/test.json"])[0] if str(r["question"]).startswith("where is")]
+        record, others = records[0], {r["answer"] for r in records}
         names = ["reference", "judge", "context"]
         names += ["reward_model"] if Path(args.reward_model).exists() else []
         names += ["api"] if args.api_url else []
-        oracle = make_oracle(replace(args, oracle=",".join(names)), [record])
-    one, two = record["answer"].split(" and ")
-    other = next(r["answer"] for r in records if not set(r["answer"].split(" and ")) & {one, two})
-    answers = [other, one, f"{two.capitalize()}, and {one}!", record["answer"], "left"]
-    asked = [record["clip"]], [DEMO], [answers]
-    print(f"{record['clip'].path}\n{DEMO}\n")
-    print("narrative, seen by `context`:", oracle.raters["context"].narratives(asked[0])[0])
-    print("a comparison, seen by `judge`:", "".join(judge_prompt(DEMO, *answers[:2])).replace("\n", "\n    "), "\n")
-    points = {}
+        build_oracle(args, rank=0, names=names)
+        oracle = make_oracle(args, [record], names=names)
+    share = lambda a: len(set(a.split()) & set(record["answer"].split()))
+    half, none = (min(a for a in others if share(a) == n) for n in (1, 0))
+    answers = ["a circle", none, half, f"The {record['answer']}.", record["answer"]]
+    question, asked = record["question"], ([record["clip"]], [record["question"]], [answers])
+    print(f"{record['clip'].path}   {question}   label: {record['answer']}")
+    print(f"\nthe narrative, which `context` sees:\n    {oracle.raters['context'].narratives(asked[0])[0]}")
+    prompt = "".join(judge_prompt(question, answers[3], answers[2])).replace("\n", "\n    ")
+    print(f"a comparison, as `judge` sees it behind the video:{prompt}\n")
+    table, points = {}, {}
     with harness.one_line_errors(ApiError):
         for name, rater in [*oracle.raters.items(), ("mean rank", oracle)]:
             (scores,), (ok,) = rater.score(*asked)
-            (ranks,) = ranks_of(scores[None])
-            cells = [f"{s:6.2f} ({r})" for s, r in zip(scores.tolist(), ranks.tolist())] if ok else ["masked"] * 5
-            points[name] = cells
-        print(f"{'score (rank)':40s}" + "".join(f"{name:>14s}" for name in points))
-        for k, a in enumerate(answers):
-            print(f"{a[:39]:40s}" + "".join(f"{cells[k]:>14s}" for cells in points.values()))
-        print(f"\n{'points 0-5: ' + ' '.join(ASPECTS):40s}")
-        for name, rater in oracle.raters.items():
+            rows = zip(scores.tolist(), ranks_of(scores[None])[0].tolist())
+            table[name] = [f"{s:.2f} ({r})" for s, r in rows] if ok else ["masked"] * len(answers)
             if name in SCORERS:
-                (rows,), _ = rater.aspects(*asked)
-                for a, row in zip(answers, rows.tolist()):
-                    print(f"{a[:39]:40s}{name:>14s}  " + " ".join(f"{x:5.2f}" for x in row))
+                (rows,), (ok,) = rater.aspects(*asked)
+                points[name] = [" ".join(f"{x:4.1f}" for x in row) if ok else "masked" for row in rows.tolist()]
+    width = max(map(len, answers)) + 2
+    for head, rows, wide in (("score (rank)", table, 14), (f"0-5: {', '.join(ASPECTS)}", points, 22)):
+        print(f"{head}\n{'':{width}}" + "".join(f"{name:>{wide}}" for name in rows))
+        for k, a in enumerate(answers):
+            print(f"{a:{width}}" + "".join(f"{cells[k]:>{wide}}" for cells in rows.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -488,6 +480,7 @@ def agreement(args):
     with harness.one_line_errors(DataError, OSError):
         records = [r for r in read_records([args.data])[0] if r["clip"] and r["question"] != DESCRIBE]
         model, processor = load_model(args.checkpoint)
+        build_oracle(args, rank=0)
         oracle = make_oracle(args, records)
     records = random.Random(args.seed).sample(records, min(args.questions, len(records)))
     clips, questions = [r["clip"] for r in records], [r["question"] for r in records]
@@ -522,7 +515,6 @@ def agreement(args):
 
 
 def main(args):
-    build_oracle(args, rank=0)
     demo(args) if args.demo else agreement(args)
 
 

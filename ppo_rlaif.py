@@ -67,7 +67,6 @@ A_t, R_t      advantages, returns    (N,T)  GAE, and A_t + V(s_t)               
 rho_t         ratio          (N,T)   pi / pi_old                                          [P Eq. 6] step 4
 """
 
-import copy
 import json
 import math
 import time
@@ -190,12 +189,6 @@ class Args(OracleArgs):  # --oracle_model, --reward_model, --api_...: oracle.py,
         self.model = self.model or sft_start(self.seed)
         self.value_model = self.value_model or (self.reward_model if "reward_model" in self.raters else "sft")
 
-    def stopping(self):
-        """The flags of --stop_oracle as those of an oracle."""
-        other = copy.copy(self)
-        other.oracle = self.stop_oracle
-        return other
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Equations: tensors in, tensors out. N answers, T tokens; mask (N,T) 1 on real tokens; everything is 0 behind them
@@ -268,7 +261,8 @@ def lr_at(step, args, peak):
 def main(args):
     rank, world, device = harness.setup_dist()
     build_embedded(args, rank)
-    build_oracle(args.stopping(), rank)
+    if args.stop_oracle:
+        build_oracle(args, rank, [args.stop_oracle])
     folder = f"runs/ppo_rlaif/{args.name}_s{args.seed}"
     checkpoint = harness.open_run(folder, args, rank)
 
@@ -288,7 +282,7 @@ def main(args):
     records, evals = choose_questions(args, records, report, cache, folder, rank, world)
     with harness.one_line_errors(DataError, OSError):
         loaded = (roles.policy, processor) if "reward" in roles.adapters else None
-        oracle = make_oracle(args, records, str(device), loaded)
+        oracle = make_oracle(args, records, str(device), loaded=loaded)
         validate = Validation(args, evals[rank::world], roles, cache, str(device))
         value_prompt = value_prompts(args, roles, oracle, str(device))
     if rank == 0:
@@ -453,7 +447,7 @@ class Validation:
         self.records, self.cache, self.patience = records, cache, args.patience * args.eval_steps
         self.oracle = None
         if args.stop_oracle:
-            self.oracle = make_oracle(args.stopping(), records, device)
+            self.oracle = make_oracle(args, records, device, [args.stop_oracle])
             with roles.reference() as start:
                 self.before = evaluate.answer(start, roles.processor, cache, records)
 

@@ -15,10 +15,16 @@ def normalize(text):
     return re.sub(r"\s+", " ", re.sub(r"\b(a|an|the)\b", " ", re.sub(r"[^\w\s]", " ", text.lower()))).strip()
 
 
-def first_of_equals(answers):
-    """For every answer the place of the first one in its group that is equal to it, B lists of G."""
-    same = [[normalize(a) for a in group] for group in answers]
-    return [[group.index(s) for s in group] for group in same]
+def one_of_equals(answers):
+    """For every answer, the place of the one that stands for it: of the answers in its group that are equal to it the
+    shortest, whatever their order ("left" for "The left."). B lists of G strings -> B lists of G places."""
+    out = []
+    for group in answers:
+        plain = {}
+        for k in sorted(range(len(group)), key=lambda k: (len(group[k]), group[k])):
+            plain.setdefault(normalize(group[k]), k)
+        out.append([plain[normalize(a)] for a in group])
+    return out
 
 
 def token_f1(prediction, reference):
