@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data import FeatureCache
-from oracle import JudgeOracle, reward_prompt
+from oracle import JudgeOracle
+from preferences import reward_prompt
 from video_llm import Prefix, add_lora, add_scalar_head, load_model, reference_of, unwrap
 
 

@@ -20,7 +20,7 @@ side_by_side() { xargs -P "$JOBS" -d '\n' -I{} sh -c 'set -- {}; name=$1; shift;
 
 few="--data $W/train.json --batch_size 16 --num_clips 40"
 for s in $SEEDS; do
-  echo "policy_s$s $PY sft.py --name policy_s$s $few --steps 100 --lr 1e-3 --seed $s --resume"
+  echo "policy_s$s $PY sft.py --name policy_s$s $few --steps 200 --lr 1e-3 --seed $s --resume"
 done | side_by_side
 
 # the same start, trained on the same labels for as many steps as RL; and the reward models: the judge's preferences,
