@@ -126,7 +126,7 @@ class Args(OracleArgs):  # --oracle_model, --reward_model, --api_...: oracle.py,
                         "0 trains all weights but CLIP's")
     lora_alpha: int = HfArg(default=16, help="LoRA alpha [V: 16]")
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
-    # -- budget
+    # -- budget [D8]
     steps: int = HfArg(default=150, help="rollout steps")
     prompts_per_step: int = HfArg(default=48, help="questions per step, over all processes [V: 256]")
     G: int = HfArg(default=5, help="answers per question (D4) [V: 1]")
@@ -335,7 +335,7 @@ def main(args):
         mask = answer_mask(lengths * ok.unsqueeze(-1), T)  # (N,T) D1, I3
         micros = by_length(torch.arange(B), lengths, args.micro_batch_size)
 
-        value_prefix = value_prompt(questions, clips, prefix)
+        value_prefix = value_prompt(questions, clips, prefix)  # D5
 
         def logprobs_of(model, i):  # -> (n,T_i) x 2: log-probability and entropy, as many tokens as answers i have
             T_i = lengths[i].max()

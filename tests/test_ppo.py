@@ -534,12 +534,12 @@ def test_a_policy_that_only_gets_worse_ends_as_the_start(world, policy, monkeypa
 
 # --- processes and interruptions -------------------------------------------------------------------------------------
 ALL = ["--eval_data", "data/moving_shapes/val.json", "--eval_questions", "5", "--eval_steps", "2", "--target_kl", "0.1",
-       "--kl_horizon", "100", "--random_reward", "True", "--stop_oracle", "reference", "--patience", "9",
-       "--value_warmup", "1"]  # fmt: skip
+       "--kl_horizon", "100", "--random_reward", "True", "--value_warmup", "1"]
+STOP = ["--stop_oracle", "judge", "--patience", "9", "--oracle_model", "runs/sft/policy_s0/final"]
 
 
 def test_two_processes_equal_one(world, policy, monkeypatch):
-    flags = [*PPO, *ALL, "--steps", "3", "--prompts_per_step", "8"]
+    flags = [*PPO, *ALL, *STOP, "--steps", "3", "--prompts_per_step", "8"]
     main_of(monkeypatch, world, *flags, "--name", "one")
     flags = [f if last != "--micro_batch_size" else "3" for last, f in zip(["", *flags], flags)]  # nor may this show
     run(world, "torchrun", "--nproc_per_node=2", *flags, "--name", "two")
@@ -553,7 +553,7 @@ def test_two_processes_equal_one(world, policy, monkeypatch):
     first, second, start = weights(one), weights(two), load_file(policy / "model.safetensors")
     far = max((first[k] - start[k]).abs().max().item() for k in first)
     apart = max((first[k] - second[k]).abs().max().item() for k in first)
-    assert apart < 0.05 * far  # Adam's first steps turn the sign of a tiny gradient into a whole step
+    assert apart <= 0.05 * far  # far 0: the start was best; Adam makes a whole step of a tiny gradient's sign
 
 
 SUICIDE = """
@@ -567,7 +567,7 @@ ppo_rlaif.main(harness.parse_args(ppo_rlaif.Args))
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_killed_and_resumed_equals_uninterrupted(world, policy, monkeypatch, lora):
-    flags = [*PPO, *ALL, "--steps", "7", "--save_steps", "2", *(["--lora_r", "4"] if lora else [])]
+    flags = [*PPO, *ALL, "--steps", "7", "--save_steps", "2", *(["--lora_r", "4", *STOP] if lora else [])]
     whole, broken = (world / f"runs/ppo_rlaif/{name}{lora}_s0" for name in ("whole", "broken"))
     if lora:  # interrupted in this process: a second start costs seconds
         class Killed(BaseException):
@@ -594,4 +594,5 @@ def test_killed_and_resumed_equals_uninterrupted(world, policy, monkeypatch, lor
     assert len(set(coefs)) == 7 and coefs[0] == 0.05  # the controller's state counts
     a, b = weights(whole), weights(broken)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert lora or moved(policy, whole)
     assert (whole / "samples.jsonl").read_text() == (broken / "samples.jsonl").read_text()

@@ -64,6 +64,9 @@ def test_every_flag_is_read(path):
         known = flags | inherited(class_of(path, "Args")) | {"raters"}  # `raters`: a property of OracleArgs
         assert shared <= known, f"questions.py reads {sorted(shared - known)}"
         read |= shared
+    if "Roles(args" in path.read_text():  # and the four roles of PPO read theirs
+        read |= {n.attr for n in ast.walk(ast.parse((REPO / "roles.py").read_text()))
+                 if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "args"}
     if "PRESETS" in path.read_text():
         assert "cls.PRESETS" in (REPO / "harness.py").read_text()
         read.add("preset")
