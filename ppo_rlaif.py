@@ -180,6 +180,8 @@ class Args(OracleArgs):  # --oracle_model, --reward_model, --api_...: oracle.py,
                 raise ValueError(f"--prompts_per_step {self.prompts_per_step} must be a multiple of {what} ({divisor})")
         if self.target_kl and not self.kl_coef:
             raise ValueError("--target_kl: the controller multiplies --kl_coef, which must be above 0")
+        if self.stop_oracle and self.eval_questions < harness.world_size():
+            raise ValueError(f"--eval_questions {self.eval_questions}: --stop_oracle needs one for each process")
         if self.stop_oracle in self.raters and not self.random_reward:
             raise ValueError(f"--stop_oracle {self.stop_oracle}: another one than --oracle, or it shares its errors")
         if self.stop_oracle and not (self.eval_data and self.eval_questions):
