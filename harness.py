@@ -4,9 +4,11 @@ Nothing here knows an algorithm. One process or many is the same code: `python x
 x.py` differ only in what `setup_dist` returns.
 """
 
+import argparse
 import contextlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -31,6 +33,11 @@ def parse_args(cls):
     """The dataclass `cls` from the command line. Whatever is wrong with a flag: one line, exit code 2."""
     parser = HfArgumentParser(cls, allow_abbrev=False, description=sys.modules[cls.__module__].__doc__.split("\n")[0])
     parser.error = lambda message: (print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr), sys.exit(2))
+    if hasattr(cls, "PRESETS"):  # --preset NAME: other defaults; what stands on the command line still wins
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.error = parser.error
+        first.add_argument("--preset")
+        parser.set_defaults(**cls.PRESETS.get(first.parse_known_args()[0].preset, {}))
     try:
         return parser.parse_args_into_dataclasses()[0]
     except ValueError as e:  # raised by __post_init__
@@ -100,6 +107,16 @@ def no_sync(model, when):
     return model.no_sync() if when and isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
+def sum_gradients(params):
+    """Sum the gradients of all processes in one message, for losses that are shares of a global sum. Unlike under DDP
+    the processes may run different numbers of micro-batches, and one network may play several roles in a step."""
+    if dist.is_initialized():
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        flat = all_sum(torch.cat([g.flatten() for g in grads]))
+        for p, g in zip(params, flat.split([g.numel() for g in grads])):
+            p.grad = g.view_as(p)
+
+
 def build_if_missing(path, command, duration, rank):
     """A missing piece of the *embedded* default is built by the script that makes it: on rank 0, the others wait."""
     if rank == 0 and not Path(path).exists():
@@ -153,9 +170,10 @@ def open_run(folder, args, rank):
     return last
 
 
-def save_checkpoint(folder, name, model, processor, optimizer=None, step=None, about=()):
+def save_checkpoint(folder, name, model, processor, optimizer=None, step=None, about=(), beside=()):
     """Write `folder/name` aside and rename it: a kill leaves the old checkpoint or the new one, never half of one.
-    about: {file name: what to write there as JSON}, where a model needs to say how it is to be used."""
+    about: {file name: what to write there as JSON}, where a model needs to say how it is to be used;
+    beside: {folder name: (model, processor)}, further networks without which one cannot continue."""
     folder = Path(folder)
     aside = folder / f"{name}.tmp"
     save_model(getattr(model, "module", model), processor, aside)
@@ -163,6 +181,8 @@ def save_checkpoint(folder, name, model, processor, optimizer=None, step=None, a
         torch.save(dict(optimizer=optimizer.state_dict(), step=step, rng=torch.get_rng_state()), aside / "trainer.pt")
     for file, content in dict(about).items():
         (aside / file).write_text(json.dumps(content, indent=2))
+    for name_beside, (other, its_processor) in dict(beside).items():
+        save_model(other, its_processor, aside / name_beside)
     shutil.rmtree(folder / name, ignore_errors=True)  # half of a finish that was killed
     os.replace(aside, folder / name)
     for old in folder.glob("checkpoint-*[0-9]"):
@@ -213,7 +233,7 @@ class Log:
                 f.write(json.dumps(dict(step=step, **row, **{"time/step_s": now - self.last})) + "\n")
             for k, v in row.items():
                 self.board.add_scalar(k, v, step)
-            done = step + 1
+            done = min(step + 1, self.steps)  # a row behind the last step: a last evaluation
             eta = int((now - self.began) / (done - self.first) * (self.steps - done))
             line = (f"step {done:0{len(str(self.steps))}d}/{self.steps} {100 * done // self.steps:3d}% | "
                     + " ".join(f"{k.split('/')[-1]} {row[k]:.3f}" for k in show if k in row)
@@ -250,9 +270,14 @@ def stop_if_not_finite(grad_norm, folder, step, batch):
 
 def finish(folder, model, processor, rank, about=()):
     """`final/` is a whole model that loads with from_pretrained; with LoRA it is the adapter merged into the
-    unquantised base, and `adapter/` beside it is the plain PEFT adapter."""
+    unquantised base, and `adapter/` beside it is the plain PEFT adapter. `cost.json` has the peak memory of all
+    processes: of the GPUs where there are some, else of the machine."""
     model = getattr(model, "module", model)
+    cuda, kilobytes = torch.cuda.is_available(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = sum(all_gather(torch.cuda.max_memory_allocated() / 2**30 if cuda else kilobytes / 2**20))
     if rank == 0:
+        about_run = dict(peak_gb=peak, device=torch.cuda.get_device_name() if cuda else "cpu", processes=world_size())
+        Path(folder, "cost.json").write_text(json.dumps(about_run, indent=2))
         if isinstance(model, PeftModel):
             save_checkpoint(folder, "adapter", model, processor, about=about)
             model = merged(Path(folder, "adapter"))

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Every run behind docs/ppo_rlaif.md: seeds 0-2, reward models, controls, the fair table, reward hacking on purpose.
+# Resumable; one process per core.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
+PY=${PY:-.venv/bin/python}
+SEEDS=${SEEDS:-0 1 2}
+JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}  # (nproc would heed OMP_NUM_THREADS)
+W=data/moving_shapes
+LOGS=runs/logs
+mkdir -p $LOGS
+
+$PY moving_shapes.py
+OMP_NUM_THREADS=$JOBS $PY pretrain_tiny.py
+$PY -m torch.distributed.run --standalone --nproc_per_node="$JOBS" sft.py --name oracle --resume
+
+# name | command; each line is one process, $JOBS of them at a time
+side_by_side() { xargs -P "$JOBS" -d '\n' -I{} sh -c 'set -- {}; name=$1; shift; "$@" >'"$LOGS"'/$name.log 2>&1 || echo "$name failed: see '"$LOGS"'/$name.log"'; }
+
+few="--data $W/train.json --batch_size 16 --num_clips 40"
+for s in $SEEDS; do
+  echo "policy_s$s $PY sft.py --name policy_s$s $few --steps 200 --lr 1e-3 --seed $s --resume"
+done | side_by_side
+
+# the same start, trained on the same labels for as many steps as RL; and the reward models: the judge's preferences,
+# the truth's, and a weak one (no narrative, a tenth of the pairs) to be hacked
+for s in $SEEDS; do
+  r="$PY reward_model.py --seed $s --resume"
+  echo "rm_context_s$s $r --name context"
+  echo "rm_truth_s$s $r --name truth --oracle reference"
+  echo "continued_s$s $PY sft.py --name continued_s$s $few --model runs/sft/policy_s$s/final --steps 150 --lr 3e-4 --seed $s --resume"
+done | side_by_side
+for s in $SEEDS; do
+  echo "rm_weak_s$s $PY reward_model.py --seed $s --resume --name weak --narrative False --share 0.1"
+done | side_by_side
+
+# 150 steps x 48 questions x 5 answers = 36,000 sampled answers each
+for s in $SEEDS; do
+  p="$PY ppo_rlaif.py --seed $s --resume" g="$PY grpo_rank.py --seed $s --resume" rm=runs/reward_model
+  echo "ppo_rm_s$s $p --name reward_model --reward_model $rm/context_s$s/final --stop_oracle context"
+  echo "ppo_truth_s$s $p --name truth --reward_model $rm/truth_s$s/final --stop_oracle context"
+  echo "ppo_reference_s$s $p --name reference --oracle reference"
+  echo "ppo_random_s$s $p --name random --oracle reference --random_reward True"
+  echo "grpo_rm_s$s $g --name reward_model --oracle reward_model --reward_model $rm/context_s$s/final"
+  echo "grpo_score_s$s $g --name reward_score --oracle reward_model --reward_model $rm/context_s$s/final --advantage score"
+  echo "ppo_hacked_s$s $p --name hacked --reward_model $rm/weak_s$s/final --kl_coef 0 --lr 1e-3"
+done | side_by_side
+
+$PY evaluate.py --runs "runs/sft/policy_s*" "runs/sft/continued_s*" "runs/ppo_rlaif/random_s*" \
+  "runs/ppo_rlaif/reward_model_s*" "runs/ppo_rlaif/truth_s*" "runs/ppo_rlaif/reference_s*" \
+  --labels "SFT,SFT continued,random reward,PPO,PPO on the truth's pairs,PPO on token F1" --out docs/results/ppo_rlaif
+$PY evaluate.py --runs "runs/sft/policy_s*" "runs/ppo_rlaif/reward_model_s*" "runs/grpo_rank/reward_model_s*" \
+  "runs/grpo_rank/reward_score_s*" --labels "SFT,PPO,GRPO_rank,GRPO on scores" --out docs/results/ppo_fair
+$PY benchmarks/ppo_rlaif.py --runs "runs/sft/policy_s*" "runs/ppo_rlaif/reward_model_s*" \
+  "runs/grpo_rank/reward_model_s*" "runs/grpo_rank/reward_score_s*" --labels "SFT,PPO,GRPO_rank,GRPO on scores" \
+  --curves "runs/ppo_rlaif/reward_model_s*" "runs/ppo_rlaif/truth_s*" "runs/ppo_rlaif/hacked_s*" \
+  --titles "PPO,PPO on the truth's pairs,weak reward model and no KL" --out docs/results/ppo_rlaif

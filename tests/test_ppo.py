@@ -1,0 +1,598 @@
+"""PPO: each equation against numbers worked out by hand or a slow double loop, the loop against a plain version."""
+
+import ast
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import REPO, run
+from inside import main_of
+from safetensors.torch import load_file
+from test_video_llm import lively, plain_logprobs, plain_scores
+
+import harness
+import ppo_rlaif
+from data import FeatureCache
+from oracle import RewardModelOracle, reply_tokens
+from ppo_rlaif import (
+    Args,
+    Validation,
+    by_length,
+    gae,
+    lr_at,
+    moments,
+    next_kl_coef,
+    normal_of,
+    policy_loss,
+    shaped_scores,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from roles import Roles, adapter_of
+from video_llm import Prefix, add_lora, add_scalar_head, answer_mask, load_model, save_model, token_scores
+
+t = torch.tensor
+LENGTHS = t([3, 1, 4, 2])
+MASK = answer_mask(LENGTHS, 4)
+PPO = ["ppo_rlaif.py", "--data", "data/moving_shapes/train.json", "--oracle", "reference", "--prompts_per_step", "4",
+       "--micro_batch_size", "2", "--G", "3", "--max_new_tokens", "6", "--eval_data", "", "--value_warmup", "0"]
+SHORT = [*PPO, "--steps", "2"]
+
+
+def near(a, b, eps=1e-6):
+    torch.testing.assert_close(torch.as_tensor(a).double(), torch.as_tensor(b).double(), rtol=eps, atol=eps)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- equations -------------------------------------------------------------------------------------------------------
+def test_the_score_stands_at_the_last_real_token_and_the_kl_at_each():
+    logprobs, ref = -noise(4, 4).abs(), -noise(4, 4, seed=1).abs()
+    logprobs[MASK == 0] = 77.0  # whatever stands behind an answer
+    rewards = token_rewards(t([1.0, 2.0, 3.0, 4.0]), logprobs, ref, LENGTHS, 0.5)
+    for n, length in enumerate(LENGTHS.tolist()):
+        for i in range(4):
+            kl = logprobs[n, i] - ref[n, i]
+            expected = (-0.5 * kl if i < length else 0.0) + (n + 1 if i == length - 1 else 0.0)
+            near(rewards[n, i], expected)
+    near(token_rewards(t([1.0, 2.0, 3.0, 4.0]), ref, ref, LENGTHS, 9.0).sum(-1), [1, 2, 3, 4])  # no KL: the score alone
+
+
+def test_kl_penalty_pays_back():
+    """k1 has both signs: a token likelier than in the start costs, one less likely earns (no clamp at 0)."""
+    rewards = token_rewards(t([0.0]), t([[-1.0, -3.0, -9.0]]), t([[-2.0, -1.0, -9.0]]), t([3]), 0.1)
+    near(rewards, [[-0.1, 0.2, 0.0]])
+
+
+def test_shaped_scores_by_hand():
+    scores, ended, lengths = t([[1.0, 1.0, 1.0]]), t([[True, False, True]]), t([[2, 8, 4]])
+    near(shaped_scores(scores, ended, lengths, 3.0, 0.0, 8), [[1, -2, 1]])
+    near(shaped_scores(scores, ended, lengths, 3.0, 10.0, 8), [[1 - 2.5, -2 - 10, 1 - 5]])
+
+
+def test_gae_by_hand():
+    # one answer of two tokens; delta_1 = 5 - 3 = 2, delta_0 = 1 + .5*3 - 2 = .5, A_0 = .5 + .5*.8*2 = 1.3
+    A, R = gae(t([[1.0, 5.0, 0.0]]), t([[2.0, 3.0, 9.0]]), t([[1.0, 1.0, 0.0]]), 0.5, 0.8)
+    near(A, [[1.3, 2.0, 0.0]])
+    near(R, [[3.3, 5.0, 0.0]])
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.95), (0.9, 0.7), (0.8, 0.0)])
+def test_gae_equals_the_double_sum(gamma, lam):
+    """A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t, over an answer's real tokens."""
+    rewards, values = noise(4, 4) * MASK, noise(4, 4, seed=1)
+    values[MASK == 0] = 55.0  # a value model has opinions on pads: nobody asks
+    A, R = gae(rewards, values, MASK, gamma, lam)
+    for n, T in enumerate(LENGTHS.tolist()):
+        V = [*values[n, :T].tolist(), 0.0]
+        for i in range(T):
+            expected = 0.0
+            for k in range(i, T):
+                expected += (gamma * lam) ** (k - i) * (rewards[n, k].item() + gamma * V[k + 1] - V[k])
+            near(A[n, i], expected, 1e-5)
+            near(R[n, i], expected + V[i], 1e-5)
+        assert (A[n, T:] == 0).all() and (R[n, T:] == 0).all()
+
+
+def test_with_lambda_1_returns_are_the_rewards_to_come_whatever_the_values():
+    rewards = noise(4, 4) * MASK
+    for seed in (1, 2):
+        _, R = gae(rewards, noise(4, 4, seed=seed) * MASK, MASK, 1.0, 1.0)
+        near(R, rewards.flip(1).cumsum(1).flip(1) * MASK)
+
+
+def test_whitening_sees_real_tokens_only():
+    x = 3 * noise(4, 4) + 7
+    real = x[MASK == 1]
+    mean, std = moments(x.masked_fill(MASK == 0, 1e6), MASK)
+    near(mean, real.mean(), 1e-5)
+    near(std, real.std(unbiased=False), 1e-5)
+    w = whiten(x.masked_fill(MASK == 0, 1e6), MASK, mean, std)
+    near(w[MASK == 1].mean(), 0.0)
+    near(w[MASK == 1].std(unbiased=False), 1.0)
+    assert (w[MASK == 0] == 0).all()
+    assert (w[0].argsort()[-3:] != 3).any() and (w[MASK == 1].argsort() == real.argsort()).all()  # no sign is lost
+
+
+def test_whitening_of_equal_advantages_is_finite():
+    assert whiten(torch.ones(2, 3), torch.ones(2, 3), *moments(torch.ones(2, 3), torch.ones(2, 3))).abs().max() == 0
+
+
+@pytest.mark.parametrize("log_ratio, A, loss, slope", [
+    (0.0, 2.0, -2.0, -2.0),  # on-policy: the gradient is -A
+    (math.log(1.5), 2.0, -2.4, 0.0),  # good and already likelier than 1.2: no more
+    (math.log(0.5), 2.0, -1.0, -1.0),  # good and unlikelier: the gradient lives
+    (math.log(1.5), -2.0, 3.0, 3.0),  # bad and likelier: the gradient lives
+    (math.log(0.5), -2.0, 1.6, 0.0)])  # fmt: skip    # bad and already below 0.8: no more
+def test_policy_loss_sign_table(log_ratio, A, loss, slope):
+    logprobs = t([[-1.0 + log_ratio]], requires_grad=True)
+    out = policy_loss(logprobs, t([[-1.0]]), t([[A]]), 0.2)
+    near(out, [[loss]])
+    near(torch.autograd.grad(out.sum(), logprobs)[0], [[slope]])
+
+
+@pytest.mark.parametrize("value, old, target, loss, slope", [
+    (1.0, 1.0, 3.0, 2.0, -2.0),  # inside the range: plain squared error
+    (1.5, 1.0, 3.0, 0.5 * 1.8**2, 0.0),  # has moved by more than 0.2 towards its return: waits for the next batch
+    (0.5, 1.0, 3.0, 0.5 * 2.5**2, -2.5),  # has moved the wrong way: comes back
+    (3.5, 1.0, 3.0, 0.5 * 1.8**2, 0.0),  # shot past it
+    (3.0, 2.9, 1.0, 2.0, 2.0)])  # fmt: skip
+def test_value_clipping(value, old, target, loss, slope):
+    v = t([[value]], requires_grad=True)
+    out = value_loss(v, t([[old]]), t([[target]]), 0.2)
+    near(out, [[loss]])
+    near(torch.autograd.grad(out.sum(), v)[0], [[slope]])
+
+
+def test_kl_controller():
+    near(next_kl_coef(0.1, 6.0, 6.0, 256, 10000), 0.1)
+    near(next_kl_coef(0.1, 6.6, 6.0, 100, 1000), 0.1 * (1 + 0.1 * 0.1))
+    near(next_kl_coef(0.1, 60.0, 6.0, 100, 1000), 0.1 * (1 + 0.2 * 0.1))  # clipped
+    near(next_kl_coef(0.1, 0.0, 6.0, 100, 1000), 0.1 * (1 - 0.2 * 0.1))
+
+
+def test_schedules():
+    args = Args(oracle="reference", steps=100, warmup_steps=4)
+    near([lr_at(s, args, 1.0) for s in (0, 1, 4, 50, 99)], [0.2, 0.4, 0.96, 0.5, 0.01])
+    args.schedule = "cosine"
+    near([lr_at(s, args, 2.0) for s in (0, 50, 75)], [0.4, 1.0, 2 * 0.5 * (1 - math.cos(math.pi / 4))])
+
+
+def test_scores_are_normalised_once_over_what_could_be_scored():
+    scores, ok = t([[1.0, 3.0], [100.0, 100.0], [5.0, 7.0]]), t([True, False, True])
+    mean, gain = normal_of(scores, ok, 0.0)
+    near((scores[ok] - mean) * gain, [[-3 / 5**0.5, -1 / 5**0.5], [1 / 5**0.5, 3 / 5**0.5]])
+    assert normal_of(scores, ok, 10.0) == (0.0, 10.0)
+    near(normal_of(torch.full((2, 2), 0.25), t([True, True]), 0.0), (0.25, 1.0))  # nothing to scale by
+
+
+def test_micro_batches_hold_every_question_once():
+    lengths = t([[5, 1], [2, 2], [9, 9], [1, 1], [3, 4]])
+    parts = by_length(t([0, 2, 3, 4]), lengths, 3)
+    assert [p.tolist() for p in parts] == [[3, 4, 0], [2]]
+    assert not list(by_length(t([], dtype=torch.long), lengths, 3))
+
+
+# --- what the header says --------------------------------------------------------------------------------------------
+def test_every_implementation_detail_is_where_the_header_says():
+    text = (REPO / "ppo_rlaif.py").read_text()
+    header = ast.get_docstring(ast.parse(text), clean=False)
+    body = text[text.index(header) + len(header) :]
+    listed = re.findall(r"^ *(?:rollout|reward|value|update)? *I(\d+) +(.*)$", header, re.M)
+    assert [int(n) for n, _ in listed] == list(range(1, len(listed) + 1)) and len(listed) >= 20
+    used = {int(n) for n in re.findall(r"\bI(\d+)\b", body)}
+    assert used == set(range(1, len(listed) + 1)), f"not in the file: {set(range(1, len(listed) + 1)) - used}"
+    modules = [(REPO / f"{name}.py").read_text() for name in ("ppo_rlaif", "video_llm", "roles")]
+    for _, line in listed:
+        where = re.split(r"\s{2,}", line.strip())[-1]
+        for name in re.findall(r"[A-Za-z_.]{6,}", where):
+            assert any(name.split(".")[-1] in source for source in modules), f"{line}: no {name}"
+
+
+def preset(*flags, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ppo_rlaif.py", *flags])
+    return harness.parse_args(Args)
+
+
+def test_preset_paper_is_the_published_script_and_flags_still_win(monkeypatch):
+    args = preset("--preset", "paper", monkeypatch=monkeypatch)
+    assert (args.lr, args.kl_coef, args.target_kl, args.gamma, args.lam) == (3e-5, 0.1, 0.0, 1.0, 1.0)
+    assert (args.prompts_per_step, args.G, args.mini_batches, args.ppo_epochs) == (256, 1, 2, 2)
+    assert (args.reward_scale, args.missing_eos_penalty, args.length_penalty) == (10.0, 8.0, 10.0)
+    assert (args.quantize, args.lora_r, args.lora_alpha, args.max_new_tokens) == ("nf4", 64, 16, 896)
+    default = preset(monkeypatch=monkeypatch)
+    assert default.lr != args.lr and default.lora_r == 0
+    assert {f for f in Args.PRESETS["paper"]} <= {f for f in vars(args)}
+    ours = preset("--preset", "paper", "--lr", str(default.lr), "--lora_r", "8", monkeypatch=monkeypatch)
+    assert (ours.lr, ours.lora_r, ours.kl_coef) == (default.lr, 8, 0.1)  # even where it is the other default
+
+
+BAD = ["--G 0", "--steps 0", "--oracle god", "--oracle reference,god", "--stop_oracle god", "--preset best", "--lr 0",
+       "--oracle judge --stop_oracle judge", "--quantize nf4", "--quantize int8 --lora_r 4", "--gamma 1.5", "--lam -1",
+       "--prompts_per_step 7", "--mini_batches 5", "--ppo_epochs 0", "--clip_range 1", "--clip_range 0", "--lora_r -1",
+       "--value_clip_range 0", "--kl_coef -1", "--target_kl 6 --kl_coef 0", "--schedule step", "--adam_eps 0",
+       "--stop_oracle context --eval_questions 0", "--patience 0", "--temperature 0", "--missing_eos_penalty -1",
+       "--kl_coef nan", "--lr nan", "--beta 0.1", "--stop_oracle api", "--resume --unknown", "--random_reward maybe"]
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_flags_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capfd, flags):
+    with pytest.raises(SystemExit) as stop:
+        main_of(monkeypatch, tmp_path, "ppo_rlaif.py", *flags.split())
+    out, err = capfd.readouterr()
+    assert stop.value.code == 2 and not out and err.count("\n") == 1 and err.startswith("ppo_rlaif.py: "), err
+    assert not list(tmp_path.iterdir())
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def reward_model(policy):
+    """A reward model without a narrative on the policy's own network: whole, and as an adapter."""
+    folder = policy.parent.parent / "made/reward"
+    model, processor = load_model(policy)
+    torch.manual_seed(3)
+    adapter = add_lora(add_scalar_head(model), 4, 16)
+    with torch.no_grad():
+        for name, p in adapter.named_parameters():
+            if p.requires_grad:
+                p += 0.3 * noise(*p.shape, seed=len(name))
+    save_model(adapter, processor, folder / "adapter")
+    save_model(load_model(folder / "adapter")[0].merge_and_unload(), processor, folder / "final")
+    for name in ("adapter", "final"):
+        (folder / name / "reward_model.json").write_text('{"narrative_clips": 0, "narrative_model": ""}')
+    return folder / "final"
+
+
+def rows(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in lines]
+
+
+def weights(folder):
+    return load_file(folder / "final/model.safetensors")
+
+
+def moved(policy, folder):
+    a, b = load_file(policy / "model.safetensors"), weights(folder)
+    assert a.keys() == b.keys()
+    return {name for name in a if not torch.equal(a[name], b[name])}
+
+
+def test_end_to_end(world, policy, monkeypatch, capfd):
+    flags = ["--eval_data", "data/moving_shapes/val.json", "--eval_questions", "5", "--eval_steps", "1",
+             "--stop_oracle", "judge", "--oracle_model", policy, "--lr", "1e-2", "--save_steps", "1"]
+    main_of(monkeypatch, world, *SHORT, *flags, "--name", "e2e")
+    folder = world / "runs/ppo_rlaif/e2e_s0"
+    first, second, last = rows(folder)
+    assert first["objective/kl"] == first["objective/kl_penalty"] == 0  # exactly, before the first update
+    assert second["objective/kl"] != 0 and second["objective/kl_penalty"] != 0
+    assert first["policy/ratio"] != 1 and first["policy/approx_kl"] > 0  # four optimizer steps per batch
+    assert first["objective/reward_total"] == pytest.approx(first["rollout/eos_rate"] - 1, abs=1e-5)  # score mean is 0
+    assert second["objective/kl_penalty"] == pytest.approx(-0.05 * second["objective/kl"], rel=1e-4)
+    assert first["val/value"] == 0 and first["val/explained_variance"] == pytest.approx(0, abs=1e-5)  # a zero head
+    assert first["eval/margin"] == 0 and set(last) == {"step", "eval/accuracy", "eval/margin"} and last["step"] == 2
+    assert not any(name.startswith("vision_tower") for name in moved(policy, folder))
+    sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
+    assert len(sample["answers"]) == len(sample["scores"]) == len(sample["kl"]) == len(sample["advantages"]) == 3
+    labelled = set(json.loads((policy.parent / "labelled_clips.json").read_text()))
+    assert sample["video"] not in labelled and "6 clips left out" in capfd.readouterr().out
+    assert load_model(folder / "final")[0].config.scalar_head is False
+    assert not list(folder.glob("checkpoint-*")) and not list(folder.glob("*tmp*"))
+
+
+def test_first_steps_teach_the_value_model_alone(world, policy, monkeypatch):
+    main_of(monkeypatch, world, *SHORT, "--value_warmup", "2", "--name", "warmup", "--random_reward", "True")
+    folder = world / "runs/ppo_rlaif/warmup_s0"
+    assert not moved(policy, folder)
+    assert all("policy/ratio" not in row and row["objective/kl"] == 0 for row in rows(folder))
+    assert rows(folder)[0]["val/grad_norm"] > 0 and rows(folder)[1]["val/value"] != 0
+
+
+def test_the_gradient_of_a_step(world, policy, monkeypatch):
+    """Policy and value gradient against the slow way: scores 3, 1, 2, the third of four questions not scored, a
+    reference that is not the start, a value model that is not the policy, one answer per forward pass, no packing."""
+    seen = {}
+
+    def stop_there(params, limit):
+        seen[len(seen)] = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in params]
+        if len(seen) == 2:
+            sys.exit("enough")
+        return t(1.0)
+
+    def generate(*args, **kwargs):
+        seen_rollout.append((args[1], original(*args, **kwargs)))
+        return seen_rollout[-1][1]
+
+    class Lively(Roles):
+        def __init__(self, *args):
+            super().__init__(*args)
+            lively(self.value, seed=5)
+            with torch.no_grad():
+                self.value.score_head.weight.copy_(noise(1, self.value.score_head.in_features) * 0.3)
+
+            @contextmanager
+            def reference():
+                yield other
+            self.reference = reference
+            seen_roles.append((self.value, [*self.params["policy"]], [*self.params["value"]]))
+
+    seen_rollout, seen_roles, original = [], [], ppo_rlaif.generate
+    other = lively(load_model(policy)[0], seed=4).requires_grad_(False)
+    ok = t([True, True, False, True])
+    monkeypatch.setattr(ppo_rlaif, "generate", generate)
+    monkeypatch.setattr(ppo_rlaif, "Roles", Lively)
+    monkeypatch.setattr("oracle.ReferenceOracle.score", lambda *_: (t([[3.0, 1.0, 2.0]] * 4), ok))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop_there)
+    flags = ["--mini_batches", "1", "--ppo_epochs", "1", "--temperature", "0.7", "--kl_coef", "0.3", "--gamma", "0.9",
+             "--lam", "0.8", "--missing_eos_penalty", "2", "--length_penalty", "0.5", "--name", "gradient"]
+    with pytest.raises(SystemExit, match="enough"):
+        main_of(monkeypatch, world, *SHORT, *flags)
+
+    (prefix, (tokens, lengths, _)), = seen_rollout
+    value_model, policy_names, value_names = seen_roles[0]
+    model, processor = load_model(policy)
+    eos = processor.tokenizer.eos_token_id
+    logprobs, _ = plain_logprobs(model, prefix, tokens, lengths, 0.7)
+    values = plain_scores(value_model, prefix, tokens, lengths, before=True)
+    reference, _ = plain_logprobs(other, prefix, tokens, lengths, 0.7)
+    A, R = torch.zeros(logprobs.shape), torch.zeros(logprobs.shape)
+    used = torch.zeros(logprobs.shape)
+    std = (2 / 3) ** 0.5  # of 3, 1, 2
+    for n, T in enumerate(lengths.flatten().tolist()):
+        if not ok[n // 3]:
+            continue
+        ended = tokens.view(12, -1)[n, T - 1] == eos
+        score = ([3.0, 1.0, 2.0][n % 3] - 2) / std - (0 if ended else 2) - 0.5 * T / 6
+        V, kl = [*values[n, :T].tolist(), 0.0], (logprobs - reference)[n].tolist()
+        for i in range(T):
+            r = [-0.3 * kl[k] + (score if k == T - 1 else 0) for k in range(T)]
+            A[n, i] = sum((0.9 * 0.8) ** (k - i) * (r[k] + 0.9 * V[k + 1] - V[k]) for k in range(i, T))
+            R[n, i], used[n, i] = A[n, i] + V[i], 1
+    assert Counter(lengths.flatten().tolist()).keys() - {6} and used.sum() < (tokens >= 0).sum()  # ragged
+    real = A[used == 1]
+    white = (A - real.mean()) / real.std(unbiased=False) * used
+    policy_term, value_term = -white * logprobs, 0.5 * (values - R).square() * used
+    for k, loss, network, names in ((0, policy_term.sum() / used.sum(), model, policy_names),
+                                    (1, value_term.sum() / used.sum(), value_model, value_names)):
+        named = dict(network.named_parameters())
+        expected = torch.autograd.grad(loss, [named[n] for n in names])
+        ours, theirs = (torch.cat([g.flatten() for g in grads]).double() for grads in (seen[k], expected))
+        assert theirs.norm() > 0.01 and (ours - theirs).norm() < 2e-4 * theirs.norm(), k
+
+
+def test_pad_may_be_eos(world, policy, monkeypatch):
+    """Masks come from lengths: with another pad token, in prompts and behind answers, not a number changes."""
+    for name in ("word", "eos"):
+        start = world / f"runs/sft/pad_{name}/final"
+        shutil.copytree(policy.parent, start.parent)
+        model, processor = load_model(policy)
+        eos = processor.tokenizer.eos_token
+        word = processor.tokenizer.tokenize("what")[0]
+        processor.tokenizer.pad_token = eos if name == "eos" else word
+        assert (processor.tokenizer.pad_token_id == processor.tokenizer.eos_token_id) == (name == "eos")
+        save_model(model, processor, start)
+        main_of(monkeypatch, world, *SHORT, "--model", start, "--name", f"pad_{name}")
+    a, b = (world / f"runs/ppo_rlaif/pad_{name}_s0" for name in ("word", "eos"))
+    assert rows(a) == rows(b) and all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values()))
+
+
+def test_the_value_model_starts_from_the_reward_model(world, policy, reward_model, monkeypatch):
+    """Its head is rescaled with the scores: at an answer's end it says the normalised score of the first batch."""
+    seen = {}
+
+    def score(self, clips, questions, answers):
+        seen["asked"] = clips, questions, answers
+        seen["scores"] = original(self, clips, questions, answers)
+        return seen["scores"]
+
+    def stop_there(self, mean, gain):
+        rescale(self, mean, gain)
+        seen["roles"], seen["normal"] = self, (mean, gain)
+        sys.exit("enough")
+
+    original, rescale = RewardModelOracle.score, Roles.rescale_head
+    monkeypatch.setattr(RewardModelOracle, "score", score)
+    monkeypatch.setattr(Roles, "rescale_head", stop_there)
+    with pytest.raises(SystemExit, match="enough"):
+        main_of(monkeypatch, world, *SHORT, "--oracle", "reward_model", "--reward_model", reward_model, "--name", "rm")
+    roles, (scores, _), (mean, gain) = seen["roles"], seen["scores"], seen["normal"]
+    near(((scores - mean) * gain).mean(), 0.0, 1e-5)
+    near(((scores - mean) * gain).std(unbiased=False), 1.0, 1e-5)
+    clips, questions, answers = seen["asked"]
+    cache = FeatureCache(roles.value, roles.processor, world / "cache")
+    prefix = Prefix.build(roles.processor, cache, questions, clips)
+    tokens, lengths = reply_tokens(roles.processor, answers, "cpu")
+    with torch.no_grad():
+        values = token_scores(roles.value, prefix, tokens, lengths).view(tokens.shape)
+    near(values.gather(-1, lengths.unsqueeze(-1) - 1).squeeze(-1), (scores - mean) * gain, 1e-4)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_lora_is_one_network_in_four_roles(world, policy, reward_model, monkeypatch, capfd, quantize):
+    seen = []
+
+    class Seen(Roles):
+        def __init__(self, *args):
+            super().__init__(*args)
+            seen.append(self)
+    monkeypatch.setattr(ppo_rlaif, "Roles", Seen)
+    loads = []
+    monkeypatch.setattr("roles.load_model", lambda *a, **k: loads.append(a) or load_model(*a, **k))
+    monkeypatch.setattr("oracle.load_model", lambda *a, **k: pytest.fail("a second network"))
+    name = f"lora_{quantize}"
+    main_of(monkeypatch, world, *SHORT, "--oracle", "reward_model", "--reward_model", reward_model, "--lora_r", "4",
+            "--quantize", quantize, "--lr", "1e-2", "--name", name)
+    assert "one base network: policy, value, reward, reference" in capfd.readouterr().out
+    assert len(loads) == 1 and len(seen) == 1
+    folder = world / f"runs/ppo_rlaif/{name}_s0"
+    first, second = rows(folder)
+    assert first["objective/kl"] == 0 != second["objective/kl"]
+    assert first["objective/score"] != second["objective/score"] and first["val/value"] != 0
+    changed = moved(policy, folder)
+    assert changed and all(n.startswith("language_model.") and n.endswith("proj.weight") for n in changed)
+    assert {p.name for p in (folder / "adapter").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+    assert not (folder / "adapter/value").exists() and not (folder / "adapter/reward").exists()
+
+
+def test_roles_take_turns(policy, reward_model):
+    """Training one role leaves the others as they are, and the reward adapter scores as the reward model does."""
+    args = Args(oracle="reward_model", reward_model=str(reward_model), model=str(policy), lora_r=4)
+    torch.manual_seed(0)
+    roles = Roles(args, None, "cpu")
+    assert roles.policy is roles.value and set(roles.adapters) == {"policy", "value", "reward"}
+    names = {role: set(params) for role, params in roles.params.items()}
+    assert not names["policy"] & names["value"] and not any("reward" in n for ns in names.values() for n in ns)
+    assert any("score_head" in n for n in names["value"]) and not any("score_head" in n for n in names["policy"])
+    before = {n: p.detach().clone() for n, p in roles.policy.named_parameters()}
+    ids = t([[5, 6, 7]])
+    prefix = Prefix(ids, torch.ones_like(ids), None, None)
+    tokens, lengths = t([[[8, 9], [9, 2]]]), t([[2, 1]])
+    with roles.as_("reward") as model, torch.no_grad():
+        ours = token_scores(model, prefix, tokens, lengths)
+    whole = load_model(reward_model)[0]
+    near(ours, token_scores(whole, prefix, tokens, lengths).detach(), 1e-4)
+    with roles.as_("value") as model:
+        near(token_scores(model, prefix, tokens, lengths).detach(), ours, 1e-4)
+        token_scores(model, prefix, tokens, lengths).sum().backward()
+    graded = {n for n, p in roles.policy.named_parameters() if p.grad is not None}
+    assert graded and graded <= names["value"]
+    optimizer = torch.optim.SGD([p for params in roles.params.values() for p in params.values()], lr=1.0)
+    optimizer.step()
+    assert {n for n, p in roles.policy.named_parameters() if not torch.equal(p, before[n])} <= names["value"]
+    with roles.as_("reward") as model, torch.no_grad():
+        assert torch.equal(token_scores(model, prefix, tokens, lengths), ours)
+
+
+def test_an_adapter_of_another_base_is_refused(world, policy, reward_model, monkeypatch, tmp_path):
+    assert adapter_of(reward_model, policy) == reward_model.parent / "adapter"
+    assert adapter_of(reward_model.parent / "adapter", policy) == reward_model.parent / "adapter"
+    assert adapter_of(reward_model, tmp_path) is None and adapter_of(tmp_path, policy) is None
+    with pytest.raises(SystemExit) as stop:
+        main_of(monkeypatch, world, *SHORT, "--value_model", policy, "--lora_r", "4", "--name", "wrong_base")
+    assert "--value_model" in str(stop.value) and "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("flags", [["--value_model", "nowhere"], ["--model", "nowhere"], ["--data", "nowhere.json"],
+                                   ["--oracle", "reward_model", "--reward_model", "nowhere"]])
+def test_missing_files_are_one_line(world, policy, monkeypatch, flags):
+    with pytest.raises(SystemExit) as stop:
+        main_of(monkeypatch, world, *SHORT, *flags, "--name", f"missing{len(' '.join(flags))}")
+    assert "nowhere" in str(stop.value) and "\n" not in str(stop.value)
+
+
+# --- the early stop --------------------------------------------------------------------------------------------------
+def test_the_best_policy_is_kept_and_patience_ends(tmp_path, monkeypatch):
+    """Margins 0, .3, .2, .3, .1 every 10 steps, patience 2: the second is the best, the fourth is no progress."""
+    class FakeRoles:
+        processor, saved = None, []
+
+        @contextmanager
+        def as_(self, name):
+            yield None
+        reference = lambda self: self.as_("")
+        save_policy = lambda self, file: self.saved.append(file.name)
+
+    margins = iter([0.0, 0.3, 0.2, 0.3, 0.1])
+    monkeypatch.setattr("evaluate.answer", lambda model, processor, cache, records: ["a"] * len(records))
+    # the second question cannot be scored and must not count
+    fake = lambda clips, questions, answers: (t([[next(margins) + 1, 1.0], [9.0, 0.0]]), t([True, False]))
+    monkeypatch.setattr(ppo_rlaif, "make_oracle", lambda *_: type("O", (), {"score": staticmethod(fake)}))
+    args = Args(oracle="reference", stop_oracle="context", patience=2, eval_steps=10)
+    roles, state, log = FakeRoles(), dict(best=None, best_step=0), harness.Log(tmp_path, 100, 0, 0)
+    records = [dict(clip=None, question="q", answer=a) for a in ("a", None)]
+    validate = Validation(args, records, roles, None, "cpu")
+    stops = [validate(log, roles, step, state, tmp_path, 0) for step in (0, 10, 20, 30, 40)]
+    assert stops == [False, False, False, True, True]
+    assert state["best_step"] == 10 and state["best"] == pytest.approx(0.3) and len(roles.saved) == 2
+    assert log.sums["eval/accuracy"] == (5.0, 5.0)  # only what has a label
+
+
+def test_a_policy_that_only_gets_worse_ends_as_the_start(world, policy, monkeypatch):
+    """By its oracle, that is: here one that finds every change bad."""
+    monkeypatch.setattr("oracle.ReferenceOracle.score", lambda self, clips, questions, answers: (
+        t([[-1.0 * (a != group[-1]) for a in group] for group in answers]), torch.ones(len(clips), dtype=torch.bool)))
+    flags = ["--steps", "5", "--eval_data", "data/moving_shapes/val.json", "--eval_questions", "5", "--eval_steps", "1",
+             "--patience", "2", "--stop_oracle", "reference", "--random_reward", "True", "--lr", "3e-2"]
+    main_of(monkeypatch, world, *PPO, *flags, "--name", "worse")
+    folder = world / "runs/ppo_rlaif/worse_s0"
+    assert [row["step"] for row in rows(folder)] == [0, 1, 2] and set(rows(folder)[-1]) == {
+        "step", "eval/accuracy", "eval/margin"}
+    assert rows(folder)[2]["eval/margin"] < 0 and not moved(policy, folder)
+
+
+# --- processes and interruptions -------------------------------------------------------------------------------------
+ALL = ["--eval_data", "data/moving_shapes/val.json", "--eval_questions", "5", "--eval_steps", "2", "--target_kl", "0.1",
+       "--kl_horizon", "100", "--random_reward", "True", "--value_warmup", "1"]
+STOP = ["--stop_oracle", "judge", "--patience", "9", "--oracle_model", "runs/sft/policy_s0/final"]
+
+
+def test_two_processes_equal_one(world, policy, monkeypatch):
+    flags = [*PPO, *ALL, *STOP, "--steps", "3", "--prompts_per_step", "8"]
+    main_of(monkeypatch, world, *flags, "--name", "one")
+    flags = [f if last != "--micro_batch_size" else "3" for last, f in zip(["", *flags], flags)]  # nor may this show
+    run(world, "torchrun", "--nproc_per_node=2", *flags, "--name", "two")
+    one, two = (world / f"runs/ppo_rlaif/{name}_s0" for name in ("one", "two"))
+    assert [json.loads((f / "args.json").read_text())["world_size"] for f in (one, two)] == [1, 2]
+    assert len(rows(one)) == len(rows(two)) == 4
+    for a, b in zip(rows(one), rows(two)):
+        assert a.keys() == b.keys() and len(a) >= (3 if a["step"] == 3 else 20)
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), f"step {a['step']}: {key}"
+    first, second, start = weights(one), weights(two), load_file(policy / "model.safetensors")
+    far = max((first[k] - start[k]).abs().max().item() for k in first)
+    apart = max((first[k] - second[k]).abs().max().item() for k in first)
+    assert apart <= 0.05 * far  # far 0: the start was best; Adam makes a whole step of a tiny gradient's sign
+
+
+SUICIDE = """
+import os, signal, sys
+import harness, ppo_rlaif
+plain, sys.argv = harness.Log.step, sys.argv[1:]
+harness.Log.step = lambda log, step, show: os.kill(os.getpid(), signal.SIGKILL) if step == 5 else plain(log, step, show)
+ppo_rlaif.main(harness.parse_args(ppo_rlaif.Args))
+"""
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_killed_and_resumed_equals_uninterrupted(world, policy, monkeypatch, lora):
+    flags = [*PPO, *ALL, "--steps", "7", "--save_steps", "2", *(["--lora_r", "4", *STOP] if lora else [])]
+    whole, broken = (world / f"runs/ppo_rlaif/{name}{lora}_s0" for name in ("whole", "broken"))
+    if lora:  # interrupted in this process: a second start costs seconds
+        class Killed(BaseException):
+            pass
+
+        def killed(self, step, show, plain=harness.Log.step):
+            if step == 5:
+                raise Killed
+            return plain(self, step, show)
+        with monkeypatch.context() as m, pytest.raises(Killed):
+            m.setattr(harness.Log, "step", killed)
+            main_of(m, world, *flags, "--name", f"broken{lora}")
+    else:
+        command = [sys.executable, "-c", SUICIDE, *flags, "--name", f"broken{lora}"]
+        env = {**os.environ, "PYTHONPATH": str(REPO)}
+        done = subprocess.run(command, cwd=world, env=env, capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    saved = [p.name for p in broken.glob("checkpoint-*") if p.suffix != ".tmp"]
+    assert len(saved) == 1 and saved[0] == "checkpoint-4"
+    main_of(monkeypatch, world, *flags, "--name", f"broken{lora}", "--resume")
+    main_of(monkeypatch, world, *flags, "--name", f"whole{lora}")
+    assert rows(broken) == rows(whole) and len(rows(whole)) == 8
+    coefs = [row["charts/kl_coef"] for row in rows(whole)[:7]]
+    assert len(set(coefs)) == 7 and coefs[0] == 0.05  # the controller's state counts
+    a, b = weights(whole), weights(broken)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert lora or moved(policy, whole)
+    assert (whole / "samples.jsonl").read_text() == (broken / "samples.jsonl").read_text()
