@@ -178,7 +178,8 @@ class ApiClient:
     def request(self, sent):
         """One reply, however many attempts it takes within the limits. Raises ApiError."""
         for attempt in range(self.max_retries + 1):
-            time.sleep(max(0.0, self.not_before - time.monotonic()))
+            while (wait := self.not_before - time.monotonic()) > 0:  # another thread was told to wait
+                time.sleep(wait)
             began = time.monotonic()
             try:
                 with self.slots:

@@ -347,7 +347,8 @@ class MeanRankOracle:
 
     @property
     def counters(self):
-        return sum((Counter(getattr(rater, "counters", {})) for rater in self.raters.values()), Counter())
+        counts = [rater.counters for rater in self.raters.values() if hasattr(rater, "counters")]
+        return {key: sum(c[key] for c in counts) for key in COUNTERS} if counts else {}
 
     def score(self, videos, questions, answers):
         scores, oks = zip(*(rater.score(videos, questions, answers) for rater in self.raters.values()))

@@ -369,12 +369,15 @@ class Says:
 
 
 def test_raters_are_averaged_by_mean_place_and_masked_together():
-    one = Says([[3.0, 2, 1], [1, 2, 3], [0, 0, 0]], [True, True, False], requests=3, masked_no_json=1)
+    zero = dict.fromkeys(oracle.COUNTERS, 0)
+    one = Says([[3.0, 2, 1], [1, 2, 3], [0, 0, 0]], [True, True, False], **zero | dict(requests=3, masked_no_json=1))
     two = Says([[0.0, 9, -9], [1, 2, 3], [1, 2, 3]], [True, False, True])
     both = MeanRankOracle({"one": one, "two": two})
     ranks, ok = both.rank(None, None, None)
     assert ranks[0].tolist() == [0, 0, 2] and ok.tolist() == [True, False, False]
-    assert both.counters["requests"] == 3 and both.counters["masked_no_json"] == 1
+    assert both.counters == zero | dict(requests=3, masked_no_json=1)
+    one.counters = zero  # a process that asked nothing logs zeros, not nothing: all processes log the same keys
+    assert both.counters == zero and MeanRankOracle({"two": two}).counters == {}
     points, ok = both.aspects(None, None, None)
     assert points[0, :, 2].tolist() == [1.5, 5.5, -4] and ok.tolist() == [True, False, False]
 
