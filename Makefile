@@ -18,7 +18,7 @@ POLICY = --data $(WORLD)/train.json --num_clips 40 --batch_size 16
 	touch $@
 
 test: .venv/done
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 demo: export OMP_NUM_THREADS = 1
 demo: .venv/done
