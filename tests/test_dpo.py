@@ -1,0 +1,313 @@
+"""dpo_iter_w2s.py and preference_zoo.py: pairs and equations by hand, every stage killed and resumed, two ranks."""
+
+import copy
+import json
+import math
+import shutil
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run
+from inside import main_of
+from safetensors.torch import load_file
+from test_video_llm import lively, plain_logprobs
+
+import dpo_iter_w2s
+import harness
+import preference_zoo
+from data import Clip, FeatureCache
+from dpo_iter_w2s import (
+    Args,
+    best_and_worst,
+    cap_share,
+    choose_alpha,
+    dpo_loss,
+    extrapolated,
+    go_to,
+    lr_at,
+    make_pairs,
+    questions_of,
+    way_of,
+)
+from preference_zoo import in_parts, score
+from preferences import read_preferences
+from video_llm import Prefix, VideoLLM, add_lora, load_model, merged, reference_of, token_logprobs
+
+SMALL = ["--samples", "3", "--oracle", "reference", "--questions", "12", "--steps", "4", "--prompts_per_step", "4",
+         "--micro_batch_size", "2", "--max_new_tokens", "6", "--eval_questions", "6", "--eval_steps", "3",
+         "--save_steps", "2", "--min_gap", "0", "--alphas", "0.5", "--lr", "1e-3"]  # fmt: skip
+SELF = ["--zoo", "policy", *SMALL]
+
+
+def near(a, b, tolerance=1e-6):
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def rows(file):
+    lines = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in lines]
+
+
+def same_weights(a, b):
+    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+def test_dpo_loss_and_gradient_by_hand():
+    """beta 1/2. Pair 1: ratios +1 and 0, margin +.5: log(1 + e^-.5) = .4740770, sigmoid(-.5) = .3775407.
+    Pair 2: ratios -1 and +1, margin -1: log(1 + e) = 1.3132617, sigmoid(1) = .7310586."""
+    logps = torch.tensor([[-1.0, -2.0], [-3.0, -1.0]], requires_grad=True)
+    loss, rewards = dpo_loss(logps, torch.full((2, 2), -2.0), 0.5)
+    near(loss, [0.4740770, 1.3132617])
+    near(rewards, [[0.5, 0.0], [-0.5, 0.5]])
+    loss.sum().backward()
+    # beta times the probability of the wrong order: chosen up (the loss falls as it rises), rejected down
+    near(logps.grad, [[-0.1887703, 0.1887703], [-0.3655293, 0.3655293]])
+
+
+def test_dpo_loss_at_the_reference():
+    logps = torch.randn(5, 2)
+    loss, rewards = dpo_loss(logps, logps, 0.1)
+    near(loss, [math.log(2)] * 5)
+    assert (rewards == 0).all()
+
+
+def test_dpo_loss_far_away_is_finite():
+    logps = torch.tensor([[0.0, -1e4], [-1e4, 0.0]], requires_grad=True)
+    loss, _ = dpo_loss(logps, torch.zeros(2, 2), 1.0)
+    near(loss, [0.0, 1e4])
+    loss.sum().backward()
+    near(logps.grad, [[0, 0], [-1, 1]])
+
+
+def test_learning_rate_starts_again_in_each_iteration():
+    args = Args(steps=100, lr=2.0)
+    near([lr_at(s, args) for s in (0, 4, 9, 50, 99)], [0.2, 1.0, 1.82, 1.0, 0.02], 1e-12)
+
+
+# --- extrapolation ---------------------------------------------------------------------------------------------------
+def test_extrapolation_by_hand():
+    theta, theta_ref = torch.tensor([3.0, -1.0]), torch.tensor([1.0, 1.0])
+    near(extrapolated(theta, theta_ref, 0.5), [4.0, -2.0])
+    near(extrapolated(theta, theta_ref, 2), [7.0, -5.0])
+    near(extrapolated(theta, theta_ref, -0.5), [2.0, 0.0])  # half of the way back
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extrapolation_is_exact_at_both_ends(dtype):
+    generator = torch.Generator().manual_seed(0)
+    theta, theta_ref = ((torch.randn(1000, generator=generator) * 10 ** torch.randn(1000, generator=generator)).to(dtype)
+                        for _ in range(2))
+    assert torch.equal(extrapolated(theta, theta_ref, 0.0), theta)
+    assert torch.equal(extrapolated(theta, theta_ref, -1.0), theta_ref)
+
+
+def test_extrapolation_of_bfloat16_weights_is_rounded_once():
+    """256 + 0.3 (256 - 101) = 302.5; in bfloat16 the product is rounded before the sum: 256 + 46.5 gives 302 there too,
+    so the case is one where the two differ, found by search over whole numbers."""
+    values = torch.arange(1, 257, dtype=torch.float32)
+    theta, theta_ref = values.bfloat16().repeat(256), values.bfloat16().repeat_interleave(256)
+    exact = (theta.double() + 0.3 * (theta.double() - theta_ref.double()))
+    ours, coarse = extrapolated(theta, theta_ref, 0.3), theta + 0.3 * (theta - theta_ref)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.double() - exact).abs().mean() < 0.8 * (coarse.double() - exact).abs().mean()
+    off = (ours.double() - exact.float().bfloat16().double()).abs() > 0  # ties of the last rounding alone
+    assert off.float().mean() < 0.01
+
+
+def some_prefix(model, processor, world, cache, n=2):
+    clips = [Clip(str(p)) for p in sorted((world / "data/moving_shapes/videos/train").glob("*.mp4"))[:n]]
+    return Prefix.build(processor, FeatureCache(model, processor, cache), ["what moves?"] * n, clips)
+
+
+def test_for_lora_scaling_the_delta_is_extrapolating_the_merged_weights(world, policy, tmp_path):
+    torch.manual_seed(0)
+    model, processor = load_model(policy)
+    prefix = some_prefix(model, processor, world, tmp_path / "cache")
+    tokens, lengths = torch.randint(5, 60, (2, 2, 4)), torch.tensor([[4, 3], [2, 4]])
+    base = copy.deepcopy(model)
+    tuned = lively(add_lora(model, 4, 8), seed=3)
+    # `lively` moved the base as well: put it back, only the adapter is what training moves
+    for (_, p), q in zip(((n, p) for n, p in tuned.named_parameters() if "lora_" not in n), base.parameters()):
+        p.data.copy_(q)
+    tuned.save_pretrained(tmp_path / "adapter")
+    processor.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(policy)}))
+    whole = merged(tmp_path / "adapter")  # theta_k
+    apart = max((p - q).abs().max().item() for p, q in zip(whole.parameters(), base.parameters()))
+    assert apart > 0.01
+    before = token_logprobs(tuned, prefix, tokens, lengths)[0]
+    near(token_logprobs(whole, prefix, tokens, lengths)[0], before, 1e-4)
+
+    way = way_of(tuned, reference_of(tuned))
+    assert len(way) == 21  # the B of every linear layer of the decoder, and nothing else
+    theta, theta_ref = dict(whole.named_parameters()), dict(base.named_parameters())
+    for alpha in (0.5, -1.0):
+        go_to(way, alpha)
+        expected = copy.deepcopy(base)
+        for name, p in expected.named_parameters():
+            p.data.copy_(extrapolated(theta[name], theta_ref[name], alpha))
+        ours = token_logprobs(tuned, prefix, tokens, lengths)[0]
+        near(ours, token_logprobs(expected, prefix, tokens, lengths)[0], 1e-4)
+        assert (ours - before).abs().max() > 1e-2
+    go_to(way, 0.0)
+    assert torch.equal(token_logprobs(tuned, prefix, tokens, lengths)[0], before)
+
+
+def test_the_way_of_all_weights_goes_there_and_back(policy):
+    model, _ = load_model(policy)
+    reference = reference_of(model)
+    start = copy.deepcopy(model.state_dict())
+    lively(model, seed=1)
+    end = copy.deepcopy(model.state_dict())
+    way = way_of(model, reference)
+    go_to(way, 1.0)
+    name = "projection.weight"
+    near(model.state_dict()[name], 2 * end[name].double() - start[name].double(), 1e-5)
+    go_to(way, -1.0)
+    assert all(torch.equal(v, start[k]) for k, v in model.state_dict().items())
+    go_to(way, 0.0)
+    assert all(torch.equal(v, end[k]) for k, v in model.state_dict().items())
+
+
+def test_choice_of_alpha():
+    assert choose_alpha([0, 0.3, 0.5, 1], [2.0, 2.5, 2.4, 1.0]) == 0.3
+    assert choose_alpha([0, 0.3, 0.5, 1], [2.0, 2.0, 1.0, 2.0]) == 0  # no better: stay
+    assert choose_alpha([0, -0.3, 0.5], [1.0, 2.0, 2.0]) == -0.3
+    assert Args(alphas=[1.0, 0.3]).alphas == [0.0, 0.3, 1.0]  # 0 always takes part
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+def group(answers, scores, sources=None, number=0):
+    aspects = [None if s is None else [s - 0.3, s + 0.3, s, s] for s in scores]
+    record = dict(id=f"q{number}", clip=Clip(f"{number}.mp4"), question="what?", answer="red")
+    return dict(record=record, answers=answers, scores=aspects, sources=sources or ["m"] * len(answers))
+
+
+@pytest.mark.parametrize("answers, scores, found", [
+    (["a b", "c", "d"], [1.0, 4.0, 2.5], ([1], [0])),
+    (["a", "c", "a", "d"], [1.0, 4.0, 1.0, 4.0], ([1, 3], [0, 2])),  # copies and ties stay candidates
+    (["red", "Red.", "the red"], [3.0, 3.0, 3.0], "one answer"),
+    (["red", "Red.", "the red"], [3.0, 1.0, 2.0], "one answer"),  # whatever the scores say
+    (["a", "b", "c"], [2.0, 2.0, 2.0], "all equal"),
+    (["a", "b", "c"], [2.0, 2.2, 2.4], "near-tie"),
+    (["a", "b", "c"], [2.0, 2.2, 2.5], ([2], [0])),  # the gap is just enough
+    (["a", "b", "c"], [None, 1.0, 4.0], ([2], [1])),  # what has no score is neither best nor worst
+    (["a", "b", "c"], [None, None, 4.0], "fewer than two scores"),
+    (["a", "b", "c"], [None, None, None], "fewer than two scores"),
+    ([None, "b", "b"], [None, 1.0, 1.0], "one answer"),
+])  # fmt: skip
+def test_best_and_worst(answers, scores, found):
+    assert best_and_worst(answers, scores, 0.5) == found
+
+
+def test_pairs_of_crafted_scores():
+    groups = [group(["a", "b", "c"], [1.0, 3.0, 2.0], ["x", "y", "z"], 0),
+              group(["a", "a", "c"], [4.0, 4.0, 2.0], ["y", "x", "z"], 1),  # y and x gave it: y has one already
+              group(["a", "a"], [4.0, 4.0], ["x", "y"], 2), group(["a", "b"], [4.0, 4.0], ["x", "y"], 3),
+              group(["a", "b"], [4.0, 3.9], ["x", "y"], 4), group(["a", "b"], [4.0, None], ["x", "y"], 5)]
+    pairs, dropped = make_pairs(groups, 0.5)
+    assert [(p["id"], p["chosen"], p["rejected"]) for p in pairs] == [("q0", "b", "a"), ("q1", "a", "c")]
+    assert [p["sources"] for p in pairs] == [dict(chosen="y", rejected="x"), dict(chosen="x", rejected="z")]
+    assert [p["margin"] for p in pairs] == [2.0, 2.0]
+    near(list(pairs[0]["scores"]["chosen"].values()), [2.7, 3.3, 3.0, 3.0])
+    assert dropped == {"one answer": 1, "all equal": 1, "near-tie": 1, "fewer than two scores": 1}
+    assert len(pairs) + sum(dropped.values()) == len(groups)
+
+
+def chosen_by(counts):
+    """Pairs of these sources; the gap of a source's n-th pair is n."""
+    return [dict(sources=dict(chosen=s), margin=float(n)) for s, k in counts.items() for n in range(1, k + 1)]
+
+
+@pytest.mark.parametrize("counts, share, kept", [
+    (dict(a=10, b=6, c=4), 0.5, dict(a=10, b=6, c=4)),  # exactly half is allowed
+    (dict(a=16, b=6, c=2), 0.5, dict(a=8, b=6, c=2)),
+    (dict(a=30, b=6, c=4), 0.4, dict(a=6, b=6, c=4)),  # .4 of the sum: 2/3 of the others' 10 is 6
+    (dict(a=9, b=9, c=2), 0.4, dict(a=2, b=2, c=2)),
+    (dict(a=9, b=1), 1.0, dict(a=9, b=1)),
+    (dict(a=9), 0.5, {}),
+])
+def test_no_source_gives_more_than_its_share(counts, share, kept):
+    pairs = cap_share(chosen_by(counts), share)
+    left = {s: [p["margin"] for p in pairs if p["sources"]["chosen"] == s] for s in counts}
+    if kept == dict(a=2, b=2, c=2):  # whichever goes first: all within the share, nothing of the smallest lost
+        assert pairs and all(len(v) <= share * len(pairs) for v in left.values()) and len(left["c"]) == 2
+        return
+    assert {s: len(v) for s, v in left.items() if v} == kept
+    for s, v in left.items():  # the surest pairs stay
+        assert sorted(v) == list(range(counts[s] - len(v) + 1, counts[s] + 1))
+
+
+def test_questions_of_the_iterations_are_new_ones():
+    args = Args(questions=4, seed=1)
+    first, second, third = (questions_of(k, 10, args) for k in (1, 2, 3))
+    assert len(set(first + second)) == 8 and sorted(set(first + second + third)) == list(range(10))
+    assert first == questions_of(1, 10, args) != questions_of(1, 10, Args(questions=4, seed=2))
+    assert sorted(questions_of(2, 3, args)) == [0, 1, 2]  # fewer than asked for: all of them
+
+
+# --- the zoo ---------------------------------------------------------------------------------------------------------
+def test_parts_are_continued_behind_the_last_whole_one(tmp_path):
+    file, asked = tmp_path / "x.jsonl", []
+    parts = [("a", [1, 2, 3], 2), ("b", [1, 2, 3], 1), ("b", [4], 1)]
+
+    def rows_of(what, items):
+        asked.append((what, list(items)))
+        return [[dict(what=what, item=i, n=n) for n in range(2 if what == "a" else 1)] for i in items]
+
+    whole = in_parts(file, parts, rows_of, 0, 1)
+    text = file.read_text()
+    assert [(r["what"], r["item"], r["n"]) for r in whole] == [
+        ("a", 1, 0), ("a", 1, 1), ("a", 2, 0), ("a", 2, 1), ("a", 3, 0), ("a", 3, 1), ("b", 1, 0), ("b", 2, 0),
+        ("b", 3, 0), ("b", 4, 0)]  # fmt: skip
+    for lines, again in ((10, []), (9, [("b", [4])]), (8, [("b", [1, 2, 3]), ("b", [4])]), (6, [("b", [1, 2, 3]),
+                         ("b", [4])]), (0, [("a", [1, 2, 3]), ("b", [1, 2, 3]), ("b", [4])])):  # fmt: skip
+        file.write_text("".join(text.splitlines(keepends=True)[:lines]))
+        asked.clear()
+        assert in_parts(file, parts, rows_of, 0, 1) == whole and asked == again and file.read_text() == text
+    file.write_text(text[:-5])  # half a line
+    asked.clear()
+    assert in_parts(file, parts, rows_of, 0, 1) == whole and asked == [("b", [4])] and file.read_text() == text
+
+
+def test_missing_answers_get_no_score():
+    class Oracle:
+        def aspects(self, videos, questions, answers):
+            self.seen = answers
+            return torch.arange(24.0).view(2, 3, 4) / 5, torch.tensor([True, False])
+
+    oracle = Oracle()
+    scores = score(oracle, [1, 2], ["p", "q"], [["a", None, ""], ["b", "c", "d"]])
+    assert oracle.seen == [["a", "a", "a"], ["b", "c", "d"]]  # a copy in its place is no new comparison
+    assert scores == [[[0.0, 0.2, 0.4, 0.6], None, None], [None] * 3]
+
+
+def test_the_embedded_zoo_sees_the_policys_labels_and_no_others(world, policy, monkeypatch, tmp_path):
+    import sft
+
+    (tmp_path / "data").symlink_to(world / "data")
+    shutil.copytree(policy.parent, tmp_path / "runs/sft/policy_s0")
+    monkeypatch.chdir(tmp_path)
+    built = []
+    monkeypatch.setattr(harness, "build_if_missing", lambda path, command, *rest: built.append((path, command)))
+    args = Args()
+    assert len(args.zoo) == 5 and args.zoo[0] == "policy"
+    preference_zoo.build_zoo(args, 0)
+    assert [path for path, _ in built] == args.zoo[1:]
+    labelled = json.loads((policy.parent / "labelled_clips.json").read_text())
+    for path, command in built:
+        flags = dict(zip(command[1:-1:2], command[2:-1:2]))
+        file = Path(flags["--data"])
+        assert {f"data/moving_shapes/{r['video']}" for r in json.loads(file.read_text())} == set(labelled)
+        monkeypatch.setattr(sys, "argv", command)
+        parsed = harness.parse_args(sft.Args)
+        assert f"runs/sft/{parsed.name}/final" == path and parsed.resume
+        assert parsed.seed != 0 and parsed.num_clips == 40
+    assert Args(model="elsewhere").zoo == ["policy"]
