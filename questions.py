@@ -13,7 +13,7 @@ import numpy as np
 import evaluate
 import harness
 from data import DataError, read_records, report_lines
-from oracle import DESCRIBE
+from oracle import DESCRIBE, build_oracle
 
 WORLD = "data/moving_shapes"
 POLICY_SFT = "--steps 100 --batch_size 16 --lr 1e-3"  # annealed; tuned on val.json, seeds 0-2: docs/grpo_rank.md
@@ -30,8 +30,7 @@ def build_embedded(args, rank):
         harness.build_if_missing(f"{WORLD}/clips.json", ["moving_shapes.py"], "under a minute", rank)
     if args.model == sft_start(args.seed):
         harness.build_if_missing(args.model, policy_sft_command(args.seed), "about a minute", rank)
-    if args.oracle != "reference" and args.oracle_model == "runs/sft/oracle/final":
-        harness.build_if_missing(args.oracle_model, ["sft.py", "--name", "oracle", "--resume"], "about 6 minutes", rank)
+    build_oracle(args, rank)
 
 
 def policy_sft_command(seed):

@@ -300,7 +300,7 @@ BAD_FLAGS = {
                   "--clip_range 1", "--temperature 0", "--lr -1", "--beta -0.1", "--quantize nf4", "--lora_r -1",
                   "--prompts_per_step 7", "--prompts_per_step 0", "--prompts_per_rank 8", "--micro_batch_size 0",
                   "--inner_epochs 0", "--eval_questions -1", "--resume --unknown", "--scale_advantages perhaps"],
-    "oracle": ["--G 0", "--G one", "--oracles god", "--questions -1", "--checkpoints x"],
+    "oracle": ["--G 0", "--G one", "--oracle god", "--questions -1", "--checkpoints x"],
     "evaluate": ["--runs", "--runs nowhere", "--run x", ""],
 }  # fmt: skip
 
