@@ -46,9 +46,10 @@ from transformers.hf_argparser import HfArg
 
 import evaluate
 import harness
+from api_oracle import ASPECTS, ApiError
 from data import DataError, FeatureCache, read_records, report_lines
-from oracle import ORACLES, make_oracle, normalize, token_f1
-from preference_zoo import ASPECTS, build_zoo, collect, default_zoo, name_of, score, write
+from oracle import SCORERS, OracleArgs, make_oracle, normalize, token_f1
+from preference_zoo import build_zoo, check_source, collect, default_zoo, name_of, score, write
 from preferences import read_preferences, write_preferences
 from questions import build_embedded, choose_questions, held_out_questions, question_indices, sft_start
 from video_llm import Prefix, add_lora, load_model, merged, reference_of, token_logprobs
@@ -60,12 +61,11 @@ PAIR_METRICS = ("losses/dpo", "rewards/chosen", "rewards/rejected", "rewards/acc
 
 
 @dataclass
-class Args:
+class Args(OracleArgs):  # --oracle, --oracle_model, --api_...: oracle.py, api_oracle.py
     # -- the paper's parts
     zoo: list[str] = HfArg(default_factory=list, help="who answers: policy, checkpoint folders, http://host/v1#model; "
                            "empty: policy and, in the embedded world, four relatives of it (D1)")
     samples: int = HfArg(default=2, help="answers of each source to a question; servers give one")
-    oracle: str = HfArg(default="context", help="who scores: context | judge: AI feedback; reference: token F1")
     min_gap: float = HfArg(default=0.5, help="least difference of a pair's scores, of 5 (D2)")
     max_share: float = HfArg(default=0.5, help="largest share of one source among the chosen answers (D2)")
     preferences: str = HfArg(default="", help="pairs of the first iteration out of files instead, comma-separated")
@@ -94,7 +94,6 @@ class Args:
     eval_questions: int = HfArg(default=500, help="how many of them")
     eval_steps: int = HfArg(default=25, help="steps between evaluations")
     model: str = HfArg(default="", help="the SFT start; empty: runs/sft/policy_s<seed>/final, built if missing")
-    oracle_model: str = HfArg(default="runs/sft/oracle/final", help="the judging model, built if missing")
     # -- plumbing
     stage: str = HfArg(default="all", help="build: stop when the first iteration's pairs are written | all")
     name: str = HfArg(default="context", help="run name: runs/dpo_iter_w2s/<name>_s<seed>")
@@ -104,11 +103,13 @@ class Args:
     resume: bool = HfArg(default=False, help="continue the run of this name where it stopped")
 
     def __post_init__(self):
-        for flag, allowed in (("oracle", ORACLES), ("stage", ("build", "all")), ("quantize", ("none", "nf4"))):
-            if getattr(self, flag) not in allowed:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: choose one of {', '.join(allowed)}")
-        if self.quantize == "nf4" and not self.lora_r:
-            raise ValueError("--quantize nf4 needs --lora_r")
+        super().__post_init__()
+        if not set(self.raters) <= set(SCORERS):
+            raise ValueError(f"--oracle {self.oracle}: those that score four aspects are {', '.join(SCORERS)}")
+        if self.stage not in ("build", "all"):
+            raise ValueError(f"--stage {self.stage}: choose build or all")
+        if self.quantize not in ("none", "nf4") or self.quantize == "nf4" and not self.lora_r:
+            raise ValueError(f"--quantize {self.quantize}: choose none, or nf4 with --lora_r")
         for flag, low in (("samples", 1), ("min_gap", 0), ("iterations", 1), ("questions", 1), ("steps", 1),
                           ("prompts_per_step", 1), ("micro_batch_size", 1), ("max_prompt_tokens", 1),
                           ("max_new_tokens", 1), ("eval_questions", 0), ("eval_steps", 1), ("save_steps", 1),
@@ -123,6 +124,8 @@ class Args:
             raise ValueError("--beta, --temperature and --lr must be above 0")
         self.model = self.model or sft_start(self.seed)
         self.zoo = self.zoo or default_zoo(self.model, self.seed)
+        for source in self.zoo:
+            check_source(source)
         names = [name_of(source) for source in self.zoo]
         if len(set(names)) < len(names):
             raise ValueError(f"--zoo: two sources are called {Counter(names).most_common(1)[0][0]}")
@@ -250,13 +253,14 @@ def main(args):
         if pairs_of > 1 or not given:
             sources = {name_of(s): start_of(pairs_of) if s == "policy" else s for s in args.zoo}
             which = questions_of(pairs_of, len(records), args)
-            groups = collect(stage(pairs_of), pairs_of, sources, records, which, oracle, args, device, rank, world)
+            with harness.one_line_errors(ApiError, OSError):
+                groups = collect(stage(pairs_of), pairs_of, sources, records, which, oracle, args, device, rank, world)
             found, dropped = make_pairs(groups, args.min_gap)
             pairs = cap_share(found, args.max_share) if len(sources) > 1 else found
             dropped["over --max_share"] = len(found) - len(pairs)
             if rank == 0 and pairs_of == k:
                 write_preferences(stage(k) / "preferences.json", pairs, "trl")
-                write_card(stage(k), k, pairs, dropped, groups, cache.processor)
+                write_card(stage(k), k, pairs, dropped, groups, cache.processor, getattr(oracle, "counters", {}))
         if len(pairs) < args.prompts_per_step:
             sys.exit(f"iteration {k}: {len(pairs)} pairs, fewer than --prompts_per_step {args.prompts_per_step}")
         if args.stage == "build":
@@ -319,7 +323,9 @@ def main(args):
             curve.append({"alpha": alpha} | all_means(row | rewards_on(pairs[:192][rank::world], logps_of, model,
                                                                        reference, args)))
             answers.append(texts)
-        for row, mine in zip(curve, oracle_scores(oracle, evals[rank::world], answers)):
+        with harness.one_line_errors(ApiError):
+            scores = oracle_scores(oracle, evals[rank::world], answers)
+        for row, mine in zip(curve, scores):
             row |= all_means({"score": mine})
         alpha = choose_alpha(args.alphas, [row.get("score", 0.0) for row in curve])
         go_to(way, alpha)
@@ -427,8 +433,8 @@ def open_data(args, folder, rank, world, device):
         records, evals = choose_questions(args, records, report, cache, folder, rank, world)
     else:
         evals = held_out_questions(args, cache, folder, rank, world)
-    with harness.one_line_errors(OSError):
-        oracle = make_oracle(args.oracle, records + evals, args.oracle_model, args.cache, str(device))
+    with harness.one_line_errors(DataError, OSError):
+        oracle = make_oracle(args, records + evals, str(device))
     return records, given, evals, oracle, cache
 
 
@@ -477,7 +483,7 @@ def write_curve(folder, k, chosen, curve):
               + (" <- chosen" if row["alpha"] == chosen else ""), flush=True)
 
 
-def write_card(folder, k, pairs, dropped, groups, processor):
+def write_card(folder, k, pairs, dropped, groups, processor, cost):
     """data_card.json and .md: what is in the pairs. Labels, where the questions have some, are read here alone."""
     truth = {g["record"]["id"]: g["record"]["answer"] for g in groups}
     mean = lambda values: round(sum(values) / max(len(pairs), 1), 4)
@@ -492,6 +498,7 @@ def write_card(folder, k, pairs, dropped, groups, processor):
             token_f1=mean([token_f1(p[side], truth[p["id"]]) for p in pairs]))
     decided = [c for c, r in zip(right["chosen"], right["rejected"]) if c != r]
     card["right_before_wrong"] = dict(share=round(sum(decided) / max(len(decided), 1), 4), pairs=len(decided))
+    card["oracle"] = {key: round(n, 1) for key, n in cost.items()}  # requests, tokens and refusals of a server
     write(folder / "data_card.json", json.dumps(card, indent=1) + "\n")
     listed = lambda counts: ", ".join(f"{name} {n}" for name, n in counts.items() if n) or "none"
     rows = [("questions", card["questions"]), ("answers", f"{card['answers']} ({card['no_answer']} empty or missing)"),

@@ -19,7 +19,9 @@ Paper  [W] Iter-W2S-RLAIF / MMAIP-V, arXiv:2411.16201, Sec. 3.1
 
 import json
 import os
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -27,12 +29,12 @@ import numpy as np
 import torch
 
 import harness
+from api_oracle import ApiClient, ApiError, check_url, frames_as_urls, message
 from data import FeatureCache
 from questions import POLICY_SFT, WORLD, sft_start
 from video_llm import Prefix, generate, load_model, unwrap
 
 PART = 48  # questions
-ASPECTS = ("relevance", "accuracy", "detail", "clarity")  # [W Sec. 3.1]
 RELATIVES = {"init": "", "flat": "--curriculum off", "early": "--steps 50", "frames4": "--num_frames 4"}
 
 
@@ -70,7 +72,19 @@ def name_of(source):
 
 
 def is_server(source):
-    return source.startswith(("http://", "https://"))
+    return "://" in source
+
+
+def check_source(source):
+    """ValueError with one line for a server's address that is none."""
+    if is_server(source):
+        url, _, model = source.partition("#")
+        try:
+            check_url(url)
+        except ValueError as e:
+            raise ValueError(f"--zoo {url}: {str(e).removeprefix('--api_url: ')}") from None
+        if not model:
+            raise ValueError(f"--zoo {url}: name the model behind the address: http://host/v1#model")
 
 
 class Checkpoint:
@@ -90,6 +104,37 @@ class Checkpoint:
         tokens, lengths = generate(self.model, prefix, torch.from_numpy(uniforms), processor.tokenizer.eos_token_id,
                                    args.temperature)
         return processor.decode_answers(tokens, lengths)
+
+
+class Server:
+    """One greedy reply to a question; None, counted, where there is none. Its key: see api_oracle.py."""
+
+    def __init__(self, source, args, device):
+        url, _, model = source.partition("#")
+        self.client = ApiClient(url, model, args.cache, args.api_concurrency, args.api_timeout, args.api_retries)
+        self.args, self.missing = args, 0
+
+    def __call__(self, records, keys):
+        def ask(record):
+            q, args = record["question"], self.args
+            turns = [{"role": "user", "content": q}] if isinstance(q, str) else q
+            try:
+                images = frames_as_urls(record["clip"], args.api_frames, args.api_size)
+                text = self.client.ask(message(images, turns[0]["content"]) + turns[1:], args.max_new_tokens)
+                return [" ".join(text.split())]
+            except ApiError as e:
+                if e.fatal:
+                    raise
+                if not self.missing:
+                    print(f"a question is left without answer: {e}; more of the kind are only counted", file=sys.stderr)
+                self.missing += 1
+                return [None]
+
+        with ThreadPoolExecutor(self.client.concurrency) as pool:
+            try:
+                return list(pool.map(ask, records))
+            finally:
+                pool.shutdown(cancel_futures=True)  # where asking is futile the rest is not asked
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -141,7 +186,7 @@ def collect(folder, k, sources, records, which, oracle, args, device, rank, worl
     def answers_of(name, items):
         if name not in loaded:
             loaded.clear()  # one model of the zoo in memory at a time
-            loaded[name] = Checkpoint(sources[name], args, device)
+            loaded[name] = (Server if is_server(sources[name]) else Checkpoint)(sources[name], args, device)
         keys = [[args.seed, k, list(sources).index(name), i] for i in items]
         texts = loaded[name]([records[i] for i in items], keys)
         about = [dict(record=i, id=records[i]["id"], video=str(records[i]["clip"].path),
@@ -176,12 +221,6 @@ def score(oracle, clips, questions, answers):
     blank = [[not a for a in group] for group in answers]
     stand_in = [next((a for a in group if a), "") for group in answers]  # a copy costs the oracle nothing
     filled = [[a or s for a in group] for group, s in zip(answers, stand_in)]
-    aspects, ok = oracle_aspects(oracle, clips, questions, filled)  # (B,G,4), (B,)
+    aspects, ok = oracle.aspects(clips, questions, filled)  # (B,G,4), (B,)
     return [[None if not ok[b] or blank[b][g] else [round(x, 4) for x in aspects[b, g].tolist()]
              for g in range(len(group))] for b, group in enumerate(answers)]
-
-
-def oracle_aspects(oracle, clips, questions, answers):
-    """TODO(merge api): oracle.aspects."""
-    scores, ok = oracle.score(clips, questions, answers)
-    return (5 * scores).unsqueeze(-1).expand(-1, -1, len(ASPECTS)), ok

@@ -101,23 +101,25 @@ def test_extrapolation_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extrapolation_is_exact_at_both_ends(dtype):
     generator = torch.Generator().manual_seed(0)
-    theta, theta_ref = ((torch.randn(1000, generator=generator) * 10 ** torch.randn(1000, generator=generator)).to(dtype)
-                        for _ in range(2))
+    draw = lambda: torch.randn(1000, generator=generator)
+    theta, theta_ref = ((draw() * 10 ** draw()).to(dtype) for _ in range(2))
     assert torch.equal(extrapolated(theta, theta_ref, 0.0), theta)
     assert torch.equal(extrapolated(theta, theta_ref, -1.0), theta_ref)
 
 
 def test_extrapolation_of_bfloat16_weights_is_rounded_once():
-    """256 + 0.3 (256 - 101) = 302.5; in bfloat16 the product is rounded before the sum: 256 + 46.5 gives 302 there too,
-    so the case is one where the two differ, found by search over whole numbers."""
-    values = torch.arange(1, 257, dtype=torch.float32)
-    theta, theta_ref = values.bfloat16().repeat(256), values.bfloat16().repeat_interleave(256)
-    exact = (theta.double() + 0.3 * (theta.double() - theta_ref.double()))
-    ours, coarse = extrapolated(theta, theta_ref, 0.3), theta + 0.3 * (theta - theta_ref)
+    """1.0078125 lies one step of bfloat16 above 1: .3 of a step farther rounds back, .6 rounds up. From -1, .3 of the
+    way is .60234375, and 1.61015625 rounds to 1.609375."""
+    theta, one, minus = (torch.tensor([v], dtype=torch.bfloat16) for v in (1.0078125, 1.0, -1.0))
+    assert extrapolated(theta, one, 0.3).item() == 1.0078125 and extrapolated(theta, one, 0.6).item() == 1.015625
+    assert extrapolated(theta, minus, 0.3).item() == 1.609375
+    values = torch.arange(1, 257, dtype=torch.bfloat16)  # all whole numbers that bfloat16 holds
+    theta, theta_ref = values.repeat(256), values.repeat_interleave(256)
+    exact = theta.double() + 0.3 * (theta.double() - theta_ref.double())
+    right = lambda x: (x == exact.to(torch.bfloat16)).double().mean().item()
+    ours = extrapolated(theta, theta_ref, 0.3)
     assert ours.dtype == torch.bfloat16
-    assert (ours.double() - exact).abs().mean() < 0.8 * (coarse.double() - exact).abs().mean()
-    off = (ours.double() - exact.float().bfloat16().double()).abs() > 0  # ties of the last rounding alone
-    assert off.float().mean() < 0.01
+    assert right(ours) > 0.99 > right(theta + 0.3 * (theta - theta_ref))  # arithmetic in bfloat16 rounds thrice
 
 
 def some_prefix(model, processor, world, cache, n=2):
@@ -311,3 +313,122 @@ def test_the_embedded_zoo_sees_the_policys_labels_and_no_others(world, policy, m
         assert f"runs/sft/{parsed.name}/final" == path and parsed.resume
         assert parsed.seed != 0 and parsed.num_clips == 40
     assert Args(model="elsewhere").zoo == ["policy"]
+
+
+# --- the whole script ------------------------------------------------------------------------------------------------
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the code catches it."""
+
+
+@pytest.fixture(scope="module")
+def whole(world, policy):
+    """The uninterrupted run: two iterations, a zoo of two, alphas 0 and 0.5."""
+    second = world / "runs/sft/second_s0"
+    shutil.copytree(policy.parent, second)
+    model, processor = load_model(policy)
+    lively(model, seed=9).save_pretrained(second / "final")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(preference_zoo, "PART", 5)
+        main_of(monkeypatch, world, "dpo_iter_w2s.py", *ZOO, "--name", "whole")
+    return world / "runs/dpo_iter_w2s/whole_s0"
+
+
+ZOO = ["--zoo", "policy", "runs/sft/second_s0/final", *SMALL, "--max_share", "0.8"]
+
+
+def test_the_files_of_a_run(whole, world):
+    assert json.loads((whole / "args.json").read_text())["args"]["iterations"] == 2
+    assert isinstance(load_model(whole / "final")[0], VideoLLM) and not list(whole.rglob("*.tmp*"))
+    metrics = rows(whole / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(8))
+    assert [row["charts/iteration"] for row in metrics] == [1] * 4 + [2] * 4
+    for step in (0, 4):  # each iteration starts at its reference
+        assert metrics[step]["rewards/margins"] == metrics[step]["rewards/chosen"] == 0
+        assert metrics[step]["losses/dpo"] == pytest.approx(math.log(2), abs=1e-6)
+        assert metrics[step + 1]["rewards/margins"] != 0
+    assert [("eval/accuracy" in row and "eval/len" in row) for row in metrics] == [s % 3 == 0 for s in range(8)]
+    asked = []
+    for k in (1, 2):
+        folder = whole / f"iteration_{k}_s0"
+        answers, scores = rows(folder / "answers.jsonl"), rows(folder / "scores.jsonl")
+        assert len(answers) == 12 * 2 * 3 and len(scores) == 12 and all(len(r["scores"]) == 6 for r in scores)
+        assert [sum(r["source"] == s for r in answers) for s in ("policy", "second_s0")] == [36, 36]
+        asked.append({r["id"] for r in answers})
+        card = json.loads((folder / "data_card.json").read_text())
+        pairs, report = read_preferences([str(folder / "preferences.json")])
+        assert card["pairs"] == len(pairs) == 12 - sum(card["dropped"].values()) and not report["skipped"]
+        assert sum(card["chosen"]["sources"].values()) == sum(card["rejected"]["sources"].values()) == len(pairs)
+        assert max(card["chosen"]["sources"].values()) <= 0.8 * len(pairs)
+        assert (folder / "data_card.md").read_text().count("\n| ") > 10
+        told = {(r["id"], r["answer"]): s for i, r in enumerate(answers)
+                for s in [next(q["scores"] for q in scores if q["id"] == r["id"])]}
+        for p in pairs:
+            assert sum(p["scores"]["chosen"].values()) > sum(p["scores"]["rejected"].values())
+            assert list(p["scores"]["chosen"].values()) in told[p["id"], p["chosen"]]
+            assert p["answer"] is None  # no label leaves with the pairs
+        curve = json.loads((folder / "extrapolation.json").read_text())
+        assert [row["alpha"] for row in curve["curve"]] == [0, 0.5]
+        by_alpha = {row["alpha"]: row["score"] for row in curve["curve"]}
+        assert by_alpha[curve["chosen"]] == max(by_alpha.values())
+        assert curve["curve"][0]["rewards/margins"] != curve["curve"][1]["rewards/margins"]
+    assert not asked[0] & asked[1]
+    labelled = set(json.loads((world / "runs/sft/policy_s0/labelled_clips.json").read_text()))
+    assert not labelled & {r["video"] for r in answers}
+
+
+def test_the_result_is_the_extrapolated_model(whole, policy):
+    for k, before, after in ((1, policy, whole / "iteration_1_s0/final"),
+                             (2, whole / "iteration_1_s0/final", whole / "final")):
+        folder = whole / f"iteration_{k}_s0"
+        alpha = json.loads((folder / "extrapolation.json").read_text())["chosen"]
+        old, theta, new = (load_file(f / "model.safetensors") for f in (before, folder / "theta", after))
+        moved = [name for name in theta if not torch.equal(theta[name], old[name])]
+        assert moved and not any(name.startswith("vision_tower") for name in moved)
+        for name in theta:
+            near(new[name], theta[name].double() + alpha * (theta[name].double() - old[name].double()), 1e-5)
+
+
+def kill_at(monkeypatch, place):
+    """Let the n-th call of a function not come back, or not begin."""
+    module, name, n, before = place
+    function, calls = getattr(module, name), []
+
+    def call(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == n and before:
+            raise Killed
+        out = function(*args, **kwargs)
+        if len(calls) == n:
+            raise Killed
+        return out
+    monkeypatch.setattr(module, name, call)
+
+
+STAGES = {
+    "sampling": (preference_zoo, "generate", 3, False), "scoring": (preference_zoo, "score", 2, True),
+    "card": (dpo_iter_w2s, "write_card", 1, True), "training": (harness, "stop_if_not_finite", 4, True),
+    "before theta": (harness, "save_checkpoint", 2, True), "behind theta": (harness, "save_checkpoint", 2, False),
+    "choosing alpha": (dpo_iter_w2s, "choose_alpha", 1, False), "result": (dpo_iter_w2s, "save_result", 1, True),
+    "sampling again": (preference_zoo, "generate", 8, False),
+    "training again": (harness, "stop_if_not_finite", 8, True),
+    "last alpha": (dpo_iter_w2s, "choose_alpha", 2, False), "finish": (harness, "finish", 1, True)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_any_stage_and_resumed_equals_uninterrupted(world, whole, stage, monkeypatch):
+    monkeypatch.setattr(preference_zoo, "PART", 5)
+    name = stage.replace(" ", "_")
+    ours = world / f"runs/dpo_iter_w2s/{name}_s0"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, STAGES[stage])
+        main_of(patch, world, "dpo_iter_w2s.py", *ZOO, "--name", name)
+    assert not (ours / "final").exists()
+    for half in [*ours.glob("iteration_*/answers.jsonl"), *ours.glob("iteration_*/scores.jsonl")][-1:]:
+        if stage in ("sampling", "scoring", "sampling again"):
+            half.write_text(half.read_text() + '{"record": 3, "sou')  # and half of a line
+    main_of(monkeypatch, world, "dpo_iter_w2s.py", *ZOO, "--name", name, "--resume")
+    assert same_weights(whole / "final", ours / "final")
+    for k in (1, 2):
+        for file in ("answers.jsonl", "scores.jsonl", "preferences.json", "data_card.json", "extrapolation.json"):
+            assert (ours / f"iteration_{k}_s0" / file).read_text() == (whole / f"iteration_{k}_s0" / file).read_text()
+    assert rows(ours / "metrics.jsonl") == rows(whole / "metrics.jsonl")
