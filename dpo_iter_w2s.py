@@ -32,6 +32,7 @@ alpha       args.alphas    ()       how far behind theta_k, in units of the way 
 """
 
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -133,6 +134,8 @@ class Args(OracleArgs):  # --oracle, --oracle_model, --api_...: oracle.py, api_o
             raise ValueError(f"--max_share {self.max_share}: must lie between 1/{len(names)} (sources) and 1")
         if self.samples * len(names) < 2:
             raise ValueError("--samples 1 of one source makes no pair")
+        if not all(math.isfinite(alpha) for alpha in self.alphas):
+            raise ValueError("--alphas: they must be numbers")
         self.alphas = sorted({0.0, *self.alphas}, key=lambda a: (abs(a), a))
         if len(self.alphas) > 1 and not (self.eval_data and self.eval_questions):
             raise ValueError("--alphas are chosen on --eval_data: give some, or --alphas 0")

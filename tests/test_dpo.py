@@ -5,7 +5,9 @@ import json
 import math
 import shutil
 import sys
+import threading
 from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ from dpo_iter_w2s import (
     way_of,
 )
 from preference_zoo import in_parts, score
-from preferences import read_preferences
+from preferences import read_preferences, write_preferences
 from video_llm import Prefix, VideoLLM, add_lora, load_model, merged, reference_of, token_logprobs
 
 SMALL = ["--samples", "3", "--oracle", "reference", "--questions", "12", "--steps", "4", "--prompts_per_step", "4",
@@ -432,3 +434,228 @@ def test_killed_at_any_stage_and_resumed_equals_uninterrupted(world, whole, stag
         for file in ("answers.jsonl", "scores.jsonl", "preferences.json", "data_card.json", "extrapolation.json"):
             assert (ours / f"iteration_{k}_s0" / file).read_text() == (whole / f"iteration_{k}_s0" / file).read_text()
     assert rows(ours / "metrics.jsonl") == rows(whole / "metrics.jsonl")
+
+
+def test_two_processes_equal_one(world, whole):
+    flags = [f if last != "--micro_batch_size" else "1" for last, f in zip(["", *ZOO], ZOO)]
+    run(world, "torchrun", "--nproc_per_node=2", "dpo_iter_w2s.py", *flags, "--name", "two")
+    two = world / "runs/dpo_iter_w2s/two_s0"
+    for k in (1, 2):
+        one, other = whole / f"iteration_{k}_s0", two / f"iteration_{k}_s0"
+        if k == 1:  # later answers are those of policies that differ by rounding
+            assert rows(one / "answers.jsonl") == rows(other / "answers.jsonl")
+            assert (one / "preferences.json").read_text() == (other / "preferences.json").read_text()
+        curves = [json.loads((f / "extrapolation.json").read_text())["curve"] for f in (one, other)]
+        for a, b in zip(*curves):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
+    assert len(rows(two / "metrics.jsonl")) == 8
+    for a, b in zip(rows(whole / "metrics.jsonl")[:4], rows(two / "metrics.jsonl")):
+        assert a.keys() == b.keys() and len(a) > 10
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    first, second, start = (load_file(f / "model.safetensors") for f in (
+        whole / "iteration_1_s0/theta", two / "iteration_1_s0/theta", world / "runs/sft/policy_s0/final"))
+    moved = max((first[k] - start[k]).abs().max().item() for k in first)
+    assert max((first[k] - second[k]).abs().max().item() for k in first) < 0.05 * moved
+
+
+GIVEN = ["--fresh_pairs", "False", "--oracle", "reference", "--alphas", "0", "--eval_data", "", "--iterations", "1",
+         "--steps", "1"]  # fmt: skip
+
+
+def clips_of(world, n):
+    return [Clip(str(p)) for p in sorted((world / "data/moving_shapes/videos/train").glob("*.mp4"))[:n]]
+
+
+def test_the_gradient_of_a_step(world, policy, monkeypatch, tmp_path):
+    """Against plain forward passes, one an answer, and the formula of the gradient; the reference is not the start."""
+    words = [("red", "blue blue"), ("moves left and turns", "up"), ("two", "two shapes"), ("yes", "no")]
+    pairs = [dict(id=str(i), clip=clip, question=f"what is it, {i}?", chosen=w, rejected=r)
+             for i, (clip, (w, r)) in enumerate(zip(clips_of(world, 4), words))]
+    write_preferences(tmp_path / "pairs.json", pairs, "trl")
+    other = lively(load_model(policy)[0], seed=4).requires_grad_(False)
+    seen = {}
+
+    def stop_there(params, limit):
+        seen["grads"] = [p.grad.clone() for p in params]
+        sys.exit("enough")
+
+    monkeypatch.setattr(dpo_iter_w2s, "reference_of", lambda model: lambda: nullcontext(other))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop_there)
+    with pytest.raises(SystemExit, match="enough"):
+        main_of(monkeypatch, world, "dpo_iter_w2s.py", *GIVEN, "--preferences", tmp_path / "pairs.json", "--name",
+                "gradient", "--prompts_per_step", "4", "--micro_batch_size", "1", "--beta", "0.7")
+
+    model, processor = load_model(policy)
+    prefix = Prefix.build(processor, FeatureCache(model, processor, world / "cache"), [p["question"] for p in pairs],
+                          [p["clip"] for p in pairs])
+    ids = [processor.answer_ids(p[side]) for p in pairs for side in ("chosen", "rejected")]
+    tokens, lengths = processor.pad(ids, "right")[0].view(4, 2, -1), torch.tensor([len(i) for i in ids]).view(4, 2)
+    ours = plain_logprobs(model, prefix, tokens, lengths)[0].sum(-1).view(4, 2)
+    with torch.no_grad():
+        theirs = plain_logprobs(other, prefix, tokens, lengths)[0].sum(-1).view(4, 2)
+        margin = 0.7 * ((ours - theirs)[:, 0] - (ours - theirs)[:, 1])
+        assert (margin > 0).any() and (margin < 0).any()
+        weight = 0.7 / (1 + margin.exp()) / 4
+    # d loss / d theta = - beta sigmoid(-margin) (d log pi(y_w) - d log pi(y_l)), mean over the pairs
+    expected = torch.autograd.grad(-(weight * (ours[:, 0] - ours[:, 1])).sum(),
+                                   [p for p in model.parameters() if p.requires_grad])
+    a, b = (torch.cat([g.flatten() for g in grads]).double() for grads in (seen["grads"], expected))
+    assert b.norm() > 0.01 and (a - b).norm() < 1e-4 * b.norm()
+
+
+def test_preference_files_of_every_format(world, policy, monkeypatch, tmp_path, capfd):
+    clips = [str(c.path) for c in clips_of(world, 7)]
+    ask = [{"from": "human", "value": "<video>\nwhat moves?"}]
+    chat = [{"role": "user", "content": "<video>\nwhat moves?"}]
+    said = lambda text: [{"role": "assistant", "content": text}]
+    lines = [
+        {"video": clips[0], "conversations": [*ask, {"from": "gpt", "value": "\n"}], "preference": 2,
+         "output_1": {"from": "gpt", "value": "blue"}, "output_2": {"from": "gpt", "value": "red"}},  # VLM-RLAIF
+        {"video": clips[1], "prompt": "what moves?", "chosen": "red", "rejected": "blue"},  # LLaVA-Hound
+        {"videos": [clips[2]], "prompt": chat, "chosen": said("red"), "rejected": said("blue")},  # TRL, messages
+        {"videos": [clips[3]], "chosen": chat + said("red"), "rejected": chat + said("blue")},  # TRL, implicit prompt
+        {"video": clips[4], "conversations": ask, "chosen": {"from": "gpt", "value": "red"},
+         "rejected": {"from": "gpt", "value": "blue"}},  # VLFeedback
+        {"video": clips[5], "question": "what moves?", "chosen": "red", "rejected": "blue"},  # RLAIF-V
+        {"videos": [clips[6]], "messages": chat + said("red"), "rejected_response": "blue"},  # chat
+        {"video": clips[0], "prompt": "what moves?", "chosen": "red", "rejected": "red"},  # no preference
+        {"prompt": "what moves?", "chosen": "red", "rejected": "blue"}]  # no video
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    used = []
+    answer_logps = dpo_iter_w2s.answer_logps
+    monkeypatch.setattr(dpo_iter_w2s, "answer_logps", lambda m, some, *rest: (
+        used.extend((p["clip"].path, p["question"], p["chosen"], p["rejected"]) for p in some),
+        answer_logps(m, some, *rest))[1])
+    main_of(monkeypatch, world, "dpo_iter_w2s.py", *GIVEN, "--preferences", tmp_path / "pairs.jsonl", "--model", policy,
+            "--prompts_per_step", "7", "--micro_batch_size", "7", "--max_new_tokens", "1", "--name", "formats")
+    assert set(used) == {(clip, "what moves?", "red", "blue") for clip in clips}
+    said = capfd.readouterr().out
+    assert "7 pairs; 0 broken videos; 14 answers are cut" in said and "skipped 1 rows" in said
+    assert not list((world / "runs/dpo_iter_w2s/formats_s0").glob("*/answers.jsonl"))
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_lora_is_merged_after_each_iteration(world, policy, monkeypatch, quantize):
+    name = f"lora_{quantize}"
+    flags = [*SELF, "--steps", "3", "--lora_r", "4", "--quantize", quantize, "--lr", "1e-2", "--name", name]
+    ours = world / f"runs/dpo_iter_w2s/{name}_s0"
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # in the second iteration, behind a checkpoint
+        kill_at(patch, (harness, "stop_if_not_finite", 6, True))
+        main_of(patch, world, "dpo_iter_w2s.py", *flags)
+    main_of(monkeypatch, world, "dpo_iter_w2s.py", *flags, "--resume")
+    metrics = rows(ours / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(6))
+    assert metrics[0]["rewards/margins"] == metrics[3]["rewards/margins"] == 0 != metrics[4]["rewards/margins"]
+    before = load_file(policy / "model.safetensors")
+    for folder in (ours / "iteration_1_s0", ours):
+        after = load_file(folder / "final/model.safetensors")
+        moved = {name for name in after if not torch.equal(after[name], before[name])}
+        assert moved and all(n.startswith("language_model.") and n.endswith("proj.weight") for n in moved)
+        about = json.loads((folder / "adapter/adapter_config.json").read_text())
+        assert (about["base_model_name_or_path"] == str(policy.relative_to(world))) == (folder != ours)
+        before = after
+    if quantize == "none":
+        main_of(monkeypatch, world, "dpo_iter_w2s.py", *flags[:-1], "lora_whole")
+        whole = world / "runs/dpo_iter_w2s/lora_whole_s0"
+        assert same_weights(whole / "final", ours / "final") and rows(whole / "metrics.jsonl") == metrics
+
+
+def test_ai_feedback_and_the_first_stage_alone(world, policy, monkeypatch, capfd):
+    flags = [*SELF, "--oracle", "context,judge", "--oracle_model", policy, "--iterations", "1", "--name", "ai"]
+    main_of(monkeypatch, world, "dpo_iter_w2s.py", *flags, "--stage", "build")
+    ours = world / "runs/dpo_iter_w2s/ai_s0"
+    assert (ours / "iteration_1_s0/preferences.json").exists() and not (ours / "metrics.jsonl").exists()
+    assert "preferences.json; --stage all --resume" in capfd.readouterr().out
+    main_of(monkeypatch, world, "dpo_iter_w2s.py", *flags, "--resume")
+    assert (ours / "final/model.safetensors").exists() and len(rows(ours / "metrics.jsonl")) == 4
+    scores = [s for row in rows(ours / "iteration_1_s0/scores.jsonl") for s in row["scores"]]
+    assert all(0 <= x <= 5 for s in scores for x in s) and len({tuple(s) for s in scores}) > 5
+
+
+# --- a server as a source --------------------------------------------------------------------------------------------
+@pytest.fixture
+def server():
+    """-> address, list of what was asked. It knows no answer to some questions, and no key."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((self.headers.get("Authorization"), body))
+            text = json.dumps(body["messages"])
+            status = 401 if body["model"] == "locked" else 400 if "how many" in text else 200
+            reply = dict(choices=[dict(index=0, message=dict(role="assistant", content=" a red\nsquare "))])
+            out = json.dumps(reply if status == 200 else dict(error=dict(message=f"no, {asked[-1][0]}"))).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(out)))
+            self.end_headers()
+            self.wfile.write(out)
+
+        def log_message(self, *_):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}/v1", asked
+    http.shutdown()
+
+
+def test_a_server_is_a_source(world, policy, monkeypatch, server, capfd):
+    url, asked = server
+    monkeypatch.setenv("ORACLE_API_KEY", "sk-secret-secret")
+    flags = [*SMALL, "--max_share", "1", "--api_frames", "2", "--stage", "build"]
+    main_of(monkeypatch, world, "dpo_iter_w2s.py", "--zoo", "policy", f"{url}#big", *flags, "--name", "served")
+    ours = world / "runs/dpo_iter_w2s/served_s0"
+    answers = [r for r in rows(ours / "iteration_1_s0/answers.jsonl") if r["source"] == "big@127.0.0.1"]
+    assert len(answers) == 12  # one a question
+    unanswered = {r["id"] for r in answers if r["answer"] is None}
+    assert unanswered == {r["id"] for r in answers if "how many" in r["question"]} and len(unanswered) < 12
+    assert {r["answer"] for r in answers} == {"a red square", None}
+    scores = {r["id"]: r["scores"] for r in rows(ours / "iteration_1_s0/scores.jsonl")}
+    assert all((scores[r["id"]][3] is None) == (r["answer"] is None) for r in answers)
+    key, body = asked[0]
+    assert key == "Bearer sk-secret-secret" and body["model"] == "big"
+    assert [part["type"] for part in body["messages"][0]["content"]].count("image_url") == 2
+    card = json.loads((ours / "iteration_1_s0/data_card.json").read_text())
+    assert card["no_answer"] >= len(unanswered)
+    with pytest.raises(SystemExit) as stop:
+        main_of(monkeypatch, world, "dpo_iter_w2s.py", "--zoo", "policy", f"{url}#locked", *flags, "--name", "locked")
+    said = capfd.readouterr()
+    assert "401" in str(stop.value) and "\n" not in str(stop.value)
+    written = "".join(f.read_text() for f in ours.rglob("*.json*"))
+    assert "secret" not in written + said.out + said.err + str(stop.value)
+
+
+# --- what is wrong is said in one line -------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags", [
+    "--beta 0", "--beta -1", "--lr 0", "--temperature 0", "--samples 0", "--samples 1 --zoo policy", "--iterations 0",
+    "--min_gap -1", "--min_gap nan", "--max_share 0.1", "--max_share 1.5", "--zoo policy policy", "--zoo ftp://x#m",
+    "--zoo http://x/v1", "--zoo a/final b/a/final", "--stage train", "--oracle god", "--oracle reward_model",
+    "--quantize nf4", "--alphas 0.5 --eval_data=", "--alphas nan", "--prompts_per_step 7", "--prompts_per_step 0",
+    "--questions 0", "--lora_r -1", "--fresh_pairs maybe", "--gap 1", "stray"])
+def test_bad_flags(flags, world, monkeypatch, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main_of(monkeypatch, world, "dpo_iter_w2s.py", *flags.split())
+    said = capfd.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and said.startswith("dpo_iter_w2s.py: "), said
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--preferences nowhere.json", "nowhere.json"), ("--zoo policy runs/sft/nothing/final", "runs/sft/nothing/final"),
+    ("--min_gap 6", "0 pairs"), ("--model runs/nothing", "runs/nothing")])  # fmt: skip
+def test_missing_files_and_too_few_pairs(flags, words, world, policy, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        main_of(monkeypatch, world, "dpo_iter_w2s.py", *SELF, "--max_share", "1", *flags.split(), "--name",
+                f"bad{abs(hash(flags))}")
+    assert words in str(stop.value.code) and "\n" not in str(stop.value.code)
+
+
+def test_finished_and_changed_runs(world, whole, monkeypatch, capfd):
+    for flags, words in ((["--name", "whole"], "in use"), (["--name", "whole", "--resume", "--beta", "0.2"], "--beta")):
+        with pytest.raises(SystemExit) as stop:
+            main_of(monkeypatch, world, "dpo_iter_w2s.py", *ZOO, *flags)
+        assert words in str(stop.value.code)
+    with pytest.raises(SystemExit) as stop:
+        main_of(monkeypatch, world, "dpo_iter_w2s.py", *ZOO, "--name", "whole", "--resume")
+    assert not stop.value.code and "finished" in capfd.readouterr().out
