@@ -14,8 +14,9 @@ Differs  D1  the zoo. [W] samples from well-aligned models of other makers; our 
          D2  pairs. [W] takes the best and the worst answer. So do we, where their scores differ by --min_gap at least:
              of what an oracle hardly tells apart one learns its noise. No source may give more than --max_share of the
              chosen answers (the least sure ones go first), else DPO learns to imitate one model's style.
-         D3  alpha. [W] prints none, [E] tunes it on a development set. Here an oracle compares the greedy answers of
+         D3  alpha. [W] prints none, [E] tunes it on a development set. Here the oracle scores the greedy answers of
              all --alphas to held-out questions; 0 is always among them, so by this measure extrapolating never hurts.
+             The list goes on to the other side: alpha = -1 is theta_{k-1} again, so neither does iterating.
          D4  what becomes the next reference is not said in [W]: here the extrapolated weights, which also are the next
              start. So every iteration starts with margin 0, and alpha = 0 gives plain iterative DPO.
          D5  LoRA: an adapter an iteration, merged at its end. Its base then *is* the reference (adapter off), and to
@@ -72,8 +73,8 @@ class Args(OracleArgs):  # --oracle, --oracle_model, --api_...: oracle.py, api_o
     preferences: str = HfArg(default="", help="pairs of the first iteration out of files instead, comma-separated")
     iterations: int = HfArg(default=2, help="rounds of DPO, extrapolation, new reference")
     fresh_pairs: bool = HfArg(default=True, help="new questions and answers of the current policy in each iteration")
-    alphas: list[float] = HfArg(default_factory=lambda: [0.0, 0.3, 0.5, 1.0],
-                                help="extrapolations to choose from (D3); 0 is always among them")
+    alphas: list[float] = HfArg(default_factory=lambda: [-1.0, -0.5, 0.0, 0.3, 0.5], help="extrapolations to choose "
+                                "from (D3); 0 is always among them, those below go back towards theta_{k-1}")
     beta: float = HfArg(default=0.1, help="DPO's beta: how dear it is to leave the reference")
     lora_r: int = HfArg(default=0, help="LoRA rank on the decoder (D5); 0 trains all weights but CLIP's")
     lora_alpha: int = HfArg(default=16, help="LoRA alpha")

@@ -38,8 +38,9 @@ from preference_zoo import in_parts, score
 from preferences import read_preferences, write_preferences
 from video_llm import Prefix, VideoLLM, add_lora, load_model, merged, reference_of, token_logprobs
 
-SMALL = ["--samples", "3", "--oracle", "reference", "--questions", "12", "--steps", "4", "--prompts_per_step", "4",
-         "--micro_batch_size", "2", "--max_new_tokens", "6", "--eval_questions", "6", "--eval_steps", "3",
+JUDGE = ["--oracle", "judge", "--oracle_model", "runs/sft/policy_s0/final"]  # its scores differ where answers differ
+SMALL = [*JUDGE, "--samples", "3", "--questions", "12", "--steps", "4", "--prompts_per_step", "4",
+         "--micro_batch_size", "2", "--max_new_tokens", "6", "--eval_questions", "5", "--eval_steps", "3",
          "--save_steps", "2", "--min_gap", "0", "--alphas", "0.5", "--lr", "1e-3"]  # fmt: skip
 SELF = ["--zoo", "policy", *SMALL]
 
@@ -408,12 +409,9 @@ def kill_at(monkeypatch, place):
 
 STAGES = {
     "sampling": (preference_zoo, "generate", 3, False), "scoring": (preference_zoo, "score", 2, True),
-    "card": (dpo_iter_w2s, "write_card", 1, True), "training": (harness, "stop_if_not_finite", 4, True),
-    "before theta": (harness, "save_checkpoint", 2, True), "behind theta": (harness, "save_checkpoint", 2, False),
-    "choosing alpha": (dpo_iter_w2s, "choose_alpha", 1, False), "result": (dpo_iter_w2s, "save_result", 1, True),
-    "sampling again": (preference_zoo, "generate", 8, False),
-    "training again": (harness, "stop_if_not_finite", 8, True),
-    "last alpha": (dpo_iter_w2s, "choose_alpha", 2, False), "finish": (harness, "finish", 1, True)}
+    "training": (harness, "stop_if_not_finite", 4, True), "theta": (harness, "save_checkpoint", 2, True),
+    "choice of alpha": (dpo_iter_w2s, "choose_alpha", 1, False), "result": (dpo_iter_w2s, "save_result", 1, True),
+    "second sampling": (preference_zoo, "generate", 8, False), "finish": (harness, "finish", 1, True)}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -426,7 +424,7 @@ def test_killed_at_any_stage_and_resumed_equals_uninterrupted(world, whole, stag
         main_of(patch, world, "dpo_iter_w2s.py", *ZOO, "--name", name)
     assert not (ours / "final").exists()
     for half in [*ours.glob("iteration_*/answers.jsonl"), *ours.glob("iteration_*/scores.jsonl")][-1:]:
-        if stage in ("sampling", "scoring", "sampling again"):
+        if stage in ("sampling", "scoring", "second sampling"):
             half.write_text(half.read_text() + '{"record": 3, "sou')  # and half of a line
     main_of(monkeypatch, world, "dpo_iter_w2s.py", *ZOO, "--name", name, "--resume")
     assert same_weights(whole / "final", ours / "final")
@@ -444,7 +442,9 @@ def test_two_processes_equal_one(world, whole):
         one, other = whole / f"iteration_{k}_s0", two / f"iteration_{k}_s0"
         if k == 1:  # later answers are those of policies that differ by rounding
             assert rows(one / "answers.jsonl") == rows(other / "answers.jsonl")
-            assert (one / "preferences.json").read_text() == (other / "preferences.json").read_text()
+            said = [[(p["id"], p["chosen"], p["rejected"], p["sources"]) for p in
+                     read_preferences([str(f / "preferences.json")])[0]] for f in (one, other)]
+            assert said[0] == said[1] and len(said[0]) >= 4
         curves = [json.loads((f / "extrapolation.json").read_text())["curve"] for f in (one, other)]
         for a, b in zip(*curves):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
@@ -573,6 +573,10 @@ def test_ai_feedback_and_the_first_stage_alone(world, policy, monkeypatch, capfd
 
 
 # --- a server as a source --------------------------------------------------------------------------------------------
+def refused(question):
+    return len(question) % 3 == 0
+
+
 @pytest.fixture
 def server():
     """-> address, list of what was asked. It knows no answer to some questions, and no key."""
@@ -582,8 +586,8 @@ def server():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append((self.headers.get("Authorization"), body))
-            text = json.dumps(body["messages"])
-            status = 401 if body["model"] == "locked" else 400 if "how many" in text else 200
+            text = body["messages"][0]["content"][-1]["text"]
+            status = 401 if body["model"] == "locked" else 400 if refused(text) else 200
             reply = dict(choices=[dict(index=0, message=dict(role="assistant", content=" a red\nsquare "))])
             out = json.dumps(reply if status == 200 else dict(error=dict(message=f"no, {asked[-1][0]}"))).encode()
             self.send_response(status)
@@ -610,7 +614,7 @@ def test_a_server_is_a_source(world, policy, monkeypatch, server, capfd):
     answers = [r for r in rows(ours / "iteration_1_s0/answers.jsonl") if r["source"] == "big@127.0.0.1"]
     assert len(answers) == 12  # one a question
     unanswered = {r["id"] for r in answers if r["answer"] is None}
-    assert unanswered == {r["id"] for r in answers if "how many" in r["question"]} and len(unanswered) < 12
+    assert unanswered == {r["id"] for r in answers if refused(r["question"])}
     assert {r["answer"] for r in answers} == {"a red square", None}
     scores = {r["id"]: r["scores"] for r in rows(ours / "iteration_1_s0/scores.jsonl")}
     assert all((scores[r["id"]][3] is None) == (r["answer"] is None) for r in answers)
