@@ -104,6 +104,10 @@ class Args(OracleArgs):  # --oracle, --oracle_model, --api_...: oracle.py, api_o
     save_steps: int = HfArg(default=50, help="steps between checkpoints")
     resume: bool = HfArg(default=False, help="continue the run of this name where it stopped")
 
+    @property
+    def collects(self):  # or are all pairs given?
+        return not self.preferences or self.fresh_pairs and self.iterations > 1
+
     def __post_init__(self):
         super().__post_init__()
         if not set(self.raters) <= set(SCORERS):
@@ -231,7 +235,8 @@ def lr_at(step, args):
 def main(args):
     rank, world, device = harness.setup_dist()
     build_embedded(args, rank)
-    build_zoo(args, rank)
+    if args.collects:
+        build_zoo(args, rank)
     folder = Path(f"runs/dpo_iter_w2s/{args.name}_s{args.seed}")
     checkpoint = harness.open_run(folder, args, rank)
 
@@ -420,11 +425,10 @@ def oracle_scores(oracle, records, answers):
 # ---------------------------------------------------------------------------------------------------------------
 def open_data(args, folder, rank, world, device):
     """-> records to ask about, pairs given by --preferences, held-out records, the oracle, the cache of features."""
-    collects = not args.preferences or args.fresh_pairs and args.iterations > 1
     with harness.one_line_errors(DataError, OSError):
         files = args.preferences.split(",") if args.preferences else []
         given, read = read_preferences(files, args.video_root or None)
-        records, report = read_records(args.data.split(","), args.video_root or None) if collects else ([], {})
+        records, report = read_records(args.data.split(","), args.video_root or None) if args.collects else ([], {})
         cache = FeatureCache(*load_model(args.model, device=str(device)), args.cache)
     given = [p for p in given if p["clip"]]
     broken = harness.prepare_videos(cache, [p["clip"] for p in given], folder, rank, world)
@@ -433,7 +437,7 @@ def open_data(args, folder, rank, world, device):
         print("\n".join(report_lines(read)))
         cut = sum(len(cache.processor.answer_ids(p[side])) > args.max_new_tokens for p in given for side in SIDES)
         print(f"{len(given)} pairs; {len(broken)} broken videos; {cut} answers are cut at --max_new_tokens")
-    if collects:
+    if args.collects:
         records, evals = choose_questions(args, records, report, cache, folder, rank, world)
     else:
         evals = held_out_questions(args, cache, folder, rank, world)

@@ -47,19 +47,19 @@ def default_zoo(model, seed):
 
 
 def build_zoo(args, rank):
-    """Train the missing relatives. They see the labels of the 40 clips that the SFT start saw, and no others."""
+    """Train the missing relatives. They see the labels of the clips that the SFT start saw, and no others."""
     labels = Path(f"runs/sft/zoo_labels_s{args.seed}.json")
     for number, (name, flags) in enumerate(RELATIVES.items(), 1):
         path = f"runs/sft/zoo_{name}_s{args.seed}/final"
         if path not in args.zoo:
             continue
+        seen = set(json.loads(Path(args.model).parent.joinpath("labelled_clips.json").read_text()))
         if rank == 0 and not labels.exists():
-            seen = set(json.loads(Path(args.model).parent.joinpath("labelled_clips.json").read_text()))
             rows = json.loads(Path(WORLD, "train.json").read_text())
             write(labels, json.dumps([r for r in rows if str(Path(WORLD, r["video"])) in seen]))
-        # --num_clips 40 of 40: all of them; it makes SFT list the clips it saw
-        command = f"sft.py --name zoo_{name}_s{args.seed} --data {labels} --video_root {WORLD} --num_clips 40 "
-        command += f"--seed {1000 * number + args.seed} {POLICY_SFT} {flags} --resume"
+        # --num_clips, as many as there are: all of them; it makes SFT list the clips it saw
+        command = f"sft.py --name zoo_{name}_s{args.seed} --data {labels} --video_root {WORLD} "
+        command += f"--num_clips {len(seen)} --seed {1000 * number + args.seed} {POLICY_SFT} {flags} --resume"
         harness.build_if_missing(path, command.split(), "about a minute", rank)
 
 

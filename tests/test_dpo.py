@@ -314,7 +314,7 @@ def test_the_embedded_zoo_sees_the_policys_labels_and_no_others(world, policy, m
         monkeypatch.setattr(sys, "argv", command)
         parsed = harness.parse_args(sft.Args)
         assert f"runs/sft/{parsed.name}/final" == path and parsed.resume
-        assert parsed.seed != 0 and parsed.num_clips == 40
+        assert parsed.seed != 0 and parsed.num_clips == 6
     assert Args(model="elsewhere").zoo == ["policy"]
 
 
