@@ -416,8 +416,9 @@ def oracle_scores(oracle, records, answers):
         return [(0.0, 0)] * len(answers)
     groups = score(oracle, [r["clip"] for r in records], [r["question"] for r in records],
                    [list(group) for group in zip(*answers)])
-    whole = [g for g in groups if all(s is not None for s in g)]  # only questions on which all alphas are scored
-    return [(sum(sum(g[a]) / len(g[a]) for g in whole), len(whole)) for a in range(len(answers))]
+    texts = list(zip(*answers))  # an empty answer is worth 0; a question that the oracle left out counts for no alpha
+    whole = [g for g, said in zip(groups, texts) if all(s is not None or not text for s, text in zip(g, said))]
+    return [(sum(sum(g[a]) / len(g[a]) if g[a] else 0.0 for g in whole), len(whole)) for a in range(len(answers))]
 
 
 # ---------------------------------------------------------------------------------------------------------------

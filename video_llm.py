@@ -566,7 +566,7 @@ def packed(model, prefix, tokens, lengths, before=True, **kwargs):
     if not before:
         return out.view(B, G, T, -1)
     first = out[:, None, :1].expand(-1, G, -1, -1)  # (B,G,1,V)
-    return torch.cat([first, out[:, 1:].reshape(B, G, T - 1, -1)], 2)
+    return torch.cat([first, out[:, 1:].reshape(B, G, T - 1, out.shape[-1])], 2)
 
 
 def token_logprobs(model, prefix, tokens, lengths, temperature=1.0):

@@ -188,6 +188,17 @@ def test_choice_of_alpha():
     assert Args(alphas=[1.0, 0.3]).alphas == [0.0, 0.3, 1.0]  # 0 always takes part
 
 
+def test_an_alpha_that_answers_nothing_gets_nothing():
+    class Oracle:
+        def aspects(self, videos, questions, answers):
+            points = torch.tensor([[4.0, 2.0], [3.0, 3.0], [5.0, 5.0]])[..., None].expand(-1, -1, 4)
+            return points, torch.tensor([True, True, False])
+
+    asked = [dict(clip=n, question="what?") for n in range(3)]
+    # question 0: 4 and 2; question 1: the second alpha says nothing; question 2: the oracle could not score
+    assert dpo_iter_w2s.oracle_scores(Oracle(), asked, [["a", "b", "c"], ["d", "", "e"]]) == [(7.0, 2), (2.0, 2)]
+
+
 # --- pairs -----------------------------------------------------------------------------------------------------------
 def group(answers, scores, sources=None, number=0):
     aspects = [None if s is None else [s - 0.3, s + 0.3, s, s] for s in scores]
