@@ -145,7 +145,7 @@ def open_run(folder, args, rank):
     and a folder that does not exist yet is simply a new run.
     """
     folder = Path(folder)
-    flags = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name != "resume"}
+    flags = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name not in ("resume", "stage")}
     last = None
     if (folder / "args.json").exists():
         if not args.resume:

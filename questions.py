@@ -57,15 +57,19 @@ def choose_questions(args, records, report, cache, folder, rank, world):
     records = usable_questions(args.model, records, report, cache, folder, rank, world)
     if len(records) < args.prompts_per_step:
         sys.exit(f"{args.data}: {len(records)} usable questions, fewer than --prompts_per_step {args.prompts_per_step}")
-    evals = []
-    if args.eval_data:
-        with harness.one_line_errors(DataError):
-            evals, _ = read_records(args.eval_data.split(","), args.video_root or None)
-        evals = [r for r in evals if r["clip"] and r["question"] != DESCRIBE]
-        evals = random.Random(0).sample(evals, min(args.eval_questions, len(evals)))
-        bad = harness.prepare_videos(cache, [r["clip"] for r in evals], folder, rank, world)
-        evals = [r for r in evals if r["clip"] not in bad]
-    return records, evals
+    return records, held_out_questions(args, cache, folder, rank, world)
+
+
+def held_out_questions(args, cache, folder, rank, world):
+    """`--eval_questions` questions of --eval_data, the same for every seed; broken videos are left out."""
+    if not args.eval_data:
+        return []
+    with harness.one_line_errors(DataError):
+        evals, _ = read_records(args.eval_data.split(","), args.video_root or None)
+    evals = [r for r in evals if r["clip"] and r["question"] != DESCRIBE]
+    evals = random.Random(0).sample(evals, min(args.eval_questions, len(evals)))
+    bad = harness.prepare_videos(cache, [r["clip"] for r in evals], folder, rank, world)
+    return [r for r in evals if r["clip"] not in bad]
 
 
 def question_indices(count, step, args):

@@ -78,7 +78,7 @@ for step in range(3):
     assert logged_keys(source) == {"x/a", "x/b", "time/p_s", "time/q_s", "plain", "time/step_s"}
 
 
-@pytest.mark.parametrize("script", ["sft", "grpo_rank", "reward_model", "ppo_rlaif"])
+@pytest.mark.parametrize("script", ["sft", "grpo_rank", "reward_model", "ppo_rlaif", "dpo_iter_w2s"])
 def test_metrics_of_the_page_are_those_of_the_script(script):
     page = REPO / "docs" / f"{script}.md"
     if not page.exists():

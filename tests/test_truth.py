@@ -11,7 +11,7 @@ SOURCES = sorted(REPO.glob("*.py"))
 FILES = sorted([*SOURCES, *Path(__file__).parent.glob("*.py")])
 SCRIPTS = [p for p in SOURCES if re.search(r"^class Args", p.read_text(), re.M)]
 LIMITED = ("video_llm", "harness", "data", "oracle", "api_oracle", "ranks", "evaluate", "sft", "grpo_rank", "questions",
-           "reward_model", "preferences", "ppo_rlaif", "roles")
+           "reward_model", "preferences", "ppo_rlaif", "roles", "dpo_iter_w2s", "preference_zoo")
 SHARED_FLAGS = {"ApiArgs": "api_oracle.py", "OracleArgs": "oracle.py"}  # dataclasses that an Args can inherit from
 name_of = lambda path: path.stem
 
@@ -58,12 +58,13 @@ def test_every_flag_is_read(path):
     if "harness.open_run" in path.read_text():
         assert "args.resume" in (REPO / "harness.py").read_text()
         read.add("resume")
-    if "choose_questions(args" in path.read_text():  # the shared choice of questions reads its share of the flags
-        shared = {n.attr for n in ast.walk(ast.parse((REPO / "questions.py").read_text()))
-                  if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "args"}
-        known = flags | inherited(class_of(path, "Args")) | {"raters"}  # `raters`: a property of OracleArgs
-        assert shared <= known, f"questions.py reads {sorted(shared - known)}"
-        read |= shared
+    for call, file in (("choose_questions(args", "questions.py"), ("build_zoo(args", "preference_zoo.py")):
+        if call in path.read_text():  # the shared module reads its share of the flags
+            shared = {n.attr for n in ast.walk(ast.parse((REPO / file).read_text()))
+                      if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "args"}
+            known = flags | inherited(class_of(path, "Args")) | {"raters"}  # `raters`: a property of OracleArgs
+            assert shared <= known, f"{file} reads {sorted(shared - known)}"
+            read |= shared
     if "Roles(args" in path.read_text():  # and the four roles of PPO read theirs
         read |= {n.attr for n in ast.walk(ast.parse((REPO / "roles.py").read_text()))
                  if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "args"}

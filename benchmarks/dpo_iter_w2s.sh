@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Every run behind docs/dpo_iter_w2s.md: seeds 0-2, the ablation and its controls. Resumable; one process per core.
+# What benchmarks/grpo_rank.sh has made (data, oracle, SFT start, SFT continued) is used again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
+PY=${PY:-.venv/bin/python}
+SEEDS=${SEEDS:-0 1 2}
+JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}  # (nproc would heed OMP_NUM_THREADS)
+W=data/moving_shapes
+LOGS=runs/logs
+mkdir -p $LOGS
+
+$PY moving_shapes.py
+OMP_NUM_THREADS=$JOBS $PY pretrain_tiny.py
+$PY -m torch.distributed.run --standalone --nproc_per_node="$JOBS" sft.py --name oracle --resume
+
+# name | command; each line is one process, $JOBS of them at a time
+side_by_side() { xargs -P "$JOBS" -d '\n' -I{} sh -c 'set -- {}; name=$1; shift; "$@" >'"$LOGS"'/$name.log 2>&1 || echo "$name failed: see '"$LOGS"'/$name.log"'; }
+
+# the SFT starts as questions.py has them, with other numbers of frames too; continued: as many steps as DPO has
+sft="$($PY -c 'import questions; print(questions.POLICY_SFT)')"
+few="--data $W/train.json --num_clips 40"
+for s in $SEEDS; do
+  echo "policy_s$s $PY sft.py --name policy_s$s $few $sft --seed $s --resume"
+  echo "frames4_s$s $PY sft.py --name frames4_s$s $few $sft --num_frames 4 --seed $s --resume"
+  echo "frames12_s$s $PY sft.py --name frames12_s$s $few $sft --num_frames 12 --seed $s --resume"
+done | side_by_side
+
+# the pairs of the first iteration, which several runs share; the first one of a seed also trains its zoo
+for s in $SEEDS; do
+  echo "dpo_pairs_s$s $PY dpo_iter_w2s.py --stage build --name pairs --seed $s --resume"
+done | side_by_side
+
+{
+  for s in $SEEDS; do
+    d="$PY dpo_iter_w2s.py --seed $s --resume"
+    pairs="--preferences runs/dpo_iter_w2s/pairs_s$s/iteration_1_s$s/preferences.json"
+    echo "dpo_once_s$s $d --name once $pairs --iterations 1 --steps 150 --alphas 0"  # as many steps as two iterations
+    echo "dpo_stale_s$s $d --name stale $pairs --fresh_pairs False --alphas 0"
+    echo "dpo_iterative_s$s $d --name iterative $pairs --alphas 0"
+    echo "dpo_context_s$s $d --name context $pairs"
+    echo "dpo_self_s$s $d --name self --zoo policy --samples 10"
+    echo "dpo_reference_s$s $d --name reference --oracle reference"
+    for f in 4 12; do
+      echo "dpo_frames${f}_s$s $d --name frames$f --model runs/sft/frames${f}_s$s/final --zoo policy --samples 10"
+    done
+    echo "continued_s$s $PY sft.py --name continued_s$s $few --batch_size 16 --model runs/sft/policy_s$s/final --steps 150 --lr 3e-4 --seed $s --resume"
+  done
+} | side_by_side
+
+R=runs/dpo_iter_w2s
+SHOW="$PY evaluate.py"
+$SHOW --runs "runs/sft/policy_s*" "runs/sft/continued_s*" "$R/once_s*" "$R/iterative_s*" "$R/context_s*" "$R/reference_s*" \
+  --labels "SFT,SFT continued,DPO once,iterative,iterative + ExPO,reference" --out docs/results/dpo_iter_w2s
+$SHOW --runs "runs/sft/policy_s*" "$R/iterative_s*/iteration_1_s*" "$R/iterative_s*" "$R/context_s*/iteration_1_s*" \
+  "$R/context_s*" "$R/stale_s*" "$R/self_s*" \
+  --labels "SFT,iteration 1,iteration 2,iteration 1 + ExPO,iteration 2 + ExPO,same pairs twice,own answers only" \
+  --out docs/results/dpo_iterations
+$SHOW --runs "runs/sft/frames4_s*" "$R/frames4_s*" "runs/sft/policy_s*" "$R/self_s*" "runs/sft/frames12_s*" "$R/frames12_s*" \
+  --labels "SFT 4 frames,DPO 4 frames,SFT 8 frames,DPO 8 frames,SFT 12 frames,DPO 12 frames" --out docs/results/dpo_frames
+# beside the exact match: Iter-W2S's own scheme, a judge that sees the video and not the label (relevance, accuracy, detail, clarity)
+for s in $SEEDS; do
+  set -- runs/sft/policy_s$s $R/context_s$s/iteration_1_s$s $R/context_s$s
+  for run in "$@"; do $SHOW --checkpoint "$run" --benchmark held_out,mmaip_v --judge local; done
+  $SHOW --compare "$@" --benchmark held_out,mmaip_v --judge local --out docs/results/dpo_vision_s$s
+done

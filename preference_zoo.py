@@ -1,0 +1,226 @@
+"""The zoo of Iter-W2S-RLAIF: who answers, what they answer, what an oracle gives for it. The algorithm that learns from
+it is dpo_iter_w2s.py; here is the collecting, which no equation describes.
+
+    sources --sample--> answers.jsonl, a row an answer --score--> scores.jsonl, a row a question --> groups
+
+A source is one of
+    policy                   the policy of the moment, so that its own mistakes are among the answers
+    a folder                 a checkpoint that `load_model` reads; it may see another number of frames
+    http(s)://host/v1#name   model `name` of an OpenAI-compatible server; one greedy reply a question, frames as JPEG
+and gives `--samples` answers to a question. Every draw is keyed by (seed, iteration, source, question), the files are
+written in parts of PART questions: whatever is killed goes on behind the last whole part, with the same answers.
+
+The embedded zoo holds four relatives of the policy that saw *the same labels*: another initialisation, no curriculum,
+an early stage, half the frames. In [W] they are well-aligned models from elsewhere; relatives with labels of their own
+would smuggle these labels into the policy and an honest comparison with it out of the house.
+
+Paper  [W] Iter-W2S-RLAIF / MMAIP-V, arXiv:2411.16201, Sec. 3.1
+"""
+
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+
+import harness
+from api_oracle import ApiClient, ApiError, check_url, frames_as_urls, message
+from data import FeatureCache
+from questions import POLICY_SFT, WORLD, sft_start
+from video_llm import Prefix, generate, load_model, unwrap
+
+PART = 48  # questions
+RELATIVES = {"init": "", "flat": "--curriculum off", "early": "--steps 50", "frames4": "--num_frames 4"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sources
+# ---------------------------------------------------------------------------------------------------------------
+def default_zoo(model, seed):
+    """The policy and four relatives where the start is the embedded one, else the policy alone."""
+    return ["policy"] + [f"runs/sft/zoo_{r}_s{seed}/final" for r in RELATIVES if model == sft_start(seed)]
+
+
+def build_zoo(args, rank):
+    """Train the missing relatives. They see the labels of the clips that the SFT start saw, and no others."""
+    labels = Path(f"runs/sft/zoo_labels_s{args.seed}.json")
+    for number, (name, flags) in enumerate(RELATIVES.items(), 1):
+        path = f"runs/sft/zoo_{name}_s{args.seed}/final"
+        if path not in args.zoo:
+            continue
+        seen = set(json.loads(Path(args.model).parent.joinpath("labelled_clips.json").read_text()))
+        if rank == 0 and not labels.exists():
+            rows = json.loads(Path(WORLD, "train.json").read_text())
+            write(labels, json.dumps([r for r in rows if str(Path(WORLD, r["video"])) in seen]))
+        # --num_clips, as many as there are: all of them; it makes SFT list the clips it saw
+        command = f"sft.py --name zoo_{name}_s{args.seed} --data {labels} --video_root {WORLD} "
+        command += f"--num_clips {len(seen)} --seed {1000 * number + args.seed} {POLICY_SFT} {flags} --resume"
+        harness.build_if_missing(path, command.split(), "about a minute", rank)
+
+
+def name_of(source):
+    """How a source is called in files and cards: policy, zoo_flat_s0, or model@host."""
+    if is_server(source):
+        return f"{urlsplit(source).fragment}@{urlsplit(source).hostname}"
+    path = Path(source)
+    return path.parent.name if path.name == "final" else path.name
+
+
+def is_server(source):
+    return "://" in source
+
+
+def check_source(source):
+    """ValueError with one line for a server's address that is none."""
+    if is_server(source):
+        url, _, model = source.partition("#")
+        try:
+            check_url(url)
+        except ValueError as e:
+            raise ValueError(f"--zoo {url}: {str(e).removeprefix('--api_url: ')}") from None
+        if not model:
+            raise ValueError(f"--zoo {url}: name the model behind the address: http://host/v1#model")
+
+
+class Checkpoint:
+    """Answers of a VideoLLM, sampled at --temperature, `--samples` to a question behind one prefill."""
+
+    def __init__(self, path, args, device):
+        self.model, self.processor = load_model(path, args.quantize, device=str(device))
+        self.cache = FeatureCache(unwrap(self.model), self.processor, args.cache)
+        self.args, self.device = args, device
+
+    def __call__(self, records, keys):
+        """keys: one sequence of integers a record, which decides its draws. -> [[answer, ..], ..]."""
+        args, processor = self.args, self.processor
+        prefix = Prefix.build(processor, self.cache, [r["question"] for r in records], [r["clip"] for r in records],
+                              self.device, args.max_prompt_tokens)
+        uniforms = np.stack([np.random.default_rng(key).random((args.samples, args.max_new_tokens)) for key in keys])
+        tokens, lengths, _ = generate(self.model, prefix, torch.from_numpy(uniforms), processor.tokenizer.eos_token_id,
+                                   args.temperature)
+        return processor.decode_answers(tokens, lengths)
+
+
+class Server:
+    """One greedy reply to a question; None, counted, where there is none. Its key: see api_oracle.py."""
+
+    def __init__(self, source, args, device):
+        url, _, model = source.partition("#")
+        self.client = ApiClient(url, model, args.cache, args.api_concurrency, args.api_timeout, args.api_retries)
+        self.args, self.missing = args, 0
+
+    def __call__(self, records, keys):
+        def ask(record):
+            q, args = record["question"], self.args
+            turns = [{"role": "user", "content": q}] if isinstance(q, str) else q
+            try:
+                images = frames_as_urls(record["clip"], args.api_frames, args.api_size)
+                text = self.client.ask(message(images, turns[0]["content"]) + turns[1:], args.max_new_tokens)
+                return [" ".join(text.split())]
+            except ApiError as e:
+                if e.fatal:
+                    raise
+                if not self.missing:
+                    print(f"a question is left without answer: {e}; more of the kind are only counted", file=sys.stderr)
+                self.missing += 1
+                return [None]
+
+        with ThreadPoolExecutor(self.client.concurrency) as pool:
+            try:
+                return list(pool.map(ask, records))
+            finally:
+                pool.shutdown(cancel_futures=True)  # where asking is futile the rest is not asked
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sampling and scoring, in parts
+# ---------------------------------------------------------------------------------------------------------------
+def write(file, text):
+    """Write aside and rename."""
+    aside = Path(f"{file}.{os.getpid()}.aside")
+    aside.write_text(text)
+    os.replace(aside, file)
+
+
+def in_parts(file, parts, rows_of, rank, world):
+    """All rows of `file`, made part after part; what an earlier run wrote is kept up to its last whole part.
+
+    parts: [(what, items, rows an item), ..]. rows_of(what, some items) -> a list of rows for each of the items; the
+    items of a part are shared out over the processes, whose number therefore changes nothing.
+    """
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    done = whole = 0
+    while done < len(parts) and (more := whole + len(parts[done][1]) * parts[done][2]) <= len(lines):
+        if not lines[more - 1].endswith("\n"):
+            break
+        done, whole = done + 1, more
+    rows = [json.loads(line) for line in lines[:whole]]
+    harness.all_gather(None)  # every process has read before the first one writes
+    if rank == 0 and done < len(parts):
+        write(file, "".join(lines[:whole]))
+    for what, items, _ in parts[done:]:
+        mine = items[rank::world]
+        shares = harness.all_gather(rows_of(what, mine) if mine else [])
+        new = [row for i in range(len(items)) for row in shares[i % world][i // world]]
+        if rank == 0:
+            with open(file, "a") as f:
+                f.write("".join(json.dumps(row) + "\n" for row in new))
+        rows += new
+    return rows
+
+
+def collect(folder, k, sources, records, which, oracle, args, device, rank, world):
+    """Iteration k: answers of all sources to the questions `which` (indices of `records`), scored by the oracle.
+
+    sources {name: checkpoint folder or server}. -> groups, one a question: dict(record, answers [G], sources [G],
+    scores [G][4] 0-5 in the order of ASPECTS, or None where there is no answer or the oracle gave no score).
+    """
+    chunks, began, loaded = [which[i : i + PART] for i in range(0, len(which), PART)], time.time(), {}
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def answers_of(name, items):
+        if name not in loaded:
+            loaded.clear()  # one model of the zoo in memory at a time
+            loaded[name] = (Server if is_server(sources[name]) else Checkpoint)(sources[name], args, device)
+        keys = [[args.seed, k, list(sources).index(name), i] for i in items]
+        texts = loaded[name]([records[i] for i in items], keys)
+        about = [dict(record=i, id=records[i]["id"], video=str(records[i]["clip"].path),
+                      question=records[i]["question"], source=name) for i in items]
+        return [[row | dict(answer=text) for text in group] for row, group in zip(about, texts)]
+
+    per_item = {name: 1 if is_server(source) else args.samples for name, source in sources.items()}
+    parts = [(name, chunk, per_item[name]) for name in sources for chunk in chunks]
+    rows = in_parts(folder / "answers.jsonl", parts, answers_of, rank, world)
+    groups = {i: dict(record=records[i], answers=[], sources=[]) for i in which}
+    for row in rows:
+        groups[row["record"]]["answers"].append(row["answer"])
+        groups[row["record"]]["sources"].append(row["source"])
+    sampled = time.time()
+
+    def scores_of(_, items):
+        some = [groups[i] for i in items]
+        scores = score(oracle, [g["record"]["clip"] for g in some], [g["record"]["question"] for g in some],
+                       [g["answers"] for g in some])
+        return [[dict(record=i, id=records[i]["id"], scores=s)] for i, s in zip(items, scores)]
+
+    for row in in_parts(folder / "scores.jsonl", [(None, c, 1) for c in chunks], scores_of, rank, world):
+        groups[row["record"]]["scores"] = row["scores"]
+    if rank == 0:
+        print(f"iteration {k}: {len(rows)} answers to {len(which)} questions by {', '.join(sources)}: sampled in "
+              f"{sampled - began:.0f} s, scored in {time.time() - sampled:.0f} s", flush=True)
+    return list(groups.values())
+
+
+def score(oracle, clips, questions, answers):
+    """Aspects 0-5 of every answer: [B][G] lists of 4 numbers, None where there is no answer or no score."""
+    blank = [[not a for a in group] for group in answers]
+    stand_in = [next((a for a in group if a), "") for group in answers]  # a copy costs the oracle nothing
+    filled = [[a or s for a in group] for group, s in zip(answers, stand_in)]
+    aspects, ok = oracle.aspects(clips, questions, filled)  # (B,G,4), (B,)
+    return [[None if not ok[b] or blank[b][g] else [round(x, 4) for x in aspects[b, g].tolist()]
+             for g in range(len(group))] for b, group in enumerate(answers)]
