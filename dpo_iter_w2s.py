@@ -83,7 +83,7 @@ class Args(OracleArgs):  # --oracle, --oracle_model, --api_...: oracle.py, api_o
     questions: int = HfArg(default=1600, help="questions of an iteration")
     steps: int = HfArg(default=75, help="optimizer steps of an iteration")
     prompts_per_step: int = HfArg(default=48, help="pairs (each of another question) per step, over all processes")
-    micro_batch_size: int = HfArg(default=24, help="pairs per forward pass and process")
+    micro_batch_size: int = HfArg(default=12, help="pairs per forward pass and process")
     lr: float = HfArg(default=1e-4, help="peak learning rate; short warm-up, then linear to zero, in each iteration")
     max_prompt_tokens: int = HfArg(default=512, help="longer questions are cut at their end, never the video")
     max_new_tokens: int = HfArg(default=16, help="longest answer, EOS included; longer ones of --preferences are cut")

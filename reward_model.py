@@ -87,7 +87,7 @@ class Args:
     epochs: float = HfArg(default=5.0, help="passes over the pairs [V: 1]")
     prompts_per_step: int = HfArg(default=16, help="videos per optimizer step, over all processes")
     pack: int = HfArg(default=4, help="pairs about one video that share its prefix, at most")
-    micro_batch_size: int = HfArg(default=8, help="videos (times --pack pairs) per forward pass and process")
+    micro_batch_size: int = HfArg(default=4, help="videos (times --pack pairs) per forward pass and process")
     lr: float = HfArg(default=1e-3, help="peak learning rate; short warm-up, then linear to zero [V: 2e-5]")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay [V: 0]")
     share: float = HfArg(default=1.0, help="train on this share of the training pairs, drawn by --seed [V Fig. 5]")
