@@ -19,17 +19,14 @@ difference  to the first column, on the same questions and the same seeds; [low,
             bootstrap over videos (questions about one video are not independent), after averaging over the seeds. It
             says what other videos would give, not what other seeds would: for that see the row "over seeds".
 
-The rules of the benchmarks are in metrics.py, their files in benchmark_files.py, judges in judges.py, tables in report.py.
+Rules of the benchmarks: metrics.py; their files: benchmark_files.py, prediction_files.py; how a checkpoint answers:
+answers.py; judges: judges.py; tables and pictures: report.py.
 
-D1      In the embedded world multiple-choice questions are answered by the option with the highest mean log-probability
-        per token (--choose likelihood): a model of a million parameters never saw letters. With --data the model writes
-        its answer, which is read by the official rules (--choose generate).
-D2      Benchmarks of descriptions have prompts of their own, drawn at random from paraphrases by VLM-Eval; ours is one
+D1      Benchmarks of descriptions have prompts of their own, drawn at random from paraphrases by VLM-Eval; ours is one
         fixed prompt. In the embedded world it is the question that this world asks for a synopsis.
 """
 
 import glob
-import hashlib
 import json
 import os
 import random
@@ -49,12 +46,14 @@ from transformers.hf_argparser import HfArg
 
 import benchmark_files
 import harness
+from answers import Answering, Run, answer, fingerprint, write_aside
 from api_oracle import ApiArgs
-from data import DataError, FeatureCache, VideoError, read_records, report_lines, video_files
-from judges import ClipText, make_judge, read_lines, score_rows
+from data import DataError, FeatureCache, VideoError, read_records, report_lines
+from judges import ClipText, make_judge, score_rows
 from metrics import over_seeds, paired_bootstrap, spread
 from moving_shapes import TASK_TYPES
 from oracle import DESCRIBE, normalize, token_f1
+from prediction_files import in_own_format, join, predictions
 from report import (
     as_markdown,
     as_text,
@@ -67,28 +66,15 @@ from report import (
     side_by_side,
     summarise,
 )
-from video_llm import Prefix, generate, load_model, token_logprobs, unwrap
+from video_llm import load_model, unwrap
 
 WORLD = "data/moving_shapes"
-SYNOPSIS = "what happens in the video?"  # [D2]
+SYNOPSIS = "what happens in the video?"  # [D1]
 CLIP = "openai/clip-vit-base-patch32"  # VLM-Eval's README
 LEGEND = "a ± b: mean and standard deviation over seeds; [low, high]: 95 % interval over videos, seeds as they are"
 
 
 # --- Answers and benchmarks ----------------------------------------------------------------------------------------
-def answer(model, processor, cache, records, max_new_tokens=48, batch_size=100, return_ended=False):
-    """Greedy answers to the questions of `records`, in order: list of strings. return_ended: also a list of bools,
-    False where an answer was cut at `max_new_tokens` instead of ending with EOS."""
-    device, eos, out, ended = next(model.parameters()).device, processor.tokenizer.eos_token_id, [], []
-    for i in range(0, len(records), batch_size):
-        some = records[i : i + batch_size]
-        prefix = Prefix.build(processor, cache, [r["question"] for r in some], [r["clip"] for r in some], device)
-        tokens, lengths = generate(model, prefix, torch.zeros(len(some), 1, max_new_tokens), eos, temperature=0)
-        out += [group[0] for group in processor.decode_answers(tokens, lengths)]
-        ended += (tokens.gather(-1, lengths.unsqueeze(-1) - 1) == eos).flatten().tolist()
-    return (out, ended) if return_ended else out
-
-
 def is_correct(prediction, reference):
     """Exact match of normalised text (lower case, no punctuation, no articles)."""
     return normalize(prediction) == normalize(reference)
@@ -132,7 +118,7 @@ class Args(ApiArgs):
     clip: str = HfArg(default="", help="CLIP whose text features retrieval and action recognition use; empty: the "
                       f"embedded one, with --data {CLIP}")
     choose: str = HfArg(default="", help="multiple choice: generate a letter | likelihood of the options; empty: "
-                        "likelihood in the embedded world, generate with --data [D1]")
+                        "likelihood in the embedded world, generate with --data (answers.py, D1)")
     max_new_tokens: int = HfArg(default=48, help="longest answer in a benchmark")
     batch_size: int = HfArg(default=100, help="questions at a time")
     limit: int = HfArg(default=0, help="questions per benchmark, drawn by a fixed seed; 0: all")
@@ -141,21 +127,21 @@ class Args(ApiArgs):
     cache: str = HfArg(default="cache", help="folder of cached CLIP features and verdicts")
     groups: dict = field(init=False)  # {label: [Run, ...]}
     names: list = field(init=False)  # benchmarks
+    sources: list = field(init=False)  # [Source, ...] of the benchmarks
 
     def __post_init__(self):
         modes = [m for m in ("runs", "checkpoint", "predictions", "compare") if getattr(self, m)]
         if len(modes) != 1:
             raise ValueError("give one of --runs, --checkpoint, --predictions, --compare")
         labels = [x.strip() for x in self.labels.split(",")] if self.labels else None
-        self.groups = group_runs(self.runs, labels)
+        self.groups, self.sources = group_runs(self.runs, labels), find_sources(self, labels)
         every = ["held_out", *benchmark_files.BENCHMARKS]
         self.names = every if self.benchmark == "all" else [x.strip() for x in self.benchmark.split(",")]
         known = every + list(benchmark_files.ONLY_PREDICTIONS) * bool(self.predictions or self.compare)
         if unknown := [x for x in self.names if x not in known]:
             raise ValueError(f"--benchmark {unknown[0]}: choose of {', '.join(known)}, all")
-        files = [a for a in self.compare if not os.path.isdir(a)]
-        if (self.predictions or files) and len(self.names) != 1:
-            raise ValueError("--predictions holds the answers of one benchmark: name it with --benchmark")
+        if any(s.files for s in self.sources) and len(self.names) != 1:
+            raise ValueError("prediction files hold the answers of one benchmark: name it with --benchmark")
         for flag, value, choice in (("judge", self.judge, ("exact", "local", "api")),
                                     ("choose", self.choose, ("", "generate", "likelihood"))):
             if value not in choice:
@@ -192,23 +178,16 @@ def chance(train, records):
 
 
 # --- Runs and their predictions ------------------------------------------------------------------------------------
-class Run(NamedTuple):
-    folder: Path  # predictions are written here
-    checkpoint: Path
-    name: str  # the folder's without _s<seed>
-    seed: int | None
-
-
-def find_run(path):
+def find_run(path, flag="--runs"):
     """A run folder with final/, or a checkpoint folder. ValueError where there is neither."""
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"--runs: {path} is no folder")
+        raise ValueError(f"{flag}: {path} is no folder")
     folder = path.parent if path.name == "final" else path
     configs = ("config.json", "adapter_config.json")
     there = [c for c in (folder / "final", path) if any((c / name).exists() for name in configs)]
     if not there:
-        raise ValueError(f"--runs: {path} holds no final/ with a checkpoint; is the run finished?")
+        raise ValueError(f"{flag}: {path} holds no final/ with a checkpoint; is the run finished?")
     name, seed = re.fullmatch(r"(.+?)(?:_s(\d+))?", folder.resolve().name).groups()
     return Run(folder, there[0], name, None if seed is None else int(seed))
 
@@ -228,23 +207,6 @@ def group_runs(arguments, labels=None):
         if len(runs) > 1 and (None in seeds or len(seeds) < len(runs)):
             raise ValueError(f"--runs: column {label!r} needs folders of different _s<seed>; part columns by --labels")
     return groups
-
-
-def fingerprint(checkpoint, records):
-    """Hash of all that predictions depend on: the checkpoint (an adapter's base included), questions, videos."""
-    digest = hashlib.sha256()
-    for file in sorted(checkpoint.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".jinja", ".model") and not file.name.startswith("predictions_"):
-            with open(file, "rb") as f:
-                digest.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-        if file.name == "adapter_config.json":
-            base = json.loads(file.read_text())["base_model_name_or_path"]
-            digest.update((fingerprint(Path(base), []) if os.path.isdir(base) else base).encode())
-    for path in dict.fromkeys(r["clip"].path for r in records):
-        stats = [(os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in video_files(path) if os.path.exists(f)]
-        digest.update(f"{path} {stats}\n".encode())
-    digest.update(json.dumps([(r["clip"], r["question"], r["answer"], r["task_type"]) for r in records]).encode())
-    return digest.hexdigest()
 
 
 def predict(run, records, stem, cache_dir):
@@ -386,21 +348,29 @@ class Source(NamedTuple):
     files: list
 
 
-def sources(args):
-    """The columns of a report, in the order of the arguments."""
-    given = [args.checkpoint] if args.checkpoint else [args.predictions] if args.predictions else args.compare
-    out = []
-    for name in given:
-        run = find_run(name) if os.path.isdir(name) and not args.predictions else None
-        files = [] if run else name.split(",")
-        out.append(Source(run.folder.name if run else Path(files[0]).stem or files[0], run, files))
-    if args.labels:
-        labels = [x.strip() for x in args.labels.split(",")]
-        if len(labels) != len(out):
-            raise ValueError(f"--labels has {len(labels)} names for {len(out)} columns")
+def find_sources(args, labels):
+    """The columns of a report, in the order of the arguments; none for --runs. ValueError says what is wrong."""
+    if args.predictions:
+        out = [Source(Path(args.predictions.split(",")[0]).stem, None, args.predictions.split(","))]
+    elif args.checkpoint:
+        run = find_run(args.checkpoint, "--checkpoint")
+        out = [Source(run.folder.name, run, [])]
+    else:
+        out = []
+        for name in args.compare:  # a file, or a folder that holds JSON and no checkpoint, is predictions
+            run_there = Path(name, "final").is_dir() or glob.glob(f"{glob.escape(name)}/*config.json")
+            file = Path(name.split(",")[0]).suffix in (".json", ".jsonl", ".csv")
+            if not run_there and (file or glob.glob(f"{glob.escape(name)}/*.json*")):
+                out.append(Source(Path(name.split(",")[0]).stem, None, name.split(",")))
+            else:
+                run = find_run(name, "--compare")
+                out.append(Source(run.folder.name, run, []))
+        if len({s.label for s in out}) < len(out):
+            out = [s._replace(label=name) for s, name in zip(out, args.compare)]
+    if labels and out:
+        if len(set(labels)) != len(out):
+            raise ValueError(f"--labels has {len(set(labels))} different names for {len(out)} columns")
         out = [s._replace(label=label) for s, label in zip(out, labels)]
-    if len({s.label for s in out}) < len(out):
-        out = [s._replace(label=name) for s, name in zip(out, given)]
     return out
 
 
@@ -417,110 +387,8 @@ def questions_of(name, args):
     for row in rows:
         row |= {"said": None, "reply": None}
         if not args.data and name in ("ucf101", "hmdb51", "msvd_retrieval", "msrvtt_retrieval"):
-            row["asks"] = [SYNOPSIS]  # [D2]
+            row["asks"] = [SYNOPSIS]  # [D1]
     return rows, benchmark_files.coverage_lines(report), str(Path(report["files"][0]).parent)
-
-
-class Answering:
-    """Answers of one run, kept as lines of <run>/benchmarks/answers/<benchmark>.<rank>.jsonl: what is there already,
-    for the same checkpoint, prompt and video, is not asked again, whatever the number of processes was."""
-
-    def __init__(self, run, args, rank, world, device):
-        self.run, self.args, self.rank, self.world, self.device = run, args, rank, world, device
-        self.folder, self.mark = run.folder / "benchmarks" / "answers", fingerprint(run.checkpoint, [])
-        self.loaded = None
-
-    def model(self):
-        if self.loaded is None:
-            model, processor = load_model(self.run.checkpoint, device=self.device)
-            self.loaded = model.eval(), processor, FeatureCache(unwrap(model), processor, self.args.cache)
-        return self.loaded
-
-    def key(self, row, ask):
-        stats = [(os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in video_files(row["clip"].path)]
-        choose = self.args.choose if row["options"] else ""
-        parts = [self.mark, ask, row["clip"], stats, choose, choose and row["options"], self.args.max_new_tokens]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-
-    def kept(self, name):
-        return {line["key"]: line for f in sorted(self.folder.glob(f"{name}.*.jsonl")) for line in read_lines(f)}
-
-    def __call__(self, name, rows, folder):
-        """Put `said` into every row whose video is there. All processes must call it."""
-        if name == "video_mme_subtitles":
-            self.add_subtitles(rows, folder)
-        todo = {self.key(row, ask): (row, ask) for row in rows if row["clip"] for ask in row["asks"]}
-        kept = self.kept(name)
-        mine = [(key, *pair) for key, pair in todo.items() if key not in kept]
-        harness.barrier()  # everyone has looked before anyone writes
-        mine = sorted(mine, key=lambda job: str(job[1]["clip"]))[self.rank :: self.world]
-        if mine:
-            self.ask(name, mine)
-        harness.barrier()
-        kept, why = self.kept(name), {}
-        for row in rows:
-            lines = [kept[self.key(row, ask)] for ask in row["asks"]] if row["clip"] else []
-            if lines and all(line["said"] is not None for line in lines):
-                row["said"] = [line["said"] for line in lines]
-            elif lines:
-                why[row["video"]] = next(line["why"] for line in lines if line["said"] is None)
-        return [f"left out: {reason}" for reason in why.values()]
-
-    def ask(self, name, jobs):
-        model, processor, cache = self.model()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        began, size = time.time(), self.args.batch_size
-        with open(self.folder / f"{name}.{self.rank}.jsonl", "a") as file:
-            file.write("\n")  # behind half a line of a killed run
-            broken = cache.prepare([row["clip"] for _, row, _ in jobs], progress=False)
-            for key, row, _ in jobs:
-                if row["clip"] in broken:
-                    file.write(json.dumps(dict(key=key, said=None, why=broken[row["clip"]])) + "\n")
-            jobs = [job for job in jobs if job[1]["clip"] not in broken]
-            parts = [jobs[k : k + size] for k in range(0, len(jobs), size)]
-            for part in tqdm(parts, f"{self.run.folder.name}, {name}", leave=False, disable=self.rank > 0, mininterval=2):
-                if part[0][1]["options"] and self.args.choose == "likelihood":
-                    texts = [letter for _, row, ask in part for letter in [best_option(model, processor, cache, row)]]
-                else:
-                    records = [dict(question=fitting(processor, model, ask), clip=row["clip"]) for _, row, ask in part]
-                    texts = answer(model, processor, cache, records, self.args.max_new_tokens, size)
-                for (key, row, _), text in zip(part, texts):
-                    file.write(json.dumps(dict(key=key, id=row["id"], said=text)) + "\n")
-                file.flush()
-        if self.rank == 0:
-            print(f"{self.run.folder}, {name}: {len(jobs)} answers in {time.time() - began:.0f} s", flush=True)
-
-    def add_subtitles(self, rows, folder):
-        frames = self.model()[1].num_frames
-        for row in rows:
-            text = benchmark_files.subtitles(row["clip"], folder, frames) if row["clip"] else None
-            row["asks"] = [benchmark_files.choice_prompt(row["question"], row["options"], text)]
-            row["subtitles"] = text
-
-
-def fitting(processor, model, ask, room=64):
-    """The prompt, its longest line cut until the decoder has positions for it: subtitles, never question or options."""
-    most = unwrap(model).config.text_config.max_position_embeddings - room
-    while isinstance(ask, str) and (over := len(processor.prompt_ids(ask)) - most) > 0:
-        lines = ask.split("\n")
-        longest = max(range(len(lines)), key=lambda k: len(lines[k]))
-        lines[longest] = lines[longest][: -max(4, over)].rstrip()
-        ask = "\n".join(lines)
-    return ask
-
-
-def best_option(model, processor, cache, row):
-    """[D1] The letter of the option with the highest mean log-probability per token, EOS included."""
-    device = next(model.parameters()).device
-    texts = [re.sub(r"^[A-E]\. ", "", option) for option in row["options"]]
-    told = f"{row['subtitles']}\n" if row.get("subtitles") else ""
-    prefix = Prefix.build(processor, cache, [told + row["question"]], [row["clip"]], device)
-    ids = [processor.answer_ids(text) for text in texts]
-    tokens = processor.pad(ids, "right")[0][None].to(device)
-    lengths = torch.tensor([[len(i) for i in ids]], device=device)
-    with torch.no_grad():
-        logprobs = token_logprobs(model, prefix, tokens, lengths)[0].sum(-1) / lengths[0]
-    return "ABCDE"[int(logprobs.argmax())]
 
 
 def score_source(source, said, args, judge, clip_text):
@@ -553,7 +421,7 @@ def from_files(source, args):
     (name,) = args.names
     if name == "held_out":
         raise DataError("--predictions: held_out is scored from a checkpoint; name a public benchmark")
-    columns, report = benchmark_files.predictions(name, source.files)
+    columns, report = predictions(name, source.files)
     out = []
     for column, said in columns.items():
         lines = [f"{', '.join(report['files'])}: {len(said)} predictions" + (f" of {column}" if column else "")]
@@ -564,7 +432,7 @@ def from_files(source, args):
                                 "files with --data")
             rows, coverage, folder = questions_of(name, args)
             counts = {}
-            rows = benchmark_files.join(rows, said, report)
+            rows = join(rows, said, report)
             if column:  # a table of several models is about the questions it lists
                 rows = [row for row in rows if row["said"] is not None]
             counts = {"questions without a prediction": report["without"] * (not column),
@@ -587,26 +455,26 @@ def main_benchmarks(args):
     say = lambda *lines: print(*lines, sep="\n", flush=True) if rank == 0 and lines else None
     with harness.one_line_errors(DataError, OSError, SafetensorError, ValueError, VideoError):
         done = []
-        for source in sources(args):
+        for source in args.sources:
             if source.run is None:
                 done += from_files(source, args)
                 continue
             said, ask = {}, Answering(source.run, args, rank, world, device)
             for name in args.names:  # the coverage of every benchmark, before any model is loaded
                 try:
-                    said[name] = questions_of(name, args)
+                    rows, coverage, folder = questions_of(name, args)
+                    say(*coverage)
+                    if not any(row["clip"] for row in rows):
+                        raise DataError(f"{folder}: no video of {name} found")
                 except DataError as e:
                     if args.benchmark != "all":
                         raise
                     say(f"{name}: left out ({e})")
                     continue
-                rows, coverage, folder = said[name]
-                say(*coverage)
                 if args.limit and len(rows) > args.limit:
                     chosen = sorted(random.Random(0).sample(range(len(rows)), args.limit))
-                    said[name] = ([rows[i] for i in chosen], [*coverage, f"--limit: {args.limit} of them"], folder)
-                if not any(row["clip"] for row in said[name][0]):
-                    raise DataError(f"{folder}: no video of {name} found")
+                    rows, coverage = [rows[i] for i in chosen], [*coverage, f"--limit: {args.limit} of them"]
+                said[name] = rows, coverage, folder
             if not said:
                 raise DataError(f"{args.data}: no benchmark there")
             for name, (rows, coverage, folder) in said.items():
@@ -624,15 +492,8 @@ def main_benchmarks(args):
 
 def write_predictions(run, name, rows):
     """<run>/benchmarks/<benchmark>.json, in the benchmark's own format."""
-    for stem, content in benchmark_files.in_own_format(name, rows).items() if rows else []:
+    for stem, content in in_own_format(name, rows).items() if rows else []:
         write_aside(run.folder / "benchmarks" / f"{stem}.json", json.dumps(content, indent=1))
-
-
-def write_aside(file, text):
-    aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(text)
-    os.replace(aside, file)
 
 
 def write_report(scored, done, args):
@@ -642,8 +503,7 @@ def write_report(scored, done, args):
                    for r, mine in others}
     rows = side_by_side(results, differences) if others else overview(results[0])
     print("\n" + as_text(rows))
-    for r in results:
-        print(f"\n{r['label']}\n{facts(r)}")
+    print("\n" + facts(results))
     out = args.out or (str(done[0][0].run.folder / "benchmarks" / "report") if args.checkpoint else "")
     if not out:
         return
@@ -652,8 +512,9 @@ def write_report(scored, done, args):
     write_aside(Path(f"{out}.json"), json.dumps(content, indent=1) + "\n")
     text = [f"# Benchmarks: {', '.join(r['label'] for r in results)}", "Brackets: 95 % interval over videos. Shares in "
             "%, scores from 0 to 5. Metrics that end in `_all` count what could not be read as wrong.", as_markdown(rows)]
+    text += ["## Where the numbers come from", facts(results)]
     for r in results:
-        text += [f"## {r['label']}", facts(r), *group_tables(r)]
+        text += [f"## {r['label']}, by group", *group_tables(r)]
     write_aside(Path(f"{out}.md"), "\n\n".join(text) + "\n")
     lines = [json.dumps(dict(source=source.label, benchmark=name, id=row["id"], video=row["video"], said=row["said"],
                              verdict=row.get("verdict"), values=row["values"]))

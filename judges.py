@@ -49,6 +49,7 @@ from oracle import JudgeOracle, normalize, token_f1
 ATTEMPTS = 3  # per verdict: the first reply and two repairs
 RATIO_FROM = 3  # [D2]
 ASPECTS = api_oracle.ASPECTS
+VISION = tuple(f"{aspect}_points" for aspect in ASPECTS)  # metrics of MMAIP-V
 
 QA_TASK = """You evaluate answers to questions about videos. Compare the predicted answer with the correct answer and decide
 whether they mean the same. Synonyms and paraphrases count as a match; judge what is said, not how it is put."""
@@ -133,7 +134,12 @@ class LocalJudge:
         if row["clip"] is None:
             return None
         kind = "aspects" if kind == "aspects" else "against the reference"  # [D1] the criteria are all one to it
-        return hashlib.sha256(json.dumps([kind, row["clip"], row["asks"], row["answer"], row["said"]]).encode()).hexdigest()
+        try:
+            video = self.oracle.cache.key(row["clip"], self.oracle.processor.num_frames)  # its content
+        except OSError:
+            return None
+        parts = [kind, video, row["asks"], row["question"], row["answer"], row["said"]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def judge(self, rows, aspects):
         """One reply per row; of two predictions the worse one counts."""
@@ -234,7 +240,8 @@ class ClipText:
 # ---------------------------------------------------------------------------------------------------------------
 # Rows with predictions -> values
 # ---------------------------------------------------------------------------------------------------------------
-QA_NAMES, TRUE = ("accuracy", "score"), ("msvd_qa", "msrvtt_qa", "activitynet_qa", "nextoe", "cvrr_es", "held_out")
+QA_NAMES = ("accuracy", "score")
+QA = ("msvd_qa", "msrvtt_qa", "activitynet_qa", "nextoe", "cvrr_es", "held_out")
 
 
 def score_rows(benchmark, rows, judge, clip_text=None, classes=None):
@@ -244,7 +251,7 @@ def score_rows(benchmark, rows, judge, clip_text=None, classes=None):
         row["said"] = row["said"] and [text or "" for text in row["said"]]
     problems["no prediction"] = sum(row["said"] is None and row["reply"] is None for row in rows)
     problems["blank"] = sum(row["said"] is not None and not all(t.strip() for t in row["said"]) for row in rows)
-    if benchmark in TRUE:
+    if benchmark in QA:
         values = judged(rows, "qa", judge, problems, "correct" if benchmark == "cvrr_es" else "yes")
         for row, v in zip(rows, values):
             v["exact"] = float(row["said"] is not None and normalize(row["said"][0]) == normalize(row["answer"] or ""))
@@ -264,11 +271,9 @@ def score_rows(benchmark, rows, judge, clip_text=None, classes=None):
     elif benchmark in ("video_mme", "video_mme_subtitles", "nextqa"):
         values = []
         for row in rows:
-            v, problem = choice_values(row["said"][0] if row["said"] else "", row["answer"], row["options"])
+            letters = "ABCDE" if benchmark == "nextqa" else "ABCD"
+            v, problem = choice_values(row["said"][0] if row["said"] else "", row["answer"], row["options"], letters)
             problems[problem] += problem is not None and row["said"] is not None
-            if benchmark == "nextqa":  # five letters, and the official file holds a number, so nothing is extracted
-                said = row["said"][0].strip()[:1] if row["said"] else ""
-                v |= dict(acc_answered=float(said == row["answer"]) if said else None, acc_all=float(said == row["answer"]))
             values.append(v)
     else:
         values = [{} for _ in rows]
@@ -307,7 +312,7 @@ def judged(rows, kind, judge, problems, words="yes"):
 
 def aspects(rows, judge, problems):
     """[D2] The vision-based evaluation: four aspects, their mean, and the share of answers at RATIO_FROM or more."""
-    names = (*ASPECTS, "score", "ratio")
+    names = (*VISION, "score", "ratio")
     ask = [i for i, row in enumerate(rows) if row["said"] and row["said"][0].strip()]
     replies = dict(zip(ask, judge.replies([("aspects", rows[i]) for i in ask])))
     out = []
@@ -318,7 +323,7 @@ def aspects(rows, judge, problems):
             problems["no reply"] += 1
             out.append(unanswered(names))
         else:
-            points = dict(reply, score=float(np.mean([reply[a] for a in ASPECTS])))
+            points = dict(zip(VISION, (reply[a] for a in ASPECTS)), score=float(np.mean([reply[a] for a in ASPECTS])))
             points["ratio"] = float(points["score"] >= RATIO_FROM)
             out.append(points | {f"{name}_all": value for name, value in points.items()})
             row["verdict"] = reply

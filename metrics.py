@@ -118,16 +118,16 @@ PREFIXES = ("The best answer is", "The correct answer is", "The answer is", "The
             "The correct answer", "The correct option")  # fmt: skip
 
 
-def letter_official(reply):
+def letter_official(reply, letters="ABCD"):
     """Video-MME's letter: known prefixes deleted, then the first of A-D anywhere; '' where there is none."""
     reply = reply.strip()
     for prefix in PREFIXES:
         reply = reply.replace(prefix, "")
-    found = re.search(r"[ABCD]", reply)
+    found = re.search(f"[{letters}]", reply)
     return found[0] if found else ""
 
 
-def letter_strict(reply, options=(), letters="ABCDE"):
+def letter_strict(reply, options=(), letters="ABCD"):
     """[D1] The letter of the one option that a reply names, '' if it names none or several.
 
     Named is: the letter alone; marked as in (C), C. or C); after 'answer' or 'option'; or an option's own text."""
@@ -147,9 +147,9 @@ def letter_strict(reply, options=(), letters="ABCDE"):
     return found.pop() if len(found) == 1 else ""
 
 
-def choice_values(reply, answer, options=()):
+def choice_values(reply, answer, options=(), letters="ABCD"):
     """A reply to a multiple-choice question with the answer's letter -> values, problem."""
-    official, strict = letter_official(reply), letter_strict(reply, options)
+    official, strict = letter_official(reply, letters), letter_strict(reply, options, letters)
     values = dict(acc_answered=float(official == answer) if official else None, acc_all=float(official == answer),
                   acc_strict=float(strict == answer))
     return values, None if official else "no letter"

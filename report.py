@@ -5,11 +5,11 @@ from itertools import groupby
 import matplotlib
 import numpy as np
 
-from judges import ASPECTS, CRITERIA
+from judges import CRITERIA, VISION
 from metrics import bootstrap
 
 COLORS = ("#8c8c8c", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800")  # after Okabe-Ito
-POINTS = ("score", *CRITERIA, *ASPECTS)  # metrics from 0 to 5; all others are shares, shown in %
+POINTS = ("score", *CRITERIA, *VISION)  # metrics from 0 to 5; all others are shares, shown in %
 
 
 def is_points(metric):
@@ -86,7 +86,7 @@ def cell(value, metric, sign=""):
     """A metric with its interval: shares in %, points as they are."""
     if value is None:
         return "-"
-    scale, digits = (1, 2) if is_points(metric) else (100, 1)
+    scale, digits = (1, 3) if is_points(metric) else (100, 2)
     mean, low, high = (f"{scale * value[k]:{sign}.{digits}f}" for k in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
@@ -101,14 +101,14 @@ def overview(result):
 
 
 def side_by_side(results, differences):
-    """Several sources: a row per benchmark and metric, and the differences to the first one."""
-    first, *others = results
-    rows = [["benchmark", "metric", *(r["label"] for r in results), *(f"{r['label']} - {first['label']}" for r in others)]]
+    """Several sources: a row per benchmark, metric and source, with the difference to the first source."""
+    first, rows = results[0], [["benchmark", "metric", "of", "value [95 %]", f"difference to {results[0]['label']}"]]
     for name in dict.fromkeys(b for r in results for b in r["benchmarks"]):
-        parts = [r["benchmarks"].get(name, {}).get("metrics", {}) for r in results]
-        for m in dict.fromkeys(m for part in parts for m in part):
-            change = [cell(differences[r["label"]].get(name, {}).get(m), m, "+") for r in others]
-            rows.append([name, m, *(cell(part.get(m), m) for part in parts), *change])
+        parts = {r["label"]: r["benchmarks"].get(name, {}).get("metrics", {}) for r in results}
+        for m in dict.fromkeys(m for part in parts.values() for m in part):
+            for label, part in parts.items():
+                change = "" if label == first["label"] else cell(differences[label].get(name, {}).get(m), m, "+")
+                rows.append([name, m, label, cell(part.get(m), m), change])
     return rows
 
 
@@ -128,14 +128,22 @@ def group_tables(result):
     return out
 
 
-def facts(result):
-    """Markdown lines on where the numbers come from: judge, CLIP, coverage, what could not be read."""
+def facts(results):
+    """Markdown lines on where the numbers come from: judge, CLIP, coverage, what could not be read; what several
+    sources share is said once."""
+    lines = {}
+    for r in results:
+        for name, part in r["benchmarks"].items():
+            said = [f"judge: {part['judge']}"] + ([f"text features: {part['clip']}"] if part.get("clip") else [])
+            said += part["coverage"] + [f"{n} {why}" for why, n in part["problems"].items()]
+            for line in said:
+                lines.setdefault((name, line), []).append(r["label"])
     out = []
-    for name, part in result["benchmarks"].items():
-        said = [f"judge: {part['judge']}"] + ([f"text features: {part['clip']}"] if part.get("clip") else [])
-        said += [f"{n} {why}" for why, n in part["problems"].items()]
-        out.append(f"- **{name}**: {'; '.join(said)}")
-        out += [f"  - {line}" for line in part["coverage"]]
+    for name in dict.fromkeys(name for name, _ in lines):
+        out.append(f"- **{name}**")
+        for (of, line), labels in lines.items():
+            shared = len(labels) == sum(name in r["benchmarks"] for r in results)
+            out += [f"  - {line}" if shared else f"  - {', '.join(labels)}: {line}"] * (of == name)
     return "\n".join(out)
 
 
