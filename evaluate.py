@@ -462,8 +462,10 @@ def main_benchmarks(args):
             said, ask = {}, Answering(source.run, args, rank, world, device)
             for name in args.names:  # the coverage of every benchmark, before any model is loaded
                 try:
+                    if name == "mmaip_v" and args.judge == "exact":
+                        raise DataError("its judge must see the video: --judge local or api")
                     rows, coverage, folder = questions_of(name, args)
-                    say(*coverage)
+                    say(*(f"{name}: {line}" for line in coverage))
                     if not any(row["clip"] for row in rows):
                         raise DataError(f"{folder}: no video of {name} found")
                 except DataError as e:

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, CLIPTextModelWithProjection
+from transformers import AutoTokenizer, CLIPModel
 
 import api_oracle
 from api_oracle import ApiClient, ApiError, frames_as_urls
@@ -219,20 +219,21 @@ class ClipText:
     def __init__(self, name, device="cpu"):
         self.name, self.device = str(name), device
         self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.model = CLIPTextModelWithProjection.from_pretrained(name).eval().to(device)
+        self.model = CLIPModel.from_pretrained(name).eval().to(device)
 
     @torch.no_grad()
     def __call__(self, texts, batch=256):
         """list of texts -> (n,D) float64. A text too long for the tower is cut, and keeps its end token."""
         out, end = [], self.tokenizer.eos_token_id
-        longest = self.model.config.max_position_embeddings
+        longest = self.model.config.text_config.max_position_embeddings
         for n in range(0, len(texts), batch):
             ids = [self.tokenizer(t).input_ids for t in texts[n : n + batch]]
             ids = [[i for i in row if i != end][: longest - 1] + [end] for row in ids]
             length = max(map(len, ids))
             tokens = torch.tensor([row + [end] * (length - len(row)) for row in ids], device=self.device)
             mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids], device=self.device)
-            features = self.model(input_ids=tokens, attention_mask=mask).text_embeds.double().cpu().numpy()
+            pooled = self.model.text_model(input_ids=tokens, attention_mask=mask).pooler_output
+            features = self.model.text_projection(pooled).double().cpu().numpy()
             out.append(features / np.linalg.norm(features, axis=1, keepdims=True))
         return np.concatenate(out)
 
