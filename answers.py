@@ -1,7 +1,7 @@
 """How a checkpoint answers: greedily, in batches, each answer kept, shared out over processes.
 
     texts = answer(model, processor, cache, records)                   # greedy answers, in order
-    Answering(run, args, rank, world, device)("video_mme", rows, folder)   # answers of a benchmark, into its rows
+    Answering(run, "generate", 48, 100, "cache")("video_mme", rows, folder)   # answers of a benchmark, into its rows
 
 Nothing here knows a score. Rows are those of benchmark_files.py.
 
@@ -74,27 +74,28 @@ def write_aside(file, text):
 
 
 class Answering:
-    """Answers of one run, kept as lines of <run>/benchmarks/answers.<rank>.jsonl. What is there for the same checkpoint,
-    prompt and video is never asked again: not after a kill, whatever the number of processes was, nor for another
-    benchmark that asks the same (in the embedded world several do)."""
+    """Answers of one run, kept as lines of <run>/benchmarks/answers.<rank>.jsonl. What is there for the same
+    checkpoint, prompt and video is never asked again: not after a kill, whatever the number of processes was, nor for
+    another benchmark that asks the same (in the embedded world several do)."""
 
-    def __init__(self, run, args, rank, world, device):
-        self.run, self.args, self.rank, self.world, self.device = run, args, rank, world, device
+    def __init__(self, run, choose, max_new_tokens, batch_size, cache_dir, rank=0, world=1, device="cpu"):
+        self.run, self.rank, self.world, self.device = run, rank, world, device
+        self.choose, self.max_new_tokens, self.size, self.cache_dir = choose, max_new_tokens, batch_size, cache_dir
         self.folder, self.mark = run.folder / "benchmarks", fingerprint(run.checkpoint, [])
         self.loaded, self.content, self.kept = None, {}, None
 
     def model(self):
         if self.loaded is None:
             model, processor = load_model(self.run.checkpoint, device=self.device)
-            self.loaded = model.eval(), processor, FeatureCache(unwrap(model), processor, self.args.cache)
+            self.loaded = model.eval(), processor, FeatureCache(unwrap(model), processor, self.cache_dir)
         return self.loaded
 
     def key(self, row, ask):
         clip = row["clip"]
         if clip.path not in self.content:
             self.content[clip.path] = [content_mark(f) for f in video_files(clip.path)]
-        choice = [self.args.choose, row["options"] if self.args.choose == "likelihood" else []] if row["options"] else []
-        parts = [self.mark, ask, self.content[clip.path], clip.start, clip.end, choice, self.args.max_new_tokens]
+        choice = [self.choose, row["options"]] if row["options"] and self.choose == "likelihood" else []
+        parts = [self.mark, ask, self.content[clip.path], clip.start, clip.end, choice, self.max_new_tokens]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
     def read(self):
@@ -126,7 +127,7 @@ class Answering:
     def ask(self, name, jobs):
         model, processor, cache = self.model()
         self.folder.mkdir(parents=True, exist_ok=True)
-        began, size = time.time(), self.args.batch_size
+        began, size, choose = time.time(), self.size, self.choose == "likelihood"
         with open(self.folder / f"answers.{self.rank}.jsonl", "a") as file:
             file.write("\n")  # behind half a line of a killed run
             write = lambda **line: file.write(json.dumps(line) + "\n")
@@ -135,18 +136,17 @@ class Answering:
                 if row["clip"] in broken:
                     write(key=key, said=None, why=broken[row["clip"]])
             jobs = [job for job in jobs if job[1]["clip"] not in broken]
-            choose = self.args.choose == "likelihood"
-            jobs.sort(key=lambda job: len(job[1]["options"]) if choose else 0)  # batches with equally many options
-            edges = [k for k in range(1, len(jobs)) if choose and len(jobs[k][1]["options"]) != len(jobs[k - 1][1]["options"])]
-            spans = [range(a, b) for a, b in zip([0, *edges], [*edges, len(jobs)])]
-            parts = [jobs[k : min(k + size, span.stop)] for span in spans for k in range(span.start, span.stop, size)]
+            alike = {}  # batches with equally many options
+            for job in jobs:
+                alike.setdefault(len(job[1]["options"]) * choose, []).append(job)
+            parts = [some[k : k + size] for some in alike.values() for k in range(0, len(some), size)]
             for part in tqdm(parts, f"{self.run.folder.name}, {name}", leave=False, mininterval=2,
                              disable=self.rank > 0 or not sys.stderr.isatty()):
                 if part[0][1]["options"] and choose:
                     texts = best_options(model, processor, cache, [row for _, row, _ in part])
                 else:
                     records = [dict(question=fitting(processor, model, ask), clip=row["clip"]) for _, row, ask in part]
-                    texts = answer(model, processor, cache, records, self.args.max_new_tokens, size)
+                    texts = answer(model, processor, cache, records, self.max_new_tokens, size)
                 for (key, row, _), text in zip(part, texts):
                     write(key=key, id=row["id"], said=text)
                 file.flush()

@@ -7,13 +7,13 @@ A row is a dict, the same for every benchmark:
     question    as the file has it      answer    text; a letter for multiple choice; the class; [captions]
     video       its name in the file    names     the names its file may have; clip: where it was found, or None
     options     ["A. ..", ..] or []     groups    {"task_type": "Counting Problem", ..}: what the report splits by
-    record      the file's own record   said      [prediction per ask], None where there is none; reply: a judge's verdict
+    record      the file's own record   said      [prediction per ask] or None; reply: a judge's verdict
 Rows of an annotation file have no `said`; a prediction file that repeats questions and answers is complete on its own
 (prediction_files.py reads those, with the same readers).
 
 Files are .json (a list, a dict with one as annotations / data, a dict by id), .jsonl, .csv or .parquet (needs pyarrow);
 a byte-order mark and trailing commas, as Video-MME's own template has them, are read. What cannot be used ends in a
-DataError that names file and record; what is left out on purpose (no test clip, no answer in the second file) is counted.
+DataError that names file and record; what is left out (no answer in the second file, an id twice) is counted.
 """
 
 import csv
@@ -33,7 +33,8 @@ from metrics import nextqa_groups
 
 ACTIVITYNET_TYPES = ("motion", "spatial", "temporal", "yes/no", "color", "object", "location", "number", "other")
 LETTERS = "ABCDE"
-SAID = ("pred", "prediction", "response", "model_prediction", "filtered_resps", "video-llm-prediction", "predicted_answer")
+SAID = ("pred", "prediction", "response", "model_prediction", "filtered_resps", "video-llm-prediction",
+        "predicted_answer")
 
 
 class Files(NamedTuple):
@@ -277,7 +278,8 @@ def choice_prompt(question, options, subtitles=None):
     named = f"({', '.join(letters[:-1])}, or {letters[-1]})"
     told = f"This video's subtitles are listed below:\n{subtitles}\n" if subtitles else ""
     return (f"{told}Select the best answer to the following multiple-choice question based on the video. Respond with "
-            f"only the letter {named} of the correct option.\n" + "\n".join([question, *options, "The best answer is:"]))
+            f"only the letter {named} of the correct option.\n"
+            + "\n".join([question, *options, "The best answer is:"]))
 
 
 def nextqa_rows(file, value, benchmark):
@@ -482,7 +484,7 @@ def mapping(folder):
 
 def coverage_lines(report):
     """What was found, for people."""
-    head = "{questions} questions about {videos} videos; {videos_found} videos found, for {questions_with_video} questions"
+    head = "{questions} questions about {videos} videos; {videos_found} videos found, with {questions_with_video}"
     lines = [f"{', '.join(map(str, report['files'][:3]))}: {head.format(**report)}"]
     lines += [f"left out: {n} questions, {why}" for why, n in report["skipped"].items()]
     if report["missing"]:

@@ -1,8 +1,8 @@
 """Accuracy of checkpoints: on the held-out questions side by side, and on every benchmark that the papers report.
 
 Runs         python evaluate.py --runs runs/sft/policy_s0 runs/grpo_rank/context_s0      one column per argument
-             python evaluate.py --runs "runs/sft/policy_s*" "runs/grpo_rank/context_s*" --labels SFT,GRPO --out results/demo
-Benchmarks   python evaluate.py --checkpoint runs/sft/policy_s0 --benchmark all                the embedded world's files
+             python evaluate.py --runs "runs/sft/policy_s*" "runs/grpo_rank/context_s*" --labels A,B --out results/a
+Benchmarks   python evaluate.py --checkpoint runs/sft/policy_s0 --benchmark all               the embedded world's files
              python evaluate.py --checkpoint runs/sft/mine --benchmark msvd_qa,video_mme --data DIR --judge api ...
              python evaluate.py --predictions mine.json --benchmark video_mme                  no model: others' answers
              python evaluate.py --compare runs/sft/policy_s0 runs/grpo_rank/context_s0 --benchmark all
@@ -99,10 +99,10 @@ BENCHMARK = BENCHMARKS["moving_shapes"]
 
 @dataclass
 class Args(ApiArgs):
-    runs: list[str] = HfArg(default_factory=list, help="run or checkpoint folders, one column each; a quoted glob is one "
-                            "column of seeds")
+    runs: list[str] = HfArg(default_factory=list, help="run or checkpoint folders, one column each; a quoted glob is "
+                            "one column of seeds")
     checkpoint: str = HfArg(default="", help="run or checkpoint folder to score on --benchmark")
-    predictions: str = HfArg(default="", help="prediction file(s) or a folder of them to score, comma-separated; no model")
+    predictions: str = HfArg(default="", help="prediction file(s), comma-separated, or a folder of them, to score")
     compare: list[str] = HfArg(default_factory=list, help="run folders or prediction files: scores side by side, "
                                "differences to the first")
     benchmark: str = HfArg(default="all", help="held_out | " + " | ".join(benchmark_files.BENCHMARKS) + " | with "
@@ -340,7 +340,7 @@ def main_runs(args):
             print(f"\nwritten: {args.out}.json, {args.out}.md, {args.out}.png")
 
 
-# --- Benchmarks: questions -> answers of a checkpoint, or of a file -> values -> report --------------------------------
+# --- Benchmarks: questions -> answers of a checkpoint, or of a file -> values -> report --------------------------
 class Source(NamedTuple):
     """What is scored: a run, or a column of prediction files."""
     label: str
@@ -428,8 +428,8 @@ def from_files(source, args):
         if args.data or any(row["answer"] is None for row in said if row["reply"] is None):
             if not args.data:
                 lost = next(row for row in said if row["answer"] is None)
-                raise DataError(f"{source.files[0]}: id {lost['id']!r} has no correct answer there; give the benchmark's "
-                                "files with --data")
+                raise DataError(f"{source.files[0]}: id {lost['id']!r} has no correct answer there; give the "
+                                "benchmark's files with --data")
             rows, coverage, folder = questions_of(name, args)
             counts = {}
             rows = join(rows, said, report)
@@ -459,7 +459,8 @@ def main_benchmarks(args):
             if source.run is None:
                 done += from_files(source, args)
                 continue
-            said, ask = {}, Answering(source.run, args, rank, world, device)
+            said, ask = {}, Answering(source.run, args.choose, args.max_new_tokens, args.batch_size,
+                                      args.cache, rank, world, device)
             for name in args.names:  # the coverage of every benchmark, before any model is loaded
                 try:
                     if name == "mmaip_v" and args.judge == "exact":
@@ -513,7 +514,7 @@ def write_report(scored, done, args):
     content = about | dict(results=results, differences=differences)
     write_aside(Path(f"{out}.json"), json.dumps(content, indent=1) + "\n")
     text = [f"# Benchmarks: {', '.join(r['label'] for r in results)}", "Brackets: 95 % interval over videos. Shares in "
-            "%, scores from 0 to 5. Metrics that end in `_all` count what could not be read as wrong.", as_markdown(rows)]
+            "%, scores from 0 to 5. Metrics in `_all` count what could not be read as wrong.", as_markdown(rows)]
     text += ["## Where the numbers come from", facts(results)]
     for r in results:
         text += [f"## {r['label']}, by group", *group_tables(r)]

@@ -10,9 +10,9 @@
   api     an OpenAI-compatible server. With a reference: the text protocol of Video-ChatGPT (its structure, our words),
           a dictionary with 'pred' and 'score'. Aspects: frames, question and answer, never the reference.
 
-A reply that cannot be read is asked for again, ATTEMPTS times in all, each time with the reason; then it is counted under
-its reason and both conventions are reported. Nothing is asked twice: replies of a server are kept by `ApiClient`, those of
-a local judge in <cache>/verdicts. A blank answer is wrong with score 0 and is not asked about.
+A reply that cannot be read is asked for again, ATTEMPTS times in all, each time with the reason; then it is counted
+under its reason and both conventions are reported. Nothing is asked twice: replies of a server are kept by `ApiClient`,
+those of a local judge in <cache>/verdicts. A blank answer is wrong with score 0 and is not asked about.
 
 D1      A small video LLM cannot write a dictionary; comparing two responses is what the judge of this repository was
         trained to do (oracle.py). As good as the reference is P = 1/2, hence 10 P. Its numbers compare with its own
@@ -51,15 +51,15 @@ RATIO_FROM = 3  # [D2]
 ASPECTS = api_oracle.ASPECTS
 VISION = tuple(f"{aspect}_points" for aspect in ASPECTS)  # metrics of MMAIP-V
 
-QA_TASK = """You evaluate answers to questions about videos. Compare the predicted answer with the correct answer and decide
-whether they mean the same. Synonyms and paraphrases count as a match; judge what is said, not how it is put."""
+QA_TASK = """You evaluate answers to questions about videos. Compare the predicted answer with the correct answer and
+decide whether they mean the same. Synonyms and paraphrases count as a match; judge what is said, not how it is put."""
 CRITERIA = {
     "correctness": "Is the prediction factually consistent with the correct answer, without misinterpretation?",
     "detail": "Is the prediction complete, covering all major points of the correct answer, and specific, not generic?",
     "context": "Does the prediction fit the overall context and the main themes of the video's content?",
     "temporal": "Does the prediction give the events in the order in which the correct answer has them?",
-    "consistency": "Do the two predictions, to two phrasings of one question, agree with each other and with the correct "
-                   "answer, without contradiction?",
+    "consistency": "Do the two predictions, to two phrasings of one question, agree with each other and with the "
+                   "correct answer, without contradiction?",
 }
 
 
@@ -76,9 +76,10 @@ def criterion_messages(row, criterion):
     parts = [f"Question: {row['asks'][0]}", f"Correct Answer: {row['answer']}", f"Predicted Answer: {row['said'][0]}"]
     if len(row["asks"]) == 2:
         parts = [f"Question 1: {row['asks'][0]}", f"Question 2: {row['asks'][1]}", parts[1],
-                 f"Predicted Answer to Question 1: {row['said'][0]}", f"Predicted Answer to Question 2: {row['said'][1]}"]
-    user = ("\n".join(parts) + "\n\nReply with one Python dictionary and nothing else, with the key 'score', an INTEGER "
-            "from 0 to 5, 5 for the best. Example: {'score': 4}")
+                 f"Predicted Answer to Question 1: {row['said'][0]}",
+                 f"Predicted Answer to Question 2: {row['said'][1]}"]
+    user = ("\n".join(parts) + "\n\nReply with one Python dictionary and nothing else, with the key 'score', an "
+            "INTEGER from 0 to 5, 5 for the best. Example: {'score': 4}")
     task = f"You evaluate answers to questions about videos by one criterion. {CRITERIA[criterion]} Paraphrases count."
     return [{"role": "system", "content": task}, {"role": "user", "content": user}]
 
@@ -144,7 +145,8 @@ class LocalJudge:
     def judge(self, rows, aspects):
         """One reply per row; of two predictions the worse one counts."""
         flat = [(row, k) for row in rows for k in range(len(row["asks"]))]
-        clips, asks = [row["clip"] for row, _ in flat], [row["question"] if aspects else row["asks"][k] for row, k in flat]
+        clips = [row["clip"] for row, _ in flat]
+        asks = [row["question"] if aspects else row["asks"][k] for row, k in flat]
         if aspects:
             points, _ = self.oracle.aspects(clips, asks, [[row["said"][k]] for row, k in flat])
             return [dict(zip(ASPECTS, p[0].tolist())) for p in points]
@@ -265,8 +267,8 @@ def score_rows(benchmark, rows, judge, clip_text=None, classes=None):
     elif benchmark == "mmaip_v":
         values = aspects(rows, judge, problems)
     elif benchmark == "tempcompass":
-        right = [row["reply"] if isinstance(row["reply"], int) else row["said"] and tempcompass(row["said"][0], row["answer"])
-                 for row in rows]
+        matched = lambda row: row["said"] and tempcompass(row["said"][0], row["answer"])
+        right = [row["reply"] if isinstance(row["reply"], int) else matched(row) for row in rows]
         problems["no match"] = sum(r is None and row["said"] is not None for r, row in zip(right, rows))
         values = [dict(accuracy=None if r is None else float(r), accuracy_all=float(r or 0)) for r in right]
     elif benchmark in ("video_mme", "video_mme_subtitles", "nextqa"):
@@ -293,7 +295,8 @@ def judged(rows, kind, judge, problems, words="yes"):
     """Values of one kind of verdict: those that the file brings, else the judge's."""
     read = (lambda reply: qa_values(reply, words)) if kind == "qa" else (lambda reply: score_values(reply, kind))
     names = QA_NAMES if kind == "qa" else (kind,)
-    ask = [i for i, row in enumerate(rows) if row["reply"] is None and row["said"] and all(t.strip() for t in row["said"])]
+    said = lambda row: row["said"] and all(text.strip() for text in row["said"])
+    ask = [i for i, row in enumerate(rows) if row["reply"] is None and said(row)]
     replies = dict(zip(ask, judge.replies([(kind, rows[i]) for i in ask]))) if ask else {}
     out = []
     for i, row in enumerate(rows):

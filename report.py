@@ -20,7 +20,7 @@ def is_points(metric):
 # Summaries of one benchmark
 # ---------------------------------------------------------------------------------------------------------------
 def summarise(values, rows):
-    """[{metric: value or None}], rows -> {"metrics": {metric: {mean, low, high, n}}, "groups": {kind: {name: the same}},
+    """[{metric: value or None}], rows -> {"metrics": {metric: {mean, low, high, n}}, "groups": {kind: {name: same}},
     "macro": {kind: {metric: mean over the kind's groups}}}; intervals over videos (metrics.bootstrap)."""
     metrics = list(dict.fromkeys(m for v in values for m in v))
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["groups"]))
@@ -181,8 +181,8 @@ def plot_benchmarks(results, file):
         start = 0
         for name, members in groupby(panel, key=lambda d: d[0]):
             n = len(list(members))
-            ax.text(place[start : start + n].mean(), 1.01, name.replace("_", " ", 1), ha="center", va="bottom", fontsize=8,
-                    transform=ax.get_xaxis_transform(), rotation=25)
+            ax.text(place[start : start + n].mean(), 1.01, name.replace("_", " ", 1), ha="center", va="bottom",
+                    fontsize=8, transform=ax.get_xaxis_transform(), rotation=25)
             start += n
         ax.set_ylabel("score (0 to 5)" if scale == 1 else "%", size=12)
         ax.set_ylim(0, 5 if scale == 1 else None)

@@ -35,7 +35,8 @@ def test_activitynet_files_are_joined_by_id_and_videos_found_with_v(tmp_path):
         {"video_name": "gone", "question": "where", "question_id": "v_gone_1"},
         {"video_name": "abc", "question": "no answer", "question_id": "v_abc_9"}])
     put(tmp_path, "activitynet_qa/test_a.json", [
-        {"answer": "home", "type": 6, "question_id": "v_gone_1"}, {"answer": "yes", "type": 3, "question_id": "v_abc_1"}])
+        {"answer": "home", "type": 6, "question_id": "v_gone_1"},
+        {"answer": "yes", "type": 3, "question_id": "v_abc_1"}])
     put(tmp_path, "activitynet_qa/videos/v_abc.mkv", "-")
     rows, report = bf.questions("activitynet_qa", str(tmp_path))
     assert [(r["id"], r["answer"], r["groups"]["type"]) for r in rows] == [
@@ -74,12 +75,14 @@ def test_video_mme_flat_nested_and_subtitles(tmp_path):
 
 
 def test_subtitles_are_those_at_the_sampled_frames(tmp_path, monkeypatch):
-    put(tmp_path, "subtitle/x.srt", '\ufeff1\r\n00:00:00,000 --> 00:00:01,000\r\n<font color="white">Hello</font>\r\n\r\n'
+    put(tmp_path, "subtitle/x.srt",
+        '\ufeff1\r\n00:00:00,000 --> 00:00:01,000\r\n<font color="white">Hello</font>\r\n\r\n'
         "2\n00:00:04,000 --> 00:00:04,500\nnever seen\n\n3\n00:00:09,500 --> 00:01:00,000\nthe end\n")
     monkeypatch.setattr(bf, "clip_seconds", lambda clip: (0.0, 10.0))
     assert bf.subtitles(bf.Clip("a/x.mp4"), str(tmp_path), 3) == "Hello\nthe end"  # at 0, 5 and 10 s
     assert bf.subtitles(bf.Clip("a/y.mp4"), str(tmp_path), 3) is None
-    assert bf.choice_prompt("Q", ["A. 1", "B. 2"], "Hello").startswith("This video's subtitles are listed below:\nHello\n")
+    prompt = bf.choice_prompt("Q", ["A. 1", "B. 2"], "Hello")
+    assert prompt.startswith("This video's subtitles are listed below:\nHello\n")
 
 
 def test_next_qa_tables_and_their_map(tmp_path):
@@ -98,11 +101,13 @@ def test_next_qa_tables_and_their_map(tmp_path):
 
 
 def test_retrieval_tables_lists_and_captions(tmp_path):
-    put(tmp_path, "msrvtt_retrieval/MSRVTT_JSFUSION_test.csv", "key,vid_key,video_id,sentence\nret0,msr9,video9,a man sits\n")
+    put(tmp_path, "msrvtt_retrieval/MSRVTT_JSFUSION_test.csv",
+        "key,vid_key,video_id,sentence\nret0,msr9,video9,a man sits\n")
     put(tmp_path, "msvd_ret/captions.json", {"x_1_2": ["one", "two"], "train_0_1": ["no"]})
     put(tmp_path, "msvd_ret/test_list.txt", "x_1_2\nnever_3_4\n")
-    assert [(r["id"], r["answer"]) for r in bf.questions("msrvtt_retrieval", str(tmp_path))[0]] == [("video9", ["a man sits"])]
-    assert [(r["id"], r["answer"]) for r in bf.questions("msvd_retrieval", str(tmp_path))[0]] == [("x_1_2", ["one", "two"])]
+    read = lambda name: [(r["id"], r["answer"]) for r in bf.questions(name, str(tmp_path))[0]]
+    assert read("msrvtt_retrieval") == [("video9", ["a man sits"])]
+    assert read("msvd_retrieval") == [("x_1_2", ["one", "two"])]
     data = {"videos": [{"video_id": "v1", "split": "test"}, {"video_id": "v2", "split": "train"}],
             "sentences": [{"video_id": "v1", "caption": "a"}, {"video_id": "v1", "caption": "b"},
                           {"video_id": "v2", "caption": "c"}]}
@@ -127,12 +132,14 @@ def test_action_lists_and_their_classes(tmp_path):
 def test_video_chatgpt_parts_and_the_two_rows_of_a_pair(tmp_path):
     put(tmp_path, "generic_qa.json", [{"Q": "what?", "A": "this", "video_name": "v_1"}])
     put(tmp_path, "temporal_qa.json", [{"Q": "when?", "A": "then", "video_name": "v_1"}])
-    put(tmp_path, "consistency_qa.json", [{"video_name": "v_2", "question_1": "a?", "question_2": "None", "answer": "x"},
-                                          {"video_name": "v_2", "question_1": "None", "question_2": "b?", "answer": "x"}])
+    halves = [("a?", "None"), ("None", "b?")]
+    put(tmp_path, "consistency_qa.json", [
+        {"video_name": "v_2", "question_1": one, "question_2": two, "answer": "x"} for one, two in halves])
     put(tmp_path, "Test_Videos/v_1.mp4", "-")
     rows, _ = bf.questions("video_chatgpt", str(tmp_path))
     by = {r["groups"]["part"]: r for r in rows}
-    assert by["consistency"]["asks"] == ["a?", "b?"] and by["generic"]["criteria"] == ("correctness", "detail", "context")
+    assert by["consistency"]["asks"] == ["a?", "b?"]
+    assert by["generic"]["criteria"] == ("correctness", "detail", "context")
     said = [r | {"said": [r["answer"]] * len(r["asks"])} for r in rows]
     said[0]["said"] = ["x", "y"] if len(said[0]["asks"]) == 2 else said[0]["said"]
     values, _ = score_rows("video_chatgpt", said, ExactJudge())
@@ -151,7 +158,8 @@ QA = [{"id": "q1", "question": "what?", "answer": "cat", "pred": "a cat"},
 
 
 @pytest.mark.parametrize("write", [
-    lambda rows: ("p.json", "\ufeff" + json.dumps(rows)), lambda rows: ("p.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n"),
+    lambda rows: ("p.json", "\ufeff" + json.dumps(rows)),
+    lambda rows: ("p.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n"),
     lambda rows: ("p.json", json.dumps(rows)[:-1] + ",]"), lambda rows: ("p.json", json.dumps(rows).replace("}", ",}")),
 ])  # fmt: skip
 def test_predictions_with_marks_commas_blanks_and_doubles(tmp_path, write):
@@ -183,7 +191,8 @@ def test_judged_files_give_the_official_numbers(tmp_path):
     assert mean("cvrr_es", columns[""], "accuracy", group) == pytest.approx(2 / 3)
     assert mean("cvrr_es", columns[""], "score", group) == (4 + 1 + 5 + 3) / 4
     combined = {"q1": [{"pred": "yes", "score": 4}, {"q": "a", "a": "b", "pred": "c"}],
-                "q2": [{"pred": "no", "score": 1}, {"q": "a", "a": "b", "pred": "c"}], "q3": ["??", {"q": "a", "a": "b"}]}
+                "q2": [{"pred": "no", "score": 1}, {"q": "a", "a": "b", "pred": "c"}],
+                "q3": ["??", {"q": "a", "a": "b"}]}
     columns, _ = pf.predictions("msvd_qa", [put(tmp_path, "all.json", combined)])
     assert mean("msvd_qa", columns[""], "accuracy") == 0.5
     assert mean("msvd_qa", columns[""], "accuracy_all") == pytest.approx(1 / 3)
@@ -217,7 +226,7 @@ def test_other_prediction_shapes(tmp_path):
     ("msvd_qa", "p.json", [QA[0], 5], "p.json record 2: no record"), ("msvd_qa", "p.json", [], "no predictions"),
     ("msvd_qa", "p.jsonl", '{"id": 1, "pred": "a"}\n{half', "p.jsonl line 2: no JSON"),
     ("msvd_qa", "p.json", [{"id": 1, "pred": {"a": 1}}], "record 1: the prediction is no text"),
-    ("video_mme", "p.json", [{"question_id": "1", "answer": "E", "response": "A"}], "record 1: the answer is no letter"),
+    ("video_mme", "p.json", [{"question_id": "1", "answer": "E"}], "record 1: the answer is no letter"),
     ("video_mme", "p.json", [{"response": "A"}], "record 1: no question_id or sample_id"),
     ("video_mme", "p.json", [{"video_id": "1", "questions": ["x"]}], "record 1 question 1: no record"),
     ("video_chatgpt", "p.json", [{"Q": "a", "A": "b", "video_name": "v", "pred": "c"}], "the file's name must say so"),
@@ -233,7 +242,8 @@ def test_broken_files_are_named_with_the_record(tmp_path, benchmark, name, conte
 
 
 def test_missing_files_are_named(tmp_path):
-    for call in (lambda: bf.questions("video_mme", str(tmp_path)), lambda: pf.predictions("msvd_qa", [str(tmp_path / "x.json")]),
+    for call in (lambda: bf.questions("video_mme", str(tmp_path)),
+                 lambda: pf.predictions("msvd_qa", [str(tmp_path / "x.json")]),
                  lambda: pf.predictions("msvd_qa", [str(tmp_path)])):
         with pytest.raises(DataError, match=str(tmp_path)):
             call()
@@ -252,7 +262,8 @@ def script(monkeypatch, *flags):
 
 def test_prediction_files_side_by_side(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    base = [{"id": f"v_{k}_1", "question": "what?", "answer": "cat", "pred": "cat" if k < 4 else "dog"} for k in range(8)]
+    base = [{"id": f"v_{k}_1", "question": "what?", "answer": "cat", "pred": "dog" if k > 3 else "cat"}
+            for k in range(8)]
     put(tmp_path, "a.json", base)
     put(tmp_path, "b.json", [r | {"pred": "cat"} for r in base])
     script(monkeypatch, "--compare", "a.json", "b.json", "--benchmark", "msvd_qa", "--out", "out/r")

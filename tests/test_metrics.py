@@ -35,7 +35,8 @@ def test_replies_that_count(reply, right, score):
 
 
 @pytest.mark.parametrize("reply, problem", [
-    ("", "no dictionary"), ("The answer is correct.", "no dictionary"), ("yes", "no dictionary"), ("{", "no dictionary"),
+    ("", "no dictionary"), ("The answer is correct.", "no dictionary"), ("yes", "no dictionary"),
+    ("{", "no dictionary"),
     (None, "no dictionary"), ([], "no dictionary"), ("[]", "no dictionary"), ("(" * 5000, "no dictionary"),
     ("__import__('os').system('true')", "no dictionary"), ("{'pred': print(1), 'score': 4}", "no dictionary"),
     ("{'prediction': 'yes', 'score': 4}", "no verdict"), ("{'score': 4}", "no verdict"),
@@ -62,8 +63,8 @@ def test_cvrr_verdicts_are_compared_whole(said, right):
 
 def any_value(rng, depth=0):
     """What a model may write: texts with the signs that matter, numbers, and nestings of them."""
-    text = "".join(rng.choices(["{", "}", "[", "]", "'", '"', ":", ",", "pred", "score", "yes", "no", "4.8", " ", "\n", "é",
-                                "\x00", "-", "1e9", "None", "nan"], k=rng.randrange(12)))
+    text = "".join(rng.choices(["{", "}", "[", "]", "'", '"', ":", ",", "pred", "score", "yes", "no", "4.8", " ", "\n",
+                                "é", "\x00", "-", "1e9", "None", "nan"], k=rng.randrange(12)))
     plain = [text, None, True, rng.randrange(-3, 9), rng.uniform(-9, 9), float("nan"), float("inf")]
     if depth > 2 or rng.random() < 0.5:
         return rng.choice(plain)
@@ -162,7 +163,8 @@ def plain_retrieval(captions, texts, embed, k):
 
 def letters_embedding(texts):
     """A deterministic stand-in for CLIP: letter counts, with a little noise by text so that nothing ties."""
-    out = np.array([[t.count(c) + 1e-4 * random.Random(t + c).random() for c in "abcdefghijklmnopqrstuvwxyz "] for t in texts])
+    count = lambda t, c: t.count(c) + 1e-4 * random.Random(t + c).random()
+    out = np.array([[count(t, c) for c in "abcdefghijklmnopqrstuvwxyz "] for t in texts])
     return out / np.linalg.norm(out, axis=1, keepdims=True)
 
 
@@ -185,7 +187,8 @@ def test_one_description_for_all_gains_nothing():
 
 def test_action_classes_are_the_full_list():
     classes = ["moves left", "turns", "jumps"]
-    got = m.class_hits(["turns", "moves left", "turns"], ["it turns.", "turns", " "], classes, letters_embedding, (1, 2))
+    labels, texts = ["turns", "moves left", "turns"], ["it turns.", "turns", " "]
+    got = m.class_hits(labels, texts, classes, letters_embedding, (1, 2))
     assert got["top1"].tolist() == [1, 0, 0] and got["top2"][2] == 0  # a blank text is never right
 
 
