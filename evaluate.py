@@ -448,7 +448,7 @@ def from_files(source, args):
 
 def main_benchmarks(args):
     rank, world, device = harness.setup_dist()
-    if not args.data and not args.predictions:
+    if not args.data and any(source.run for source in args.sources):
         harness.build_if_missing(f"{WORLD}/benchmarks/nextqa", ["moving_shapes.py"], "under a minute", rank)
     if args.judge == "local" and args.judge_model == "runs/sft/oracle/final":
         harness.build_if_missing(args.judge_model, ["sft.py", "--name", "oracle", "--resume"], "about 6 minutes", rank)
