@@ -2,7 +2,7 @@
 
     client = ApiClient("http://127.0.0.1:8000/v1", "some-model", "cache")
     text = client.ask([{"role": "user", "content": "Hello"}], max_tokens=16)       # ApiError after bounded retries
-    places = listwise(client, images, question, answers, seed=0, max_tokens=512)   # ReplyError if it is no ranking
+    ranks, ok = ApiOracle(client).rank(videos, questions, answers)                 # as every oracle of oracle.py
 
 The key comes from the environment variable ORACLE_API_KEY and goes nowhere but into the Authorization header: it is no
 flag, no part of a cache key, and it is cut out of whatever a server says before that is shown or stored. Without it no
@@ -13,13 +13,14 @@ cache       every reply on disk, keyed by all that was sent (server, model, mess
 retries     408, 429, 5xx, cut connections, time-outs and bodies that are no reply: up to `max_retries` more times,
             after 1, 2, 4, ... seconds or what Retry-After says. A server that says wait makes every thread wait.
 strict      a reply is one JSON object (alone or in one code fence) with the keys that were asked for, or it is refused:
-            asked once more with the reason (one repair), then ReplyError with a reason out of REASONS (D2).
+            asked once more with the reason (one repair), then ReplyError with a reason out of REASONS [D2].
 position    answers are numbered in an order drawn per question, ranks are put back (listwise); or both orders of every
             pair are asked (pairwise).
 
 D1      `huggingface_hub.InferenceClient` sends the stored Hub token to any server when it is given no key; the
         header is set here in every case, to nothing where there is no key.
 D2      nothing is read out of prose: the first digits of "Answer 3 is wrong, 1 is best" are a ranking only by accident.
+D3      identical answers are sent once and tied, as in oracle.py; a server cannot tie answers that differ.
 """
 
 import base64
@@ -28,12 +29,15 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import random
 import re
+import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -41,15 +45,18 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx2
+import torch
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError, OfflineModeIsEnabled
 from PIL import Image
 from transformers.hf_argparser import HfArg
 
-from data import read_frames
+from data import VideoError, read_frames
+from ranks import normalize, one_of_equals, ranks_of
 
 KEY = "ORACLE_API_KEY"
 LONGEST_WAIT = 120  # seconds; a server that asks for a longer pause is given up
+MODES = ("listwise", "pairwise")
 ASPECTS = ("relevance", "accuracy", "detail", "clarity")
 REASONS = ("no_reply", "no_json", "missing_answer", "no_permutation", "no_video")  # why a group was masked
 COST = ("requests", "retries", "cached", "repairs", "prompt_tokens", "completion_tokens", "seconds")
@@ -138,6 +145,8 @@ class ApiClient:
         headers = {"authorization": f"Bearer {key}" if key else None}
         self.http = InferenceClient(base_url=base_url, api_key="unused", headers=headers, timeout=timeout)
         self.without_key = lambda text: text.replace(key, "***") if len(key) >= 8 else text  # shorter: a placeholder
+        # the debug log of the HTTP library prints the headers of responses, in which a server may repeat the key
+        logging.getLogger("httpcore2").setLevel(logging.INFO)
         self.concurrency, self.slots = concurrency, threading.BoundedSemaphore(concurrency)
         self.lock, self.asking, self.not_before = threading.Lock(), {}, 0.0
         self.counts = Counter(dict.fromkeys(COST, 0))
@@ -169,7 +178,8 @@ class ApiClient:
     def request(self, sent):
         """One reply, however many attempts it takes within the limits. Raises ApiError."""
         for attempt in range(self.max_retries + 1):
-            time.sleep(max(0.0, self.not_before - time.monotonic()))
+            while (wait := self.not_before - time.monotonic()) > 0:  # another thread was told to wait
+                time.sleep(wait)
             began = time.monotonic()
             try:
                 with self.slots:
@@ -186,7 +196,8 @@ class ApiClient:
                 raise ApiError("the variable HF_HUB_OFFLINE forbids every request, also to --api_url") from None
             except HfHubHTTPError as e:
                 status, wait = e.response.status_code, retry_after(e.response.headers)
-                said = self.without_key(f"HTTP {status}: {e.server_message or e.response.reason_phrase}")
+                said = e.server_message or e.response.text or e.response.reason_phrase
+                said = self.without_key(f"HTTP {status}: {said}")
                 again = status in (408, 429) or status >= 500
             except InferenceTimeoutError:
                 status, wait, said, again = None, None, "no answer in time", True
@@ -232,11 +243,18 @@ def retry_after(headers):
     return max(0.0, (when.replace(tzinfo=when.tzinfo or timezone.utc) - datetime.now(timezone.utc)).total_seconds())
 
 
+def no_twins(pairs):
+    """A JSON object that names a key twice means two things: refused, not the last one taken."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key twice")
+    return dict(pairs)
+
+
 def parse_json(text):
-    """The one JSON object that a reply consists of, alone or in one code fence. Raises ReplyError."""
+    """[D2] The one JSON object that a reply consists of, alone or in one code fence. Raises ReplyError."""
     fence = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", text, re.S)
     try:
-        value = json.loads(fence[1] if fence else text)
+        value = json.loads(fence[1] if fence else text, object_pairs_hook=no_twins)
     except (ValueError, RecursionError):
         raise ReplyError("no_json", "it is not one JSON object") from None
     if not isinstance(value, dict):
@@ -372,3 +390,65 @@ def aspects(client, images, question, answers, max_tokens):
     """Scores 0-5 on the four ASPECTS for each answer on its own, one request each. -> [n][4]."""
     ask = lambda a: SCORES.format(question=quoted(question), answer=quoted(a))
     return [client.ask_json(message(images, ask(a)), read_scores, max_tokens) for a in answers]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The oracle
+# ---------------------------------------------------------------------------------------------------------------
+class ApiOracle:
+    """A server ranks, group by group, many groups at the same time. `counters`: what it cost and what was masked."""
+
+    def __init__(self, client, mode="listwise", frames=8, size=336, max_tokens=512, seed=0):
+        self.client, self.frames, self.size, self.max_tokens, self.seed = client, frames, size, max_tokens, seed
+        self.order = dict(listwise=listwise, pairwise=pairwise)[mode]
+        self.masked = Counter()
+
+    @property
+    def counters(self):
+        return {key: self.client.counts[key] + self.masked[key.removeprefix("masked_")] for key in COUNTERS}
+
+    def each_group(self, ask, videos, questions, answers):
+        """ask(images, question, answers) -> one value per answer, for the *distinct* answers of every group (D3).
+        -> [{normalized answer: value}], None for a group that got no usable reply; ApiError where asking is futile."""
+
+        def one(video, question, group):
+            places = sorted(set(one_of_equals([group])[0]), key=lambda k: group[k])
+            distinct = {normalize(group[k]): group[k] for k in places}  # in another order it is the same request
+            try:
+                images = frames_as_urls(video, self.frames, self.size)
+                return dict(zip(distinct, ask(images, question, list(distinct.values()))))
+            except (ApiError, VideoError) as e:
+                if getattr(e, "fatal", False):
+                    raise
+                return e
+
+        with ThreadPoolExecutor(self.client.concurrency) as pool:
+            try:
+                out = list(pool.map(one, videos, questions, answers))
+            finally:
+                pool.shutdown(cancel_futures=True)  # of a futile call the rest is not asked
+        for e in (e for e in out if isinstance(e, Exception)):
+            reason = getattr(e, "reason", "no_video")
+            if not self.masked[reason]:
+                print(f"oracle: a group is masked ({reason}): {e}; more of the kind are only counted", file=sys.stderr)
+            self.masked[reason] += 1
+        return [None if isinstance(e, Exception) else e for e in out]
+
+    def table(self, groups, answers, blank):
+        rows = [[blank if g is None else g[normalize(a)] for a in group] for g, group in zip(groups, answers)]
+        return torch.tensor(rows), torch.tensor([g is not None for g in groups])
+
+    def score(self, videos, questions, answers):
+        """-> scores (B,G) in [0,1], ok (B,). A group of equal answers is tied without a request."""
+        order = functools.partial(self.order, self.client, seed=self.seed, max_tokens=self.max_tokens)
+        ask = lambda images, question, some: [0.5] if len(some) == 1 else order(images, question, some)
+        return self.table(self.each_group(ask, videos, questions, answers), answers, 0.0)
+
+    def rank(self, videos, questions, answers):
+        scores, ok = self.score(videos, questions, answers)
+        return ranks_of(scores), ok
+
+    def aspects(self, videos, questions, answers):
+        """-> (B,G,4) in [0,5], ok (B,): each distinct answer is scored by a request of its own."""
+        ask = functools.partial(aspects, self.client, max_tokens=self.max_tokens)
+        return self.table(self.each_group(ask, videos, questions, answers), answers, [0.0] * 4)

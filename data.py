@@ -289,6 +289,17 @@ def read_records(files, video_root=None):
     of the first question. Videos are looked for in ``video_root``, then in the annotation file's folder and its
     ``videos`` (see _find), but not opened. Rows that cannot be used are skipped as a whole and counted in the report.
     """
+    def answers(row, find):
+        turns, clip = parse_turns(row, find)
+        return [dict(clip=clip, question=turns[0]["content"] if n == 1 else turns[:n], answer=turns[n]["content"],
+                     task_type=row.get("task_type")) for n in range(1, len(turns), 2)]
+
+    return read_rows(files, video_root, answers)
+
+
+def read_rows(files, video_root, parse):
+    """What read_records and read_preferences share. parse(row, find) gives a row's records or raises DataError("reason:
+    details"); find(name, is_image) gives the path of a video. Returns (records with ``id`` and ``file``, report)."""
     if video_root is not None and not os.path.isdir(video_root):
         raise DataError(f"video root {_line(video_root)}: no such folder")
 
@@ -301,7 +312,7 @@ def read_records(files, video_root=None):
         for place, row in rows:
             given = row.get("id", row.get("video_id")) if isinstance(row, dict) else None
             try:
-                turns, clip = _parse(row, find)
+                found = parse(row, find)
             except DataError as exc:
                 reason = str(exc).partition(": ")[0]
                 example = _line(f"{file} {place}{'' if given is None else f' (id {_line(given, 60)})'}: {exc}")
@@ -310,11 +321,10 @@ def read_records(files, video_root=None):
                 skipped[reason] = {"count": count + 1, "examples": (examples + [example])[:5]}
                 continue
             base = f"{os.path.basename(file)} {place}" if given is None else str(given)
-            for n in range(1, len(turns), 2):
+            for record in found:
                 uses[base] += 1
                 name = base if uses[base] == 1 else f"{base}#{uses[base]}"
-                records.append(dict(id=name, clip=clip, question=turns[0]["content"] if n == 1 else turns[:n],
-                                    answer=turns[n]["content"], task_type=row.get("task_type"), file=file))
+                records.append(dict(id=name, **record, file=file))
         if len(records) == before:
             why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
             why = f"none of {len(rows)} rows can be used ({why}), e.g. {example}" if rows else "no rows"
@@ -346,7 +356,7 @@ def _load(file):
         if file.lower().endswith(".jsonl"):  # not splitlines: it splits at U+2028 as well, which JSON allows in text
             rows = [[f"line {n}", line] for n, line in enumerate(text.split("\n"), 1) if line.strip()]
             for row in rows:
-                with contextlib.suppress(ValueError, RecursionError):  # a broken line stays text, _parse refuses it
+                with contextlib.suppress(ValueError, RecursionError):  # a broken line stays text and is refused
                     row[1] = json.loads(row[1])
             return rows
         data = json.loads(text)
@@ -361,7 +371,7 @@ def _load(file):
     return [(f"record {n}", row) for n, row in enumerate(data, 1)]
 
 
-def _parse(row, find):
+def parse_turns(row, find):
     """A row as (turns, Clip or None); DataError("reason: details") if it cannot be used. The turns are
     [{"role": "user", "content": text}, {"role": "assistant", ..}, ..]; the last can be a question without answer."""
     if not isinstance(row, dict):

@@ -3,6 +3,7 @@
 Run      torchrun --nproc_per_node=4 grpo_rank.py --G 5            the embedded world; builds what is missing
          python grpo_rank.py --G 5                                 the same on one process
          python grpo_rank.py --oracle reference --name upper       a perfect oracle: the upper bound, not RLAIF
+         python grpo_rank.py --oracle api --api_url URL --api_model NAME --name served        a server is the oracle
          python grpo_rank.py --advantage published --name printed  what the paper prints (D1)
 Papers   [OR] Oracle-RLAIF, arXiv:2510.02561      [G] GRPO: DeepSeekMath, arXiv:2402.03300
 Claim    with few labels, an oracle's order of the policy's own answers to *unlabelled* videos improves the policy; the
@@ -53,8 +54,9 @@ import torch
 from transformers.hf_argparser import HfArg
 
 import harness
+from api_oracle import ApiError
 from data import DataError, FeatureCache, read_records
-from oracle import ORACLES, make_oracle, ranks_of
+from oracle import OracleArgs, log_counts, make_oracle, ranks_of
 from questions import build_embedded, choose_questions, count_correct, question_indices, sft_start
 from video_llm import Prefix, add_lora, answer_mask, generate, load_model, reference_of, token_logprobs, unwrap
 
@@ -63,13 +65,12 @@ ADVANTAGES = ("oracle_rank", "published", "signed", "score", "random")
 
 
 @dataclass
-class Args:
+class Args(OracleArgs):  # --oracle, --oracle_model, --api_...: oracle.py, api_oracle.py
     # -- the paper's hyper-parameters
     G: int = HfArg(default=5, help="answers per question [OR: 5]")
     advantage: str = HfArg(default="oracle_rank", help="oracle_rank | published | signed (D1) | score: GRPO on the "
                            "oracle's scores [G] | random: control, ranks drawn at random")
     scale_advantages: bool = HfArg(default=True, help="divide by the group's standard deviation (D3)")
-    oracle: str = HfArg(default="context", help="context | judge: AI feedback; reference: token F1 with the label")
     clip_range: float = HfArg(default=0.2, help="epsilon of the clipped surrogate [G Eq. 3]")
     beta: float = HfArg(default=0.03, help="weight of the KL to the SFT start, k3 in the loss (D6)")
     entropy_coef: float = HfArg(default=0.0, help="weight of the entropy bonus")
@@ -91,7 +92,6 @@ class Args:
     eval_questions: int = HfArg(default=500, help="how many of them")
     eval_steps: int = HfArg(default=25, help="steps between evaluations")
     model: str = HfArg(default="", help="the SFT start; empty: runs/sft/policy_s<seed>/final, built if missing")
-    oracle_model: str = HfArg(default="runs/sft/oracle/final", help="the judging model, built if missing")
     # -- plumbing
     name: str = HfArg(default="context", help="run name: runs/grpo_rank/<name>_s<seed>")
     seed: int = HfArg(default=0, help="order of the questions and all sampled answers")
@@ -100,10 +100,9 @@ class Args:
     resume: bool = HfArg(default=False, help="continue the run of this name where it stopped")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.advantage not in ADVANTAGES:
             raise ValueError(f"--advantage {self.advantage}: choose one of {', '.join(ADVANTAGES)}")
-        if self.oracle not in ORACLES:
-            raise ValueError(f"--oracle {self.oracle}: choose one of {', '.join(ORACLES)}")
         if self.quantize not in ("none", "nf4") or self.quantize == "nf4" and not self.lora_r:
             raise ValueError(f"--quantize {self.quantize}: choose none, or nf4 with --lora_r")
         for flag, low in (("G", 2), ("steps", 1), ("prompts_per_step", 1), ("micro_batch_size", 1),
@@ -213,9 +212,9 @@ def main(args):
 
     cache = FeatureCache(unwrap(model), processor, args.cache)
     records, evals = choose_questions(args, records, report, cache, folder, rank, world)
-    with harness.one_line_errors(OSError):
-        oracle = make_oracle(args.oracle, records, args.oracle_model, args.cache, str(device))
-    if args.oracle != "reference":
+    with harness.one_line_errors(DataError, OSError):
+        oracle = make_oracle(args, records, str(device))
+    if "reference" not in args.raters:
         records = [{**r, "answer": None} for r in records]  # RL sees videos and questions only
     ddp = harness.wrap_ddp(model, device)
     log = harness.Log(folder, args.steps, start, rank)
@@ -239,7 +238,8 @@ def main(args):
 
         # 2. Feedback: the oracle orders each group; groups it cannot rank are counted and masked, not dropped,
         #    so that every process runs the same number of micro-batches                            [OR Fig. 1]
-        scores, ok = oracle.score(clips, questions, answers)  # (B,G), (B,)
+        with harness.one_line_errors(ApiError):
+            scores, ok = oracle.score(clips, questions, answers)  # (B,G), (B,)
         if args.advantage == "random":
             scores = random_scores(answers, mine, step, args.seed)
         oracle_ranks = ranks_of(scores)
@@ -299,6 +299,7 @@ def main(args):
         log_groups(log, answers, lengths, oracle_ranks, policy_ranks, scores, ok, tokens, eos)
         for key, a, b in zip(("rollout", "oracle", "update"), clock, clock[1:]):
             log.add(f"time/{key}_s", b - a)
+        log_counts(log, oracle)
         log.add("charts/lr", lr_at(step, args))
         log.step(step, show=["objective/score", "objective/kl", "policy/entropy", "rank/tied_groups", "rollout/len"])
         if rank == 0 and step % 25 == 0:

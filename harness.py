@@ -153,13 +153,16 @@ def open_run(folder, args, rank):
     return last
 
 
-def save_checkpoint(folder, name, model, processor, optimizer=None, step=None):
-    """Write `folder/name` aside and rename it: a kill leaves the old checkpoint or the new one, never half of one."""
+def save_checkpoint(folder, name, model, processor, optimizer=None, step=None, about=()):
+    """Write `folder/name` aside and rename it: a kill leaves the old checkpoint or the new one, never half of one.
+    about: {file name: what to write there as JSON}, where a model needs to say how it is to be used."""
     folder = Path(folder)
     aside = folder / f"{name}.tmp"
     save_model(getattr(model, "module", model), processor, aside)
     if optimizer is not None:
         torch.save(dict(optimizer=optimizer.state_dict(), step=step, rng=torch.get_rng_state()), aside / "trainer.pt")
+    for file, content in dict(about).items():
+        (aside / file).write_text(json.dumps(content, indent=2))
     shutil.rmtree(folder / name, ignore_errors=True)  # half of a finish that was killed
     os.replace(aside, folder / name)
     for old in folder.glob("checkpoint-*[0-9]"):
@@ -245,15 +248,15 @@ def stop_if_not_finite(grad_norm, folder, step, batch):
         sys.exit(f"step {step}: the gradient is {float(grad_norm)}; weights untouched, the batch is in {bad}")
 
 
-def finish(folder, model, processor, rank):
+def finish(folder, model, processor, rank, about=()):
     """`final/` is a whole model that loads with from_pretrained; with LoRA it is the adapter merged into the
     unquantised base, and `adapter/` beside it is the plain PEFT adapter."""
     model = getattr(model, "module", model)
     if rank == 0:
         if isinstance(model, PeftModel):
-            save_checkpoint(folder, "adapter", model, processor)
+            save_checkpoint(folder, "adapter", model, processor, about=about)
             model = merged(Path(folder, "adapter"))
-        save_checkpoint(folder, "final", model, processor)
+        save_checkpoint(folder, "final", model, processor, about=about)
         print(f"done: {folder}/final")
     if dist.is_initialized():
         dist.barrier()

@@ -1,6 +1,8 @@
 """Everything that ranks, judges or describes: the oracles of Oracle-RLAIF, and how far they agree with the truth.
 
     ranks, ok = oracle.rank(videos, questions, answers)      # B clips, B strings, B lists of G strings
+    scores, ok = oracle.score(videos, questions, answers)    # (B,G), higher is better: what `rank` sorts
+    points, ok = oracle.aspects(videos, questions, answers)  # (B,G,4) in [0,5]: relevance, accuracy, detail, clarity
 
 ranks (B,G) long, 0 = best, tied answers share the better place ("1224"); ok (B,) bool, False where the oracle could
 not rank a group: such a group is *counted and masked out* by the caller, never given a score.
@@ -10,23 +12,34 @@ not rank a group: such a group is *counted and masked out* by the caller, never 
               orders averaged, so that a preference for the first place cancels.      [OR Fig. 1; VLM-RLAIF Sec. 3.1]
   context     the same with a narrative: the video cut into 3 clips of at most 20 frames, each described with 'Describe
               this video in detail', joined and put before the question.              [VLM-RLAIF Sec. 3.1]
+  reward_     a checkpoint of reward_model.py: the reward at an answer's end, for a question with or without a
+    model     narrative, as it was trained.                                           [VLM-RLAIF Sec. 3.2]
+  api         a server (api_oracle.py) sees frames, question and answers, and ranks them all at once or two by two.
+  a,b,...     several raters: the mean of their ranks (D3).
 
 The oracle is a model of its own (`--oracle_model`), in life a stronger one than the policy.
 
-    python oracle.py --checkpoint runs/sft/policy_s0/final --oracles judge,context     agreement with the truth, printed
+    python oracle.py --demo                                     five answers to one clip, ranked by every oracle
+    python oracle.py --checkpoint runs/sft/policy_s0/final      agreement with the truth on a policy's own answers
 
 D1      the judge's two possible replies are the responses themselves, not the labels "1" and "2". A label is a pointer:
         at the size of `tiny` it stayed at chance for as long as it takes to learn to answer, while naming the better
         response is question answering with two options and is learned along with it.
-D2      identical answers (after `normalize`) are compared once and tied; nothing else is ever tied.
+D2      identical answers (after `normalize`) are compared once, as the shortest of them, and tied; nothing else is.
+D3      raters are averaged by mean place; a group that one of them cannot rank is masked, because a mean over fewer
+        raters is on another scale.
+D4      Iter-W2S asks GPT-4o for a score per aspect; its prompts are not public, and a judge that can only choose
+        between two answers has no scale of 0 to 5. `JudgeOracle.aspects` says what stands in for each; `api` asks.
 
-Papers  [OR] Oracle-RLAIF arXiv:2510.02561    VLM-RLAIF arXiv:2402.03746
+Papers  [OR] Oracle-RLAIF arXiv:2510.02561    VLM-RLAIF arXiv:2402.03746    Iter-W2S-RLAIF arXiv:2411.16201
 """
 
+import copy
 import hashlib
+import json
 import os
 import random
-import re
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +49,52 @@ import torch
 from transformers.hf_argparser import HfArg
 
 import harness
+from api_oracle import ASPECTS, COUNTERS, MODES, ApiArgs, ApiClient, ApiError, ApiOracle
 from data import Clip, DataError, FeatureCache, clip_seconds, read_records
-from video_llm import Prefix, generate, load_model, token_logprobs
+from preferences import reward_prompt
+from ranks import (
+    f1_parts,
+    kendall_tau,
+    mean_rank,
+    normalize,
+    one_of_equals,
+    pairwise_accuracy,
+    ranks_of,
+    token_f1,
+)
+from video_llm import Prefix, generate, load_model, token_logprobs, token_scores
 
 DESCRIBE = "Describe this video in detail"  # VLM-RLAIF Sec. 3.1
 MAX_NARRATIVE_TOKENS = 64  # per clip
-ORACLES = ("reference", "judge", "context")
+ORACLES = ("reference", "judge", "context", "reward_model", "api")
+SCORERS = ("reference", "judge", "context", "api")  # those with `aspects`
+WORLD = "data/moving_shapes"
+ORACLE_SFT = "runs/sft/oracle/final"
+REWARD_MODEL = "runs/reward_model/context_s0/final"
 PACK = 4  # comparisons in one packed row
+
+
+@dataclass
+class OracleArgs(ApiArgs):
+    """The flags of `make_oracle`, inherited by every script that asks an oracle; it also reads --cache and --seed."""
+
+    oracle: str = HfArg(default="context", help="context | judge | reward_model | api: AI feedback; reference: token "
+                        "F1 with the label; several, comma-separated: the mean of their ranks")
+    oracle_model: str = HfArg(default=ORACLE_SFT, help="the judging model, built if missing")
+    reward_model: str = HfArg(default=REWARD_MODEL, help="the checkpoint that --oracle reward_model ranks by")
+    api_mode: str = HfArg(default="listwise", help="listwise: one request a group | pairwise: one a pair and order")
+
+    @property
+    def raters(self):
+        return self.oracle.split(",")
+
+    def __post_init__(self):
+        for name in self.raters:
+            if name not in ORACLES or self.raters.count(name) > 1:
+                raise ValueError(f"--oracle {self.oracle}: choose of {', '.join(ORACLES)}, each once")
+        if self.api_mode not in MODES:
+            raise ValueError(f"--api_mode {self.api_mode}: choose one of {', '.join(MODES)}")
+        self.check_api(needed="api" in self.raters)
 
 
 def judge_prompt(question, first, second, narrative=None):
@@ -54,28 +106,6 @@ def judge_prompt(question, first, second, narrative=None):
     """
     head = narrative or ""
     return head, f"\nResponse 1: {first}\nResponse 2: {second}\nWhich response is better?\n{question}"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Scores of text against text
-# ---------------------------------------------------------------------------------------------------------------
-def normalize(text):
-    """Lower case, no punctuation or articles, single spaces: what two answers must share to count as the same."""
-    return re.sub(r"\s+", " ", re.sub(r"\b(a|an|the)\b", " ", re.sub(r"[^\w\s]", " ", text.lower()))).strip()
-
-
-def token_f1(prediction, reference):
-    """Harmonic mean of token precision and recall in [0,1] (SQuAD's F1); two empty texts agree."""
-    p, r = normalize(prediction).split(), normalize(reference).split()
-    if not p or not r:
-        return float(p == r)
-    common = sum((Counter(p) & Counter(r)).values())
-    return 2 * common / (len(p) + len(r))
-
-
-def ranks_of(scores):
-    """scores (B,G), higher is better -> ranks (B,G) long: the number of strictly better answers; ties share a rank."""
-    return (scores.unsqueeze(1) > scores.unsqueeze(2)).sum(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -96,6 +126,13 @@ class ReferenceOracle:
     def rank(self, videos, questions, answers):
         scores, ok = self.score(videos, questions, answers)
         return ranks_of(scores), ok
+
+    def aspects(self, videos, questions, answers):
+        """5 x precision, F1, recall, F1 against the label (B,G,4), which knows nothing of style. ok (B,)."""
+        refs = [self.answers.get(key) for key in zip(videos, questions)]
+        parts = lambda a, ref: (0.0, 0.0, 0.0) if ref is None else f1_parts(a, ref)
+        rows = torch.tensor([[parts(a, ref) for a in group] for ref, group in zip(refs, answers)])  # (B,G,3)
+        return 5 * rows[..., [0, 1, 2, 1]], torch.tensor([ref is not None for ref in refs])
 
 
 class JudgeOracle:
@@ -137,11 +174,20 @@ class JudgeOracle:
         return self.story_dir / f"{self.cache.key(video, self.max_frames)[:32]}-{self.clips}.txt"
 
     def describe(self, clips):
-        prefix = Prefix.build(self.processor, self.cache, [DESCRIBE] * len(clips), clips, self.device,
-                              num_frames=min(self.max_frames, self.processor.num_frames))
-        uniforms = torch.zeros(len(clips), 1, MAX_NARRATIVE_TOKENS)  # unread: temperature 0
-        tokens, lengths = generate(self.model, prefix, uniforms, self.processor.tokenizer.eos_token_id, temperature=0)
-        return [group[0] for group in self.processor.decode_answers(tokens, lengths)]
+        return self.answer(clips, [DESCRIBE] * len(clips), min(self.max_frames, self.processor.num_frames))
+
+    def answer(self, clips, questions, num_frames=None):
+        """Greedy answers, one each."""
+        out = []
+        for n in range(0, len(clips), self.rows):
+            some = slice(n, n + self.rows)
+            prefix = Prefix.build(self.processor, self.cache, questions[some], clips[some], self.device,
+                                  num_frames=num_frames)
+            uniforms = torch.zeros(len(clips[some]), 1, MAX_NARRATIVE_TOKENS)  # unread: temperature 0
+            eos = self.processor.tokenizer.eos_token_id
+            tokens, lengths = generate(self.model, prefix, uniforms, eos, temperature=0)
+            out += [group[0] for group in self.processor.decode_answers(tokens, lengths)]
+        return out
 
     # -- comparisons --------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -150,26 +196,30 @@ class JudgeOracle:
 
         All ordered pairs of *distinct* answers are compared, PACK of them behind one prefix (video, narrative).
         """
-        stories = self.narratives(videos) if self.narrative else [None] * len(videos)
         B, G = len(answers), len(answers[0])
-        same = [[normalize(a) for a in group] for group in answers]
-        first = [[group.index(s) for s in group] for group in same]  # [D2] of equal answers only the first is compared
-        asked = [(b, i, j) for b in range(B) for i in set(first[b]) for j in set(first[b]) if i != j]
-        # Rows of at most PACK comparisons of one group: attention costs the square of a row's length.
-        rows = [[(b, i, j) for b, i, j in asked if b == k] for k in range(B)]
-        rows = [row[n : n + PACK] for row in rows for n in range(0, len(row), PACK)]
-        rows.sort(key=lambda row: (len(row), max(len(answers[b][i] + answers[b][j]) for b, i, j in row)))
-        p = {}  # P(answer i | asked i or j, in this order)
-        for n in range(0, len(rows), self.rows):
-            p |= self.compare(rows[n : n + self.rows], videos, questions, answers, stories)
+        one = one_of_equals(answers)
+        asked = [(b, i, j) for b in range(B) for i in set(one[b]) for j in set(one[b]) if i != j]
+        p = self.ask(asked, videos, questions, answers)
         prefers = torch.full((B, G, G), 0.5)
         for b in range(B):
             for i in range(G):
                 for j in range(G):
-                    f, g = first[b][i], first[b][j]
+                    f, g = one[b][i], one[b][j]
                     if f != g:
                         prefers[b, i, j] = (p[b, f, g] + 1 - p[b, g, f]) / 2
         return prefers
+
+    def ask(self, asked, videos, questions, answers):
+        """Comparisons [(b,i,j), ...] -> {(b,i,j): P(answer i | i shown first, j second)}."""
+        stories = self.narratives(videos) if self.narrative else [None] * len(videos)
+        # Rows of at most PACK comparisons of one group: attention costs the square of a row's length.
+        rows = [[(b, i, j) for b, i, j in asked if b == k] for k in range(len(videos))]
+        rows = [row[n : n + PACK] for row in rows for n in range(0, len(row), PACK)]
+        rows.sort(key=lambda row: (len(row), max(len(answers[b][i] + answers[b][j]) for b, i, j in row)))
+        p = {}
+        for n in range(0, len(rows), self.rows):
+            p |= self.compare(rows[n : n + self.rows], videos, questions, answers, stories)
+        return p
 
     def compare(self, rows, videos, questions, answers, stories):
         """Each row: comparisons [(b,i,j), ...] of one group b. Both replies to a comparison, answer i and answer j, are
@@ -205,6 +255,119 @@ class JudgeOracle:
         scores, ok = self.score(videos, questions, answers)
         return ranks_of(scores), ok
 
+    # -- scores 0-5 per aspect ----------------------------------------------------------------------------------
+    @torch.no_grad()
+    def aspects(self, videos, questions, answers):
+        """[D4] Each answer on its own, whatever else is in its group, against the answer that the judge itself gives:
+
+        relevance   5 x P(the answer was given to this question rather than to 'Describe this video in detail'), both
+                    equally likely before: an answer of the wrong kind is no likelier here than there.
+        accuracy    5 x min(1, 2 P(the answer beats the judge's own)): 5 where it holds its own, both orders averaged.
+        detail      5 x min(1, its words / those of the judge's own answer), each word once: more words bring nothing.
+        clarity     5 x the geometric mean of the probabilities of its tokens, EOS included: is it put, and ended, as
+                    the judge would.
+        -> (B,G,4) in [0,5], ok (B,).
+        """
+        own = self.answer(videos, questions)
+        groups = [[*group, mine] for group, mine in zip(answers, own)]
+        one, G = one_of_equals(groups), len(answers[0])
+        asked = [(b, i, f[G]) for b, f in enumerate(one) for i in set(f) - {f[G]}]
+        p = self.ask(asked + [(b, j, i) for b, i, j in asked], videos, questions, groups)
+        logprobs, lengths = self.logprobs(videos, questions, answers)
+        elsewhere, _ = self.logprobs(videos, [DESCRIBE] * len(videos), answers)
+        out = torch.empty(len(answers), G, 4)
+        out[..., 0] = 5 * torch.sigmoid(logprobs - elsewhere)
+        out[..., 3] = 5 * (logprobs / lengths).exp()
+        for b, (group, f) in enumerate(zip(groups, one)):
+            words = [len(set(normalize(a).split())) for a in group]
+            for g in range(G):
+                i, j = f[g], f[G]
+                wins = 0.5 if i == j else (p[b, i, j] + 1 - p[b, j, i]) / 2
+                out[b, g, 1] = 5 * min(1.0, 2 * float(wins))
+                out[b, g, 2] = 5 * min(1.0, words[g] / max(words[G], 1))
+        same = torch.tensor(one_of_equals(answers)).unsqueeze(-1).expand(-1, -1, 4)
+        return out.gather(1, same), torch.ones(len(videos), dtype=torch.bool)
+
+    def logprobs(self, videos, questions, answers):
+        """log P(answer | video, question) summed over its tokens (B,G), and their number (B,G), EOS counted."""
+        totals, counts = [], []
+        for n in range(0, len(videos), self.rows):
+            some = slice(n, n + self.rows)
+            prefix = Prefix.build(self.processor, self.cache, questions[some], videos[some], self.device)
+            tokens, lengths = reply_tokens(self.processor, answers[some], self.device)
+            logprobs = token_logprobs(self.model, prefix, tokens, lengths)[0]  # (N,T)
+            totals.append(logprobs.sum(-1).view(lengths.shape).cpu())
+            counts.append(lengths.cpu())
+        return torch.cat(totals), torch.cat(counts)
+
+
+class RewardModelOracle:
+    """The reward of a model with a scalar head, trained on preferences by reward_model.py, read at an answer's end."""
+
+    def __init__(self, model_dir, cache_dir, device="cpu", rows=24):
+        self.model, self.processor = load_model(model_dir, device=device)
+        if not self.model.config.scalar_head:
+            raise DataError(f"{model_dir}: no reward model (it has no scalar head)")
+        self.model.requires_grad_(False).eval()
+        self.cache = FeatureCache(self.model, self.processor, cache_dir)
+        self.device, self.rows, self.teller = device, rows, None
+        try:
+            about = json.loads(Path(model_dir, "reward_model.json").read_text())
+            clips, model = int(about["narrative_clips"]), str(about["narrative_model"])
+        except (ValueError, LookupError, TypeError) as e:
+            raise DataError(f"{model_dir}/reward_model.json: no narrative_clips and narrative_model ({e!r})") from None
+        if clips:  # it reads the narratives of this model before the question
+            self.teller = JudgeOracle(model, cache_dir, True, device, clips=clips)
+
+    @torch.no_grad()
+    def score(self, videos, questions, answers):
+        """-> rewards (B,G), ok (B,). [D2] Of equal answers one is read."""
+        stories = self.teller.narratives(videos) if self.teller else [None] * len(videos)
+        asked, rewards = [reward_prompt(q, story) for q, story in zip(questions, stories)], []
+        for n in range(0, len(videos), self.rows):
+            some = slice(n, n + self.rows)
+            prefix = Prefix.build(self.processor, self.cache, asked[some], videos[some], self.device)
+            tokens, lengths = reply_tokens(self.processor, answers[some], self.device)
+            values = token_scores(self.model, prefix, tokens, lengths).view(tokens.shape)  # (B,G,T)
+            rewards.append(values.gather(-1, lengths.unsqueeze(-1) - 1).squeeze(-1).cpu())
+        same = torch.tensor(one_of_equals(answers))
+        return torch.cat(rewards).gather(1, same), torch.ones(len(videos), dtype=torch.bool)
+
+    def rank(self, videos, questions, answers):
+        scores, ok = self.score(videos, questions, answers)
+        return ranks_of(scores), ok
+
+
+class MeanRankOracle:
+    """[D3] Several raters: 1 for an answer that all of them put first, 0 for one that all put last."""
+
+    def __init__(self, raters):
+        self.raters = raters  # {name: oracle}
+
+    @property
+    def counters(self):
+        counts = [rater.counters for rater in self.raters.values() if hasattr(rater, "counters")]
+        return {key: sum(c[key] for c in counts) for key in COUNTERS} if counts else {}
+
+    def score(self, videos, questions, answers):
+        scores, oks = zip(*(rater.score(videos, questions, answers) for rater in self.raters.values()))
+        return mean_rank(scores), torch.stack(oks).all(0)
+
+    def rank(self, videos, questions, answers):
+        scores, ok = self.score(videos, questions, answers)
+        return ranks_of(scores), ok
+
+    def aspects(self, videos, questions, answers):
+        points, oks = zip(*(rater.aspects(videos, questions, answers) for rater in self.raters.values()))
+        return torch.stack(points).mean(0), torch.stack(oks).all(0)
+
+
+def reply_tokens(processor, answers, device):
+    """B lists of G strings -> tokens (B,G,T) right padded, lengths (B,G) with EOS."""
+    rows = [processor.answer_ids(a) for group in answers for a in group]
+    lengths = torch.tensor([len(row) for row in rows]).view(len(answers), -1)
+    return processor.pad(rows, "right")[0].view(*lengths.shape, -1).to(device), lengths.to(device)
+
 
 def cut(clip, parts):
     """A clip in `parts` clips of equal length. Raises VideoError."""
@@ -213,51 +376,109 @@ def cut(clip, parts):
     return [Clip(clip.path, a, b) for a, b in zip(edges, edges[1:])]
 
 
-def make_oracle(name, records, model_dir, cache_dir, device="cpu"):
-    """The oracle called `name`, one of ORACLES. records: labelled records, read by `reference` alone."""
-    if name == "reference":
-        return ReferenceOracle(records)
-    return JudgeOracle(model_dir, cache_dir, narrative=name == "context", device=device)
+def make_oracle(args, records, device="cpu", names=None):
+    """The oracle of `args.oracle`, or of the list `names`. args: OracleArgs with `cache` and `seed`; records: labelled
+    records, read by `reference` alone. OSError, DataError: a model is not there or not what it should be."""
+    raters, judge = {}, None
+    for name in names or args.raters:
+        if name == "reference":
+            raters[name] = ReferenceOracle(records)
+        elif name == "reward_model":
+            raters[name] = RewardModelOracle(args.reward_model, args.cache, device)
+        elif name == "api":
+            client = ApiClient(args.api_url, args.api_model, args.cache, args.api_concurrency, args.api_timeout,
+                               args.api_retries)
+            raters[name] = ApiOracle(client, args.api_mode, args.api_frames, args.api_size, args.api_max_tokens,
+                                     args.seed)
+        else:
+            judge = copy.copy(judge) or JudgeOracle(args.oracle_model, args.cache, False, device)  # one model for both
+            judge.narrative = name == "context"
+            raters[name] = judge
+    return raters[name] if len(raters) == 1 else MeanRankOracle(raters)
+
+
+def build_oracle(args, rank, names=None):
+    """Build the judging model of the embedded default where `args.oracle`, or the list `names`, needs it."""
+    if {"judge", "context"} & set(names or args.raters) and args.oracle_model == ORACLE_SFT:
+        harness.build_if_missing(ORACLE_SFT, ["sft.py", "--name", "oracle", "--resume"], "about 6 minutes", rank)
+
+
+def log_counts(log, oracle):
+    """What a server cost since the last call and which groups were masked why: sums over all processes."""
+    counters = getattr(oracle, "counters", None)
+    if counters:  # only oracles that ask a server have some
+        before = getattr(oracle, "logged", Counter())
+        for key in COUNTERS:
+            log.add(f"oracle/{key}", counters[key] - before[key], 1 / harness.world_size())
+        oracle.logged = Counter(counters)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# See for yourself
+# ---------------------------------------------------------------------------------------------------------------
+def demo(args):
+    """Five answers to one clip: the label, the label with a full stop, half of it, none of it, and one that is beside
+    the point; ranked, and scored by aspect, by every oracle that can be asked here."""
+    harness.build_if_missing(f"{WORLD}/clips.json", ["moving_shapes.py"], "under a minute", 0)
+    with harness.one_line_errors(DataError, OSError):
+        records = [r for r in read_records([f"{WORLD}/test.json"])[0] if str(r["question"]).startswith("where is")]
+        record, others = records[0], {r["answer"] for r in records}
+        names = ["reference", "judge", "context"]
+        names += ["reward_model"] if Path(args.reward_model).exists() else []
+        names += ["api"] if args.api_url else []
+        build_oracle(args, rank=0, names=names)
+        oracle = make_oracle(args, [record], names=names)
+    share = lambda a: len(set(a.split()) & set(record["answer"].split()))
+    half, none = (min(a for a in others if share(a) == n) for n in (1, 0))
+    answers = ["a circle", none, half, f"The {record['answer']}.", record["answer"]]
+    question, asked = record["question"], ([record["clip"]], [record["question"]], [answers])
+    print(f"{record['clip'].path}   {question}   label: {record['answer']}")
+    print(f"\nthe narrative, which `context` sees:\n    {oracle.raters['context'].narratives(asked[0])[0]}")
+    prompt = "".join(judge_prompt(question, answers[3], answers[2])).replace("\n", "\n    ")
+    print(f"a comparison, as `judge` sees it behind the video:{prompt}\n")
+    table, points = {}, {}
+    with harness.one_line_errors(ApiError):
+        for name, rater in [*oracle.raters.items(), ("mean rank", oracle)]:
+            (scores,), (ok,) = rater.score(*asked)
+            rows = zip(scores.tolist(), ranks_of(scores[None])[0].tolist())
+            table[name] = [f"{s:.2f} ({r})" for s, r in rows] if ok else ["masked"] * len(answers)
+            if name in SCORERS:
+                (rows,), (ok,) = rater.aspects(*asked)
+                points[name] = [" ".join(f"{x:4.1f}" for x in row) if ok else "masked" for row in rows.tolist()]
+    width = max(map(len, answers)) + 2
+    for head, rows, wide in (("score (rank)", table, 14), (f"0-5: {', '.join(ASPECTS)}", points, 22)):
+        print(f"{head}\n{'':{width}}" + "".join(f"{name:>{wide}}" for name in rows))
+        for k, a in enumerate(answers):
+            print(f"{a:{width}}" + "".join(f"{cells[k]:>{wide}}" for cells in rows.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # How far does an oracle agree with the truth?
 # ---------------------------------------------------------------------------------------------------------------
 @dataclass
-class Args:
+class Args(OracleArgs):
+    oracle: str = HfArg(default="judge,context", help=f"of {', '.join(ORACLES)}; several: each and their mean rank")
+    demo: bool = HfArg(default=False, help="rank five answers to one clip of the embedded world by every oracle")
     checkpoint: str = HfArg(default="runs/sft/policy_s0/final", help="the policy whose sampled answers are ranked")
-    oracles: str = HfArg(default="judge,context", help="oracles to compare, comma-separated")
-    oracle_model: str = HfArg(default="runs/sft/oracle/final", help="the judging model")
-    data: str = HfArg(default="data/moving_shapes/test.json", help="labelled questions")
+    data: str = HfArg(default=f"{WORLD}/test.json", help="labelled questions")
     questions: int = HfArg(default=500, help="how many of them, drawn by --seed")
     G: int = HfArg(default=5, help="answers per question, sampled at temperature 1")
-    seed: int = HfArg(default=0, help="choice of questions and all sampled answers")
-    cache: str = HfArg(default="cache", help="folder of cached CLIP features and narratives")
+    seed: int = HfArg(default=0, help="choice of questions, sampled answers, order in which a server sees them")
+    cache: str = HfArg(default="cache", help="folder of cached CLIP features, narratives and replies of servers")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.G < 2 or self.questions < 1:
             raise ValueError("--G must be at least 2, --questions at least 1")
-        for name in self.oracles.split(","):
-            if name not in ORACLES:
-                raise ValueError(f"--oracles {name}: choose of {', '.join(ORACLES)}")
 
 
-def pairwise_accuracy(scores, correct):
-    """Share of (right, wrong) answer pairs of one group in which the right one scores higher; ties count one half.
-
-    scores (B,G) float, correct (B,G) bool -> accuracy, number of pairs.
-    """
-    mixed = correct.unsqueeze(2) & ~correct.unsqueeze(1)  # (B,G,G) i right, j wrong
-    difference = scores.unsqueeze(2) - scores.unsqueeze(1)  # (B,G,G)
-    better = (difference > 0).float() + (difference == 0).float() / 2
-    pairs = mixed.sum().item()
-    return (better * mixed).sum().item() / max(pairs, 1), pairs
-
-
-def main(args):
+def agreement(args):
+    """Sampled answers of a policy, ranked by each oracle and by all together, against the labels."""
     with harness.one_line_errors(DataError, OSError):
         records = [r for r in read_records([args.data])[0] if r["clip"] and r["question"] != DESCRIBE]
         model, processor = load_model(args.checkpoint)
+        build_oracle(args, rank=0)
+        oracle = make_oracle(args, records)
     records = random.Random(args.seed).sample(records, min(args.questions, len(records)))
     clips, questions = [r["clip"] for r in records], [r["question"] for r in records]
     cache, answers = FeatureCache(model, processor, args.cache), []
@@ -267,16 +488,31 @@ def main(args):
         tokens, lengths = generate(model, prefix, torch.from_numpy(uniforms), processor.tokenizer.eos_token_id)
         answers += processor.decode_answers(tokens, lengths)
     correct = torch.tensor([[normalize(a) == normalize(r["answer"]) for a in g] for r, g in zip(records, answers)])
+    truth, _ = ReferenceOracle(records).score(clips, questions, answers)  # token F1 with the label
     print(f"{len(records)} questions x {args.G} answers of {args.checkpoint}: {correct.float().mean():.1%} right; "
           f"{(correct.all(1) | ~correct.any(1)).float().mean():.1%} of the groups all right or all wrong")
-    for name in args.oracles.split(","):
-        oracle = make_oracle(name, records, args.oracle_model, args.cache)
-        scores, _ = oracle.score(clips, questions, answers)
-        accuracy, pairs = pairwise_accuracy(scores, correct)
-        tied = (scores == scores[:, :1]).all(1).float().mean()
-        first = correct.gather(1, scores.argmax(1, keepdim=True)).float().mean()
-        print(f"{name:10s} right before wrong in {accuracy:.1%} of {pairs} pairs; no order in {tied:.1%} of the "
-              f"groups; a right answer first in {first:.1%}")
+    seen = {}
+    for name, rater in getattr(oracle, "raters", {args.oracle: oracle}).items():
+        began = time.time()
+        with harness.one_line_errors(ApiError):
+            seen[name] = (*rater.score(clips, questions, answers), time.time() - began, getattr(rater, "counters", {}))
+    if len(seen) > 1:
+        scores, oks, times, _ = zip(*seen.values())
+        seen["mean rank"] = mean_rank(scores), torch.stack(oks).all(0), sum(times), {}
+    for name, (scores, ok, seconds, counters) in seen.items():
+        accuracy, pairs = pairwise_accuracy(scores[ok], correct[ok])
+        tau, groups = kendall_tau(scores[ok], truth[ok])
+        tied = (scores == scores[:, :1]).all(1)[ok].float().mean()
+        first = correct.gather(1, scores.argmax(1, keepdim=True))[ok].float().mean()
+        print(f"{name:12s} right before wrong in {accuracy:.1%} of {pairs} pairs; tau {tau:.3f} with the token F1 of "
+              f"{groups} groups; no order in {tied:.1%} of the groups; a right answer first in {first:.1%}; "
+              f"{(~ok).sum()} groups masked; {1e3 * seconds / len(records):.0f} ms a group")
+        if counters:
+            print(" " * 13 + ", ".join(f"{key} {round(n, 1)}" for key, n in counters.items() if n))
+
+
+def main(args):
+    demo(args) if args.demo else agreement(args)
 
 
 if __name__ == "__main__":

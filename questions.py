@@ -13,7 +13,7 @@ import numpy as np
 import evaluate
 import harness
 from data import DataError, read_records, report_lines
-from oracle import DESCRIBE
+from oracle import DESCRIBE, build_oracle
 
 WORLD = "data/moving_shapes"
 POLICY_SFT = "--steps 100 --batch_size 16 --lr 1e-3"  # annealed; tuned on val.json, seeds 0-2: docs/grpo_rank.md
@@ -30,8 +30,7 @@ def build_embedded(args, rank):
         harness.build_if_missing(f"{WORLD}/clips.json", ["moving_shapes.py"], "under a minute", rank)
     if args.model == sft_start(args.seed):
         harness.build_if_missing(args.model, policy_sft_command(args.seed), "about a minute", rank)
-    if args.oracle != "reference" and args.oracle_model == "runs/sft/oracle/final":
-        harness.build_if_missing(args.oracle_model, ["sft.py", "--name", "oracle", "--resume"], "about 6 minutes", rank)
+    build_oracle(args, rank)
 
 
 def policy_sft_command(seed):
@@ -39,19 +38,25 @@ def policy_sft_command(seed):
     return f"sft.py --name policy_s{seed} {data} {POLICY_SFT} --resume".split()
 
 
-def choose_questions(args, records, report, cache, folder, rank, world):
-    """The questions RL may ask: not those whose clips the SFT start saw the labels of, no broken videos, no requests
-    for descriptions (an oracle that compares short answers cannot rank them). -> records, held-out records."""
-    seen_file = Path(args.model).parent / "labelled_clips.json"
+def usable_questions(model_dir, records, report, cache, folder, rank, world):
+    """The questions feedback may be asked about: not those whose clips the SFT start saw the labels of, no broken
+    videos, no requests for descriptions (an oracle that compares short answers cannot rank them)."""
+    seen_file = Path(model_dir).parent / "labelled_clips.json"
     seen = set(json.loads(seen_file.read_text())) if seen_file.exists() else set()
     records = [r for r in records if r["clip"] and r["question"] != DESCRIBE and str(r["clip"].path) not in seen]
     broken = harness.prepare_videos(cache, [r["clip"] for r in records], folder, rank, world)
     records = [r for r in records if r["clip"] not in broken]
-    if len(records) < args.prompts_per_step:
-        sys.exit(f"{args.data}: {len(records)} usable questions, fewer than --prompts_per_step {args.prompts_per_step}")
     if rank == 0:
         print("\n".join(report_lines(report)))
         print(f"{len(records)} questions; {len(seen)} clips left out (labelled in SFT); {len(broken)} broken")
+    return records
+
+
+def choose_questions(args, records, report, cache, folder, rank, world):
+    """The questions RL may ask, and those that measure it. -> records, held-out records."""
+    records = usable_questions(args.model, records, report, cache, folder, rank, world)
+    if len(records) < args.prompts_per_step:
+        sys.exit(f"{args.data}: {len(records)} usable questions, fewer than --prompts_per_step {args.prompts_per_step}")
     evals = []
     if args.eval_data:
         with harness.one_line_errors(DataError):

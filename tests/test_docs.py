@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import HfArgumentParser
 
+from api_oracle import COUNTERS
 from data import read_records
 
 REPO = Path(__file__).resolve().parent.parent
@@ -82,7 +83,14 @@ def test_metrics_of_the_page_are_those_of_the_script(script):
     page = REPO / "docs" / f"{script}.md"
     if not page.exists():
         pytest.skip(f"{page.name} is not there")
-    assert documented_keys(page.read_text()) == logged_keys((REPO / f"{script}.py").read_text())
+    source = (REPO / f"{script}.py").read_text()
+    assert documented_keys(page.read_text()) == logged_keys(source)
+    if "log_counts(" in source:  # what a server costs is explained once
+        assert "(oracle.md#logged-metrics)" in page.read_text()
+
+
+def test_metrics_of_servers_are_explained_once():
+    assert documented_keys((REPO / "docs" / "oracle.md").read_text()) == {f"oracle/{key}" for key in COUNTERS}
 
 
 # --- command lines ---------------------------------------------------------------------------------------------------

@@ -1,21 +1,42 @@
 """Oracles: scores and ranks by hand, comparisons against one forward pass per pair, narratives told once."""
 
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 import oracle
-from data import Clip, read_records
+from api_oracle import ApiOracle
+from data import Clip, DataError, read_records
 from oracle import (
+    DESCRIBE,
     JudgeOracle,
+    MeanRankOracle,
+    OracleArgs,
     ReferenceOracle,
+    RewardModelOracle,
     cut,
     judge_prompt,
+    log_counts,
+    make_oracle,
+)
+from preferences import reward_prompt
+from ranks import (
+    f1_parts,
+    kendall_tau,
+    mean_rank,
     normalize,
+    one_of_equals,
     pairwise_accuracy,
+    places_of,
     ranks_of,
     token_f1,
 )
+from video_llm import add_scalar_head, load_model, save_model
 
 ANSWERS = [["a red circle", "blue", "The red circle.", "it moves left and then it stops"], ["left", "right", "up", ""],
            ["square", "square", "square", "square"]]  # fmt: skip
@@ -42,6 +63,48 @@ def test_ranks_with_ties():
     assert ranks_of(scores).tolist() == [[3, 0, 2, 0, 3], [0, 0, 0, 0, 0], [0, 1, 2, 3, 4]]
 
 
+def test_the_plainest_of_equal_answers_stands_for_them():
+    groups = [["The left.", "up", "left", "LEFT", "up"], ["b", "a", "B", "b", "a"]]
+    assert one_of_equals(groups) == [[3, 1, 3, 3, 1], [2, 1, 2, 2, 1]]  # shortest, then first in the alphabet
+    for order in itertools.permutations(range(5)):  # whatever the order, the same text
+        moved = [groups[0][k] for k in order]
+        assert {moved[k] for k in one_of_equals([moved])[0]} == {"LEFT", "up"}
+
+
+def test_places_share_what_ties_occupy():
+    scores = torch.tensor([[0.1, 0.9, 0.5, 0.9, 0.1], [0.0, 0, 0, 0, 0], [5, 4, 3, 2, 1]])
+    assert places_of(scores).tolist() == [[3.5, 0.5, 2, 0.5, 3.5], [2] * 5, [0, 1, 2, 3, 4]]
+    assert (places_of(scores).sum(1) == 10).all()
+
+
+def test_mean_rank():
+    one, two = torch.tensor([[3.0, 2, 1], [1, 1, 0]]), torch.tensor([[0.0, 10, -10], [2, 1, 1]])
+    # places 0 1 2 and 1 0 2 | .5 .5 2 and 0 1.5 1.5; only the order counts, not how far apart
+    assert mean_rank([one, two]).tolist() == [[0.75, 0.75, 0], [0.875, 0.5, 0.125]]
+    assert mean_rank([one]).tolist() == [[1, 0.5, 0], [0.75, 0.75, 0]]
+
+
+def slow_tau(scores, truth):
+    agree = known = ordered = 0
+    for i, j in itertools.combinations(range(len(scores)), 2):
+        a, b = scores[i] - scores[j], truth[i] - truth[j]
+        agree += (a * b > 0) - (a * b < 0)
+        ordered, known = ordered + (a != 0), known + (b != 0)
+    return agree / math.sqrt(max(ordered * known, 1)), known
+
+
+def test_kendall_tau():
+    tau = lambda a, b: kendall_tau(torch.tensor([a]), torch.tensor([b]))
+    assert tau([3.0, 2, 1], [30.0, 20, 10]) == (1, 1) and tau([1.0, 2, 3], [3.0, 2, 1]) == (-1, 1)
+    assert tau([3.0, 2, 1], [1.0, 0, 0])[0] == pytest.approx(2 / math.sqrt(6))  # 2 of 2 pairs right, 3 x 2 ordered
+    assert tau([1.0, 1, 1], [3.0, 2, 1]) == (0, 1) and tau([1.0, 2, 3], [1.0, 1, 1]) == (0, 0)
+    draw = torch.Generator().manual_seed(0)
+    scores, truth = (torch.randint(0, 4, (50, 5), generator=draw).float() for _ in range(2))
+    slow = [slow_tau(a, b) for a, b in zip(scores.tolist(), truth.tolist())]
+    slow = [t for t, known in slow if known]
+    assert kendall_tau(scores, truth) == (pytest.approx(sum(slow) / len(slow)), len(slow)) and len(slow) > 40
+
+
 def test_reference_oracle_masks_what_it_does_not_know():
     clip, other = Clip("a.mp4"), Clip("b.mp4")
     judge = ReferenceOracle([dict(clip=clip, question="what?", answer="red circle")])
@@ -52,6 +115,17 @@ def test_reference_oracle_masks_what_it_does_not_know():
     scores, ok = judge.score(videos, questions, groups)
     torch.testing.assert_close(scores[0], torch.tensor([0.0, 1.0, 2 / 3, 1.0]))
     assert (scores[1:] == 0).all() and scores.dtype == torch.float32 and not ok[1:].any()
+
+
+def test_reference_aspects_are_precision_f1_and_recall():
+    clip = Clip("a.mp4")
+    judge = ReferenceOracle([dict(clip=clip, question="what?", answer="red circle on top")])
+    points, ok = judge.aspects([clip, clip], ["what?", "why?"], [["red circle", "it is red"]] * 2)
+    # 2 of 2 words, 2 of 4: f1 2/3 | 1 of 3, 1 of 4: f1 2/7
+    torch.testing.assert_close(points[0], torch.tensor([[1, 2 / 3, 1 / 2, 2 / 3], [1 / 3, 2 / 7, 1 / 4, 2 / 7]]) * 5)
+    assert ok.tolist() == [True, False] and (points[1] == 0).all()
+    assert f1_parts("red red", "red") == (0.5, 2 / 3, 1.0) and f1_parts("", "") == (1, 1, 1)
+    assert f1_parts("", "a b") == f1_parts("a b", "") == (0, 0, 0)
 
 
 def test_a_record_without_an_answer_is_unknown():
@@ -182,6 +256,175 @@ def test_any_answer_can_be_judged(judge, clips, answer):
     prefers = judge.preferences(clips[:1], QUESTIONS[:1], [["red", answer, "blue"]])
     assert prefers.isfinite().all()
     torch.testing.assert_close(prefers + prefers.transpose(1, 2), torch.ones(1, 3, 3))
+
+
+# --- scores 0-5 ----------------------------------------------------------------------------------------------------
+def test_aspects_are_what_they_are_said_to_be(judge, clips):
+    """Each against one unpadded forward pass per answer; and none depends on the other answers or groups."""
+    points, ok = judge.aspects(clips, QUESTIONS, ANSWERS)
+    own = judge.answer(clips, QUESTIONS)
+    assert points.shape == (3, 4, 4) and ok.all() and (points >= 0).all() and (points <= 5).all()
+
+    def logprob(clip, question, answer):
+        prompt, reply = judge.processor.prompt_ids(question), judge.processor.answer_ids(answer)
+        features, frame_mask = judge.cache([clip])
+        ids = torch.tensor([prompt + reply])
+        with torch.no_grad():
+            logits = judge.model(input_ids=ids, attention_mask=torch.ones_like(ids), video_features=features,
+                                 frame_mask=frame_mask).logits[0, len(prompt) - 1 : -1].double()
+        return logits.log_softmax(-1)[torch.arange(len(reply)), torch.tensor(reply)].sum().item(), len(reply)
+
+    for b, g in ((0, 0), (0, 1), (0, 3), (1, 0), (1, 3)):
+        clip, question, answer, mine = clips[b], QUESTIONS[b], ANSWERS[b][g], own[b]
+        (here, n), (elsewhere, _) = logprob(clip, question, answer), logprob(clip, DESCRIBE, answer)
+        one = probability_of_the_first(judge, clip, question, answer, mine)
+        two = probability_of_the_first(judge, clip, question, mine, answer)
+        wins = 0.5 if normalize(answer) == normalize(mine) else (one + 1 - two) / 2
+        words, needed = len(set(normalize(answer).split())), max(len(set(normalize(mine).split())), 1)
+        expected = [1 / (1 + math.exp(elsewhere - here)), min(1, 2 * wins), min(1, words / needed), math.exp(here / n)]
+        torch.testing.assert_close(points[b, g], 5 * torch.tensor(expected), rtol=1e-3, atol=1e-4)
+    assert torch.equal(points[0, 2], points[0, 0]) and torch.equal(points[2, 0], points[2, 3])  # equal answers
+    alone, _ = judge.aspects(clips[1:2], QUESTIONS[1:2], [ANSWERS[1][2:]])
+    torch.testing.assert_close(alone[0], points[1, 2:], rtol=0, atol=1e-4)
+    assert points[..., :2].std() > 1e-3 and points[..., 3].std() > 1e-6
+
+
+def test_the_judges_own_answer_is_accurate_and_detailed_enough(judge, clips):
+    (own,) = judge.answer(clips[:1], QUESTIONS[:1])
+    points, _ = judge.aspects(clips[:1], QUESTIONS[:1], [[own, f"The {own}!", "zzz"]])
+    assert points[0, 0, 1:3].tolist() == [5, 5 if normalize(own) else 0] and torch.equal(points[0, 0], points[0, 1])
+
+
+# --- the reward model ----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def rewarding(policy, tmp_path_factory):
+    """A model with a random scalar head, as reward_model.py leaves one."""
+    folder = tmp_path_factory.mktemp("reward") / "final"
+    model, processor = load_model(policy)
+    add_scalar_head(model)
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and "vision_tower" not in name:
+            p.data += 0.7 * torch.randn(p.shape, generator=generator) * p[0].numel() ** -0.5
+    save_model(model, processor, folder)
+    (folder / "reward_model.json").write_text(json.dumps(dict(narrative_clips=0, narrative_model=str(policy))))
+    return folder
+
+
+def reward(judge, clip, prompt, answer):
+    ids = judge.processor.prompt_ids(prompt) + judge.processor.answer_ids(answer)
+    features, frame_mask = judge.cache([clip])
+    ids = torch.tensor([ids])
+    with torch.no_grad():
+        return judge.model(input_ids=ids, attention_mask=torch.ones_like(ids), video_features=features,
+                           frame_mask=frame_mask, scores=True).logits[0, -1, 0].item()
+
+
+@pytest.mark.parametrize("parts", [0, 2])
+def test_rewards_are_read_at_the_end_of_the_answer(rewarding, policy, clips, tmp_path, parts, monkeypatch):
+    about = rewarding / "reward_model.json"
+    about.write_text(json.dumps(dict(narrative_clips=parts, narrative_model=str(policy), mean=0.0)))
+    judge = RewardModelOracle(rewarding, tmp_path)
+    if parts:
+        assert judge.teller.clips == parts
+        monkeypatch.setattr(judge.teller, "narratives", lambda videos: [f"story {clips.index(v)}" for v in videos])
+    scores, ok = judge.score(clips, QUESTIONS, ANSWERS)
+    stories = [f"story {b}" if parts else None for b in range(3)]
+    single = torch.tensor([[reward(judge, clips[b], reward_prompt(QUESTIONS[b], stories[b]), a) for a in ANSWERS[b]]
+                           for b in range(3)])
+    single[0, 2] = single[0, 0]  # "The red circle.": the plain one stands for both
+    torch.testing.assert_close(scores, single, rtol=0, atol=1e-4)
+    assert ok.all() and scores[1].std() > 1e-3 and scores[0, 0] == scores[0, 2]
+    ranks, _ = judge.rank(clips, QUESTIONS, ANSWERS)
+    assert ranks[1][scores[1].argsort(descending=True)].tolist() == [0, 1, 2, 3]
+
+
+def test_what_is_no_reward_model_is_refused(rewarding, policy, tmp_path):
+    with pytest.raises(DataError, match="scalar head"):
+        RewardModelOracle(policy, tmp_path)
+    about = rewarding / "reward_model.json"
+    for text in ("{", "[]", '{"narrative_clips": 3}', '{"narrative_clips": "x", "narrative_model": "y"}'):
+        about.write_text(text)
+        with pytest.raises(DataError, match="reward_model.json") as e:
+            RewardModelOracle(rewarding, tmp_path)
+        assert "\n" not in str(e.value)
+    about.unlink()
+    with pytest.raises(OSError, match="reward_model.json"):
+        RewardModelOracle(rewarding, tmp_path)
+
+
+# --- several raters --------------------------------------------------------------------------------------------------
+class Says:
+    def __init__(self, scores, ok, **counters):
+        self.result = torch.tensor(scores), torch.tensor(ok)
+        if counters:
+            self.counters = counters
+
+    def score(self, *asked):
+        return self.result
+
+    def aspects(self, *asked):
+        scores, ok = self.result
+        return scores.unsqueeze(-1).expand(*scores.shape, 4), ok
+
+
+def test_raters_are_averaged_by_mean_place_and_masked_together():
+    zero = dict.fromkeys(oracle.COUNTERS, 0)
+    one = Says([[3.0, 2, 1], [1, 2, 3], [0, 0, 0]], [True, True, False], **zero | dict(requests=3, masked_no_json=1))
+    two = Says([[0.0, 9, -9], [1, 2, 3], [1, 2, 3]], [True, False, True])
+    both = MeanRankOracle({"one": one, "two": two})
+    ranks, ok = both.rank(None, None, None)
+    assert ranks[0].tolist() == [0, 0, 2] and ok.tolist() == [True, False, False]
+    assert both.counters == zero | dict(requests=3, masked_no_json=1)
+    one.counters = zero  # a process that asked nothing logs zeros, not nothing: all processes log the same keys
+    assert both.counters == zero and MeanRankOracle({"two": two}).counters == {}
+    points, ok = both.aspects(None, None, None)
+    assert points[0, :, 2].tolist() == [1.5, 5.5, -4] and ok.tolist() == [True, False, False]
+
+
+def args_of(**flags):
+    return SimpleNamespace(**{**vars(OracleArgs(**flags)), "raters": OracleArgs(**flags).raters, "cache": flags.pop(
+        "cache", "cache"), "seed": 3})
+
+
+def test_the_oracles_of_the_flags(policy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    both = make_oracle(args_of(oracle="judge,context,reference", oracle_model=str(policy)), [])
+    judge, context = both.raters["judge"], both.raters["context"]
+    assert list(both.raters) == ["judge", "context", "reference"] and not judge.narrative and context.narrative
+    assert judge.model is context.model  # one model in memory for both
+    flags = dict(oracle="api", api_url="http://127.0.0.1:1/v1", api_model="m", api_mode="pairwise", api_frames=2,
+                 api_size=32, api_max_tokens=9, api_concurrency=5, api_timeout=2.5, api_retries=1)
+    served = make_oracle(args_of(**flags), [])
+    assert isinstance(served, ApiOracle) and served.order.__name__ == "pairwise" and served.seed == 3
+    assert (served.frames, served.size, served.max_tokens) == (2, 32, 9)
+    client = served.client
+    assert (client.base_url, client.model, client.concurrency, client.max_retries) == (flags["api_url"], "m", 5, 1)
+    assert client.http.timeout == 2.5
+    assert isinstance(make_oracle(args_of(**flags), [], names=["reference"]), ReferenceOracle)
+
+
+@pytest.mark.parametrize("flags", [dict(oracle=""), dict(oracle="god"), dict(oracle="judge,judge"),
+                                   dict(oracle="judge,"), dict(oracle="api"), dict(api_mode="all"),
+                                   dict(oracle="judge,api", api_url="http://x/v1")], ids=str)
+def test_flags_that_name_no_oracle(flags):
+    with pytest.raises(ValueError, match="--(oracle|api_)"):
+        OracleArgs(**flags)
+
+
+def test_what_a_server_cost_is_logged_step_by_step(monkeypatch):
+    rows = []
+    log = SimpleNamespace(add=lambda key, total, count: rows.append((key, total, count)))
+    served = Says([[1.0]], [True], **dict.fromkeys(oracle.COUNTERS, 0) | dict(requests=4, masked_no_reply=1))
+    log_counts(log, served)
+    served.counters["requests"] = 10
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    log_counts(log, served)
+    assert [r for r in rows if r[0] == "oracle/requests"] == [("oracle/requests", 4, 1), ("oracle/requests", 6, 0.25)]
+    assert [r[1] for r in rows if r[0] == "oracle/masked_no_reply"] == [1, 0]
+    assert len(rows) == 2 * len(oracle.COUNTERS)
+    log_counts(log, Says([[1.0]], [True]))  # an oracle of our own has nothing to say
+    assert len(rows) == 2 * len(oracle.COUNTERS)
 
 
 # --- narratives ----------------------------------------------------------------------------------------------------

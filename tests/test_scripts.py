@@ -288,6 +288,18 @@ def test_oracle_agreement(script, world, policy):
     assert "judge" in done.out and "context" in done.out and "4 questions x 2 answers" in done.out
 
 
+def test_oracle_demo(script, world, policy):
+    done = script("oracle", "--demo", "--oracle_model", policy)
+    assert done.code == 0, done.err
+    table = done.out.split("score (rank)")[1].split("0-5:")
+    rows = [[line.split() for line in part.splitlines()[2:7]] for part in table]
+    assert done.out.count("mean rank") == 1 and table[0].split()[:3] == ["reference", "judge", "context"]
+    label = done.out.split("label: ")[1].splitlines()[0]
+    assert " ".join(rows[0][4][:2]) == label and rows[0][4][2:] == rows[0][3][-8:]  # tied with "The <label>."
+    assert rows[0][4][2:4] == ["1.00", "(0)"] and len(rows[1][4]) == 2 + 3 * 4
+    assert "reward_model" not in done.out and " api" not in done.out
+
+
 # --- what is wrong is said in one line -----------------------------------------------------------------------------
 BAD_FLAGS = {
     "moving_shapes": ["--clips none", "--clip 5", "--clips -5", "--workers 0"],
@@ -300,7 +312,10 @@ BAD_FLAGS = {
                   "--clip_range 1", "--temperature 0", "--lr -1", "--beta -0.1", "--quantize nf4", "--lora_r -1",
                   "--prompts_per_step 7", "--prompts_per_step 0", "--prompts_per_rank 8", "--micro_batch_size 0",
                   "--inner_epochs 0", "--eval_questions -1", "--resume --unknown", "--scale_advantages perhaps"],
-    "oracle": ["--G 0", "--G one", "--oracles god", "--questions -1", "--checkpoints x"],
+    "oracle": ["--G 0", "--G one", "--oracle god", "--questions -1", "--checkpoints x", "--oracle api",
+               "--oracle api --api_url host:1/v1 --api_model m", "--oracle judge,judge", "--api_mode best",
+               "--api_frames -1", "--api_size 0", "--api_concurrency 0", "--api_timeout 0", "--api_retries -1",
+               "--api_max_tokens 0", "--demo perhaps", "--oracle api --api_url https://me:pw@host --api_model m"],
     "evaluate": ["--runs", "--runs nowhere", "--run x", ""],
 }  # fmt: skip
 
@@ -335,6 +350,7 @@ MISSING = [
 MISSING += [
     ("sft", [*SFT, "--clip", "nowhere"]), ("sft", [*SFT, "--qformer", "nowhere"]), ("sft", [*SFT, "--llm", "nowhere"]),
     ("grpo_rank", [*GRPO, "--oracle", "judge", "--oracle_model", "nowhere"]),
+    ("oracle", ["--oracle", "reward_model", "--reward_model", "nowhere"]),
     ("oracle", ["--checkpoint", "nowhere"]), ("oracle", ["--data", "nowhere.json"]),
 ]  # fmt: skip
 

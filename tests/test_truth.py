@@ -10,7 +10,8 @@ REPO = Path(__file__).resolve().parent.parent
 SOURCES = sorted(REPO.glob("*.py"))
 FILES = sorted([*SOURCES, *Path(__file__).parent.glob("*.py")])
 SCRIPTS = [p for p in SOURCES if re.search(r"^class Args", p.read_text(), re.M)]
-LIMITED = ("video_llm", "harness", "data", "oracle", "evaluate", "sft", "grpo_rank", "questions")
+LIMITED = ("video_llm", "harness", "data", "oracle", "api_oracle", "ranks", "evaluate", "sft", "grpo_rank", "questions")
+SHARED_FLAGS = {"ApiArgs": "api_oracle.py", "OracleArgs": "oracle.py"}  # dataclasses that an Args can inherit from
 name_of = lambda path: path.stem
 
 
@@ -18,12 +19,29 @@ def test_there_is_something_to_check():
     assert {p.stem for p in SCRIPTS} >= {"moving_shapes", "pretrain_tiny", "sft", "grpo_rank", "evaluate", "oracle"}
 
 
+def fields_of(cls):
+    return {n.target.id for n in cls.body if isinstance(n, ast.AnnAssign)}
+
+
+def class_of(path, name):
+    return next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == name)
+
+
+def inherited(cls):
+    """The fields of the shared dataclasses that a class inherits from, and theirs."""
+    names, out = [ast.unparse(base) for base in cls.bases], set()
+    for name in names:
+        base = class_of(REPO / SHARED_FLAGS[name], name)
+        out |= fields_of(base) | inherited(base)
+    return out
+
+
 def flags_and_reads(path):
     """Fields of `Args`, and the names read from it: args.x anywhere; self.x in __post_init__ where something is derived
     from it, not where it is only checked."""
     tree = ast.parse(path.read_text())
     cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Args")
-    flags = {n.target.id for n in cls.body if isinstance(n, ast.AnnAssign)}
+    flags = fields_of(cls)
     derives = [n.value for n in ast.walk(cls) if isinstance(n, ast.Assign)]
     read = {a.attr for value in derives for a in ast.walk(value)
             if isinstance(a, ast.Attribute) and isinstance(a.value, ast.Name) and a.value.id == "self"}
@@ -42,16 +60,30 @@ def test_every_flag_is_read(path):
     if "choose_questions(args" in path.read_text():  # the shared choice of questions reads its share of the flags
         shared = {n.attr for n in ast.walk(ast.parse((REPO / "questions.py").read_text()))
                   if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "args"}
-        assert shared <= flags, f"questions.py reads {sorted(shared - flags)}"
+        known = flags | inherited(class_of(path, "Args")) | {"raters"}  # `raters`: a property of OracleArgs
+        assert shared <= known, f"questions.py reads {sorted(shared - known)}"
         read |= shared
     assert not flags - read, f"flags that do nothing: {sorted(flags - read)}"
     assert not (read & {f"no_{f}" for f in flags})
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
-def test_every_flag_has_a_help_text(path):
-    cls = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args")
-    for field in cls.body:
+@pytest.mark.parametrize("name", SHARED_FLAGS)
+def test_every_shared_flag_is_read_where_it_is_shared(name):
+    read = set()
+    for file in ("api_oracle.py", "oracle.py"):
+        read |= {n.attr for n in ast.walk(ast.parse((REPO / file).read_text()))
+                 if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "args"}
+    if "args.raters" in (REPO / "oracle.py").read_text():
+        assert 'self.oracle.split(",")' in (REPO / "oracle.py").read_text()
+        read.add("oracle")
+    cls = class_of(REPO / SHARED_FLAGS[name], name)
+    assert fields_of(cls) and not fields_of(cls) - read
+
+
+@pytest.mark.parametrize("path, name", [*((path, "Args") for path in SCRIPTS),
+                                        *((REPO / file, name) for name, file in SHARED_FLAGS.items())])
+def test_every_flag_has_a_help_text(path, name):
+    for field in class_of(path, name).body:
         if isinstance(field, ast.AnnAssign):
             call = ast.unparse(field.value)
             assert "help=" in call or "init=False" in call, field.target.id

@@ -1,0 +1,154 @@
+"""Preference files: which of two answers to a question about a video is better. One reader for every published shape.
+
+    pairs, report = read_preferences(["prefs.json"])        # each row one pair, or skipped with a reason and counted
+    write_preferences("mine.json", pairs, format="trl")
+
+A row names its video as an annotation file does (data.py) and is one of these:
+  VLM-RLAIF, LLaVA-RLHF   {"conversations": [.., {"from": "gpt", ..}], "output_1", "output_2", "preference": 1 | 2}
+                          the last turn, if it is an answer, is a place holder: the outputs stand for it
+  TRL                     {"prompt", "chosen", "rejected"}: strings, or messages; the prompt may also be what chosen and
+                          rejected begin with (its "implicit prompt"), or be called question (RLAIF-V)
+  chat                    {"messages" | "conversations": [..], "chosen", "rejected"}, each a string or a turn; or the
+                          chosen answer as the last message and "rejected" (or "rejected_response") beside it
+
+A pair is a dict: `id`, `clip` (a Clip, None for text), `question` (a string, or messages that end with it), `chosen`,
+`rejected`, `task_type`, `file`, and what else the row tells: `answer`, the label (never seen by training; None), and
+EXTRA. A draw, or two equal answers, is no preference: the row is skipped and counted.
+
+Papers  VLM-RLAIF arXiv:2402.03746    LLaVA-RLHF arXiv:2309.14525
+"""
+
+import json
+import os
+from pathlib import Path
+
+from data import ROLES, DataError, parse_turns, read_rows
+
+EXTRA = ("margin", "scores", "source", "sources", "narrative")  # kept as they are where a row has them
+
+
+def reward_prompt(question, narrative=None):
+    """What the reward model reads before an answer: the narrative, where it is trained with one, then the question."""
+    if not narrative:
+        return question
+    if isinstance(question, str):
+        return f"{narrative}\n{question}"
+    return [{**question[0], "content": f"{narrative}\n{question[0]['content']}"}, *question[1:]]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------
+def read_preferences(files, video_root=None):
+    """Preference files in any of the shapes above -> (pairs, report); files, videos and report as in read_records."""
+    return read_rows(files, video_root or None, parse_pair)
+
+
+def parse_pair(row, find):
+    """One row -> [pair]. Raises DataError("reason: details")."""
+    if not isinstance(row, dict):
+        raise DataError(f"no JSON object: {row}")
+    said = next((row[k] for k in ("conversations", "messages", "prompt", "question") if row.get(k)), None)
+    turns = [{"role": "user", "content": said}] if isinstance(said, str) else said
+    if "output_1" in row and "output_2" in row:
+        first, second = answer_of(row["output_1"]), answer_of(row["output_2"])
+        if row.get("preference") not in (1, 2):
+            raise DataError(f"no preference: preference is {row.get('preference')!r}, not 1 or 2")
+        chosen, rejected = (first, second) if row["preference"] == 1 else (second, first)
+    elif turns is None and isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
+        turns = common_turns(row["chosen"], row["rejected"])  # TRL's implicit prompt
+        chosen, rejected = (answer_of(row[k][len(turns) :]) for k in ("chosen", "rejected"))
+    else:
+        chosen, rejected = row.get("chosen"), row.get("rejected", row.get("rejected_response"))
+        if chosen is None and isinstance(turns, list) and turns and role(turns[-1]) == "assistant":
+            chosen = turns[-1]
+        if chosen is None or rejected is None:
+            raise DataError(f"no two answers: the keys are {', '.join(row)}")
+        chosen, rejected = answer_of(chosen), answer_of(rejected)
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"no question: the keys are {', '.join(row)}")
+    if role(turns[-1]) == "assistant":
+        turns = turns[:-1]  # a place holder for the two answers
+    if chosen == rejected:
+        raise DataError(f"no preference: two equal answers, {chosen!r}")
+
+    # The rest of the row (video, range of seconds, roles, empty texts) is read and checked as an annotation's.
+    place = {k: v for k, v in row.items() if k not in ("output_1", "output_2", "conversations", "messages", "q")}
+    both = [parse_turns({**place, "conversations": [*turns, {"role": "assistant", "content": text}]}, find)
+            for text in (chosen, rejected)]
+    (turns, clip), (other, _) = both
+    question = turns[0]["content"] if len(turns) == 2 else turns[:-1]
+    label = row.get("answer")
+    if not isinstance(label, str | None):
+        raise DataError(f"answer is no text: {label}")
+    return [dict(clip=clip, question=question, chosen=turns[-1]["content"], rejected=other[-1]["content"], answer=label,
+                 task_type=row.get("task_type"), **{k: row[k] for k in EXTRA if k in row})]
+
+
+def role(turn):
+    return ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
+
+
+def answer_of(said):
+    """The text of an answer: a string, a turn, or a list with one turn. Who said it does not matter."""
+    if isinstance(said, list) and len(said) == 1:
+        said = said[0]
+    if isinstance(said, dict):
+        said = said.get("value", said.get("content"))
+    if isinstance(said, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in said):
+        said = "".join(p["text"] for p in said)
+    if not isinstance(said, str) or not said.strip():
+        raise DataError(f"empty answer: {said!r}")
+    return said.strip()
+
+
+def common_turns(a, b):
+    """The turns with which two conversations begin."""
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return a[:n]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------
+def preference_row(pair, format="vlm_rlaif", folder="."):
+    """A pair as a row of a preference file that lies in `folder`, in VLM-RLAIF's shape or in TRL's.
+
+    A pair may say which place its chosen answer had (`place`, 1 or 2; else 1), so that the file holds both.
+    """
+    row = {"id": str(pair["id"])}
+    if pair["clip"]:
+        path, start, end = pair["clip"]
+        inside = lambda p: os.path.relpath(p, folder) if Path(p).resolve().is_relative_to(Path(folder).resolve()) else (
+            os.path.abspath(p))
+        row |= {"images": [inside(p) for p in path]} if isinstance(path, tuple) else {"video": inside(path)}
+        row |= {k: v for k, v in (("start", start), ("end", end)) if v is not None}
+    question = pair["question"]
+    turns = [{"role": "user", "content": question}] if isinstance(question, str) else [dict(t) for t in question]
+    if pair["clip"]:
+        turns[0]["content"] = f"<video>\n{turns[0]['content']}"
+    if format == "trl":
+        say = lambda text: [{"role": "assistant", "content": text}]
+        row |= dict(prompt=turns, chosen=say(pair["chosen"]), rejected=say(pair["rejected"]))
+    else:
+        place = pair.get("place", 1)
+        names = {"user": "human", "assistant": "gpt"}
+        turns = [{"from": names[t["role"]], "value": t["content"]} for t in turns] + [{"from": "gpt", "value": "\n"}]
+        answers = (pair["chosen"], pair["rejected"]) if place == 1 else (pair["rejected"], pair["chosen"])
+        outputs = ({"from": "gpt", "value": text} for text in answers)
+        row |= dict(conversations=turns, output_1=next(outputs), output_2=next(outputs), preference=place)
+    return row | {k: pair[k] for k in ("answer", "task_type", *EXTRA) if pair.get(k) is not None}
+
+
+def write_preferences(path, pairs, format="vlm_rlaif"):
+    """Write pairs as one JSON list (a line per row) that `read_preferences` reads back; aside first, then renamed."""
+    if format not in ("vlm_rlaif", "trl"):
+        raise ValueError(f"format {format!r}: choose vlm_rlaif or trl")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps(preference_row(pair, format, path.parent), ensure_ascii=False) for pair in pairs]
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_text("[\n" + ",\n".join(rows) + "\n]\n")
+    os.replace(aside, path)

@@ -1,0 +1,83 @@
+"""Pure functions around rankings: when two answers are the same, ranks out of scores, how far two rankings agree.
+
+Shapes: B groups of G answers. Scores are higher for better answers; ranks are 0 for the best.
+"""
+
+import re
+from collections import Counter
+
+import torch
+
+
+def normalize(text):
+    """Lower case, no punctuation or articles, single spaces: what two answers must share to count as the same."""
+    return re.sub(r"\s+", " ", re.sub(r"\b(a|an|the)\b", " ", re.sub(r"[^\w\s]", " ", text.lower()))).strip()
+
+
+def one_of_equals(answers):
+    """For every answer, the place of the one that stands for it: of the answers in its group that are equal to it the
+    shortest, whatever their order ("left" for "The left."). B lists of G strings -> B lists of G places."""
+    out = []
+    for group in answers:
+        plain = {}
+        for k in sorted(range(len(group)), key=lambda k: (len(group[k]), group[k])):
+            plain.setdefault(normalize(group[k]), k)
+        out.append([plain[normalize(a)] for a in group])
+    return out
+
+
+def token_f1(prediction, reference):
+    """Harmonic mean of token precision and recall in [0,1] (SQuAD's F1); two empty texts agree."""
+    return f1_parts(prediction, reference)[1]
+
+
+def f1_parts(prediction, reference):
+    """Token precision, F1 and recall in [0,1]."""
+    p, r = normalize(prediction).split(), normalize(reference).split()
+    if not p or not r:
+        return (float(p == r),) * 3
+    common = sum((Counter(p) & Counter(r)).values())
+    return common / len(p), 2 * common / (len(p) + len(r)), common / len(r)
+
+
+def ranks_of(scores):
+    """scores (B,G), higher is better -> ranks (B,G) long: the number of strictly better answers; ties share a rank."""
+    return (scores.unsqueeze(1) > scores.unsqueeze(2)).sum(-1)
+
+
+def places_of(scores):
+    """scores (B,G) -> (B,G) float: the mean of the places 0..G-1 that an answer and those tied with it occupy."""
+    tied = (scores.unsqueeze(1) == scores.unsqueeze(2)).sum(-1)
+    return ranks_of(scores) + (tied - 1) / 2
+
+
+def mean_rank(scores):
+    """Scores of several raters, R x (B,G) -> (B,G): 1 - mean place / (G-1), 1 where all put an answer first."""
+    places = torch.stack([places_of(s) for s in scores]).mean(0)
+    return 1 - places / max(scores[0].shape[1] - 1, 1)
+
+
+def pairwise_accuracy(scores, correct):
+    """Share of (right, wrong) answer pairs of one group in which the right one scores higher; ties count one half.
+
+    scores (B,G) float, correct (B,G) bool -> accuracy, number of pairs.
+    """
+    mixed = correct.unsqueeze(2) & ~correct.unsqueeze(1)  # (B,G,G) i right, j wrong
+    difference = scores.unsqueeze(2) - scores.unsqueeze(1)  # (B,G,G)
+    better = (difference > 0).float() + (difference == 0).float() / 2
+    pairs = mixed.sum().item()
+    return (better * mixed).sum().item() / max(pairs, 1), pairs
+
+
+def kendall_tau(scores, truth):
+    """Kendall's tau-b of every group, averaged over the groups in which the truth prefers anything.
+
+    scores, truth (B,G) float -> tau in [-1,1], number of groups. tau-b = (agreeing - disagreeing pairs) /
+    sqrt(pairs not tied in scores x pairs not tied in truth); a group that the scores leave tied counts 0.
+    """
+    order = lambda x: torch.sign(x.unsqueeze(2) - x.unsqueeze(1)).double()  # (B,G,G)
+    a, b = order(scores), order(truth)
+    untied, known = a.abs().sum((1, 2)), b.abs().sum((1, 2))  # (B,)
+    tau = (a * b).sum((1, 2)) / (untied * known).sqrt().clamp(min=1)
+    groups = (known > 0).sum().item()
+    return tau[known > 0].sum().item() / max(groups, 1), groups

@@ -1,0 +1,429 @@
+"""The reward model of VLM-RLAIF: an AI that knows the video's narrative prefers one of two answers; a scalar learns it.
+
+Run      python reward_model.py                                  collect preferences, then train; builds what is missing
+         torchrun --nproc_per_node=4 reward_model.py              the same on four processes
+         python reward_model.py --stage collect --oracle judge    the preference file alone; here without a narrative
+         python reward_model.py --oracle reference --name truth   ground-truth preferences: an upper bound, not RLAIF
+         python reward_model.py --preferences my.json --video_root videos --start my_sft --narrative False --name mine
+Papers   [V] VLM-RLAIF arXiv:2402.03746, Sec. 3.1      [BT] Bradley and Terry 1952, as in InstructGPT arXiv:2203.02155
+         [C] centring: Eisenstein et al. arXiv:2312.09244, as in TRL      [N] normalising: arXiv:1909.08593
+Makes    runs/reward_model/<name>_s<seed>/final: what `oracle.py --oracle reward_model` and `ppo_rlaif.py` read, and
+         runs/reward_model/preferences/*.json: a preference file in VLM-RLAIF's own format
+
+Differs  D1  the two answers compared are the first two *different* ones of --samples draws. [V] draws two; those of a
+             7B model are long and never agree, those of `tiny` are a word or two and often do.
+         D2  near-ties (--min_margin) are dropped and counted. [V] asks the judge once and takes what it says; ours is
+             asked in both orders, and where the two nearly cancel its choice is its taste for a place.
+         D3  the reward is the scalar at the answer's last token (EOS), found by its length. [V]'s code pads on the left
+             and reads position -1 behind a turn that asks for a quality score: text that carries no news for a model
+             trained with a head of its own.
+         D4  the reward model reads the narrative too (--narrative). [V]'s reward prompt has a slot for a caption that
+             the released code fills with None. Measured with and without: docs/reward_model.md.
+         D5  what it starts from (--start): the SFT model that judges and describes, as in [V] (there the 13B model),
+             and not the weaker one that answers. Measured from both: docs/reward_model.md.
+         D6  the centring term is [C]'s mean of squares per pair; [V]'s |batch mean| depends on the micro-batch.
+         D7  accuracy is measured on pairs whose *videos* were not trained on; [V]'s scripts pass one file for both.
+         D8  at the end the rewards are shifted and scaled to mean 0 and deviation 1 over the training answers [N], in
+             the weights of the head, so that PPO's KL weight means the same whatever the reward model; [V] multiplies
+             the reward by 10.
+         D9  `tiny` trains all weights; [V]: LoRA r = 64, alpha = 16, learning rate 2e-5, one epoch, 40k pairs.
+
+symbol        name        shape    meaning                                                          made in
+              prompt      (B,P)    video, narrative, question; one prefix for both answers           step 2
+y_c, y_r      tokens      (B,2,T)  chosen and rejected answer, right padded; lengths (B,2)           step 2
+r             rewards     (B,2)    the scalar at the answers' last tokens                            step 2
+P             p           ()       judge's probability that the first answer is better, both orders  collect
+"""
+
+import json
+import math
+import random
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers.hf_argparser import HfArg
+
+import harness
+from data import DataError, FeatureCache, read_records, report_lines
+from evaluate import is_correct
+from oracle import JudgeOracle, ReferenceOracle, normalize
+from preferences import read_preferences, reward_prompt, write_preferences
+from questions import build_embedded, question_indices, sft_start, usable_questions
+from video_llm import Prefix, add_lora, add_scalar_head, generate, load_model, token_scores, unwrap
+
+WORLD = "data/moving_shapes"
+ORACLES = ("context", "judge", "reference")
+COLLECTED_WITH = ("model", "data", "video_root", "oracle", "oracle_model", "clips", "prompts", "samples", "temperature",
+                  "max_new_tokens", "min_margin", "seed")  # the flags that decide what a preference file holds
+
+
+@dataclass
+class Args:
+    stage: str = HfArg(default="train", help="train (collects first where the file is missing), or collect alone")
+    # -- preferences
+    oracle: str = HfArg(default="context", help="context: a judge that knows the narrative [V]; judge: without it; "
+                        "reference: token F1 with the label, not RLAIF")
+    clips: int = HfArg(default=3, help="parts the video is cut into for the narrative [V: 3]")
+    prompts: int = HfArg(default=2400, help="questions to collect two answers for [V: 40k]")
+    samples: int = HfArg(default=4, help="answers drawn to find two different ones (D1)")
+    temperature: float = HfArg(default=1.0, help="sampling temperature [V: 1.0]")
+    max_new_tokens: int = HfArg(default=16, help="longest sampled answer, EOS included")
+    min_margin: float = HfArg(default=0.1, help="drop pairs with |P - 1/2| below this (D2)")
+    # -- the reward model
+    narrative: bool = HfArg(default=True, help="the reward model reads the narrative before the question (D4)")
+    centring: float = HfArg(default=0.01, help="weight of the centring term [V: 1e-3] (D6)")
+    lora_r: int = HfArg(default=0, help="LoRA rank on the decoder [V: 64]; 0 trains all weights but CLIP's (D9)")
+    lora_alpha: int = HfArg(default=16, help="LoRA alpha [V: 16]")
+    quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
+    # -- budget
+    epochs: float = HfArg(default=3.0, help="passes over the pairs [V: 1]")
+    prompts_per_step: int = HfArg(default=32, help="pairs per optimizer step, over all processes [V: 16]")
+    micro_batch_size: int = HfArg(default=16, help="pairs per forward pass and process")
+    lr: float = HfArg(default=3e-4, help="peak learning rate; short warm-up, then linear to zero [V: 2e-5]")
+    weight_decay: float = HfArg(default=0.0, help="AdamW weight decay [V: 0]")
+    share: float = HfArg(default=1.0, help="train on this share of the training pairs, drawn by --seed [V Fig. 5]")
+    eval_share: float = HfArg(default=0.15, help="share of the videos held out (D7)")
+    eval_steps: int = HfArg(default=25, help="steps between measurements on the held-out pairs")
+    # -- data and models
+    preferences: str = HfArg(default="", help="preference files, comma-separated; shapes: docs/reward_model.md; empty: "
+                             "runs/reward_model/preferences/<oracle>_c<clips>_s<seed>.json, collected if missing")
+    data: str = HfArg(default=f"{WORLD}/train.json", help="collect: videos and questions")
+    video_root: str = HfArg(default="", help="where the videos are; empty: beside the annotation or preference file")
+    model: str = HfArg(default="", help="collect: the SFT model that answers; empty: runs/sft/policy_s<seed>/final")
+    oracle_model: str = HfArg(default="runs/sft/oracle/final", help="the model that judges and tells the narrative")
+    start: str = HfArg(default="runs/sft/oracle/final", help="train: what the reward model starts from (D5)")
+    max_prompt_tokens: int = HfArg(default=512, help="longer prompts are cut at their end, never the video")
+    max_answer_tokens: int = HfArg(default=96, help="longer answers are cut")
+    # -- plumbing
+    name: str = HfArg(default="context", help="run name: runs/reward_model/<name>_s<seed>")
+    seed: int = HfArg(default=0, help="choice of questions, sampled answers, held-out videos, order of the pairs")
+    cache: str = HfArg(default="cache", help="folder of cached CLIP features and narratives")
+    save_steps: int = HfArg(default=50, help="steps between checkpoints")
+    resume: bool = HfArg(default=False, help="continue the run of this name where it stopped")
+
+    def __post_init__(self):
+        if self.stage not in ("train", "collect"):
+            raise ValueError(f"--stage {self.stage}: choose train or collect")
+        if self.oracle not in ORACLES:
+            raise ValueError(f"--oracle {self.oracle}: choose one of {', '.join(ORACLES)}")
+        if self.quantize not in ("none", "nf4") or self.quantize == "nf4" and not self.lora_r:
+            raise ValueError(f"--quantize {self.quantize}: choose none, or nf4 with --lora_r")
+        for flag, low in (("clips", 1), ("prompts", 2), ("samples", 2), ("max_new_tokens", 1), ("min_margin", 0),
+                          ("centring", 0), ("lora_r", 0), ("prompts_per_step", 1), ("micro_batch_size", 1),
+                          ("eval_steps", 1), ("save_steps", 1), ("max_prompt_tokens", 1), ("max_answer_tokens", 1)):
+            if getattr(self, flag) < low:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least {low}")
+        if not (0 < self.eval_share < 1 and 0 < self.share <= 1 and self.min_margin < 0.5):
+            raise ValueError("--eval_share must lie between 0 and 1, --share in (0, 1], --min_margin below 0.5")
+        if not (self.epochs > 0 and self.lr > 0 and self.temperature > 0):
+            raise ValueError("--epochs, --lr and --temperature must be above 0")
+        world = harness.world_size()
+        if self.prompts_per_step % (world * self.micro_batch_size):
+            raise ValueError(f"--prompts_per_step {self.prompts_per_step} must be a multiple of processes x "
+                             f"--micro_batch_size ({world} x {self.micro_batch_size})")
+        if self.stage == "collect" and "," in self.preferences:
+            raise ValueError(f"--preferences {self.preferences}: --stage collect writes one file")
+        self.model = self.model or sft_start(self.seed)
+        self.own_file = bool(self.preferences)
+        parts = f"_c{self.clips}" if self.oracle == "context" else ""
+        default = f"runs/reward_model/preferences/{self.oracle}{parts}_s{self.seed}.json"
+        self.preferences = self.preferences or default
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Equations: tensors in, tensors out
+# ---------------------------------------------------------------------------------------------------------------
+def bradley_terry(rewards):
+    """[BT] -log P(chosen is better), P = sigmoid(r_c - r_r). rewards (B,2), chosen first -> (B,)."""
+    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
+
+
+def centring_term(rewards):
+    """[C; D6] (r_c + r_r)^2: Bradley-Terry leaves the mean of the rewards free, this holds it at 0. (B,2) -> (B,)."""
+    return rewards.sum(-1).square()
+
+
+def read_rewards(scores, lengths):
+    """[D3] The scalar at each answer's last token. scores (N,T) with row b*G + g, lengths (B,G) -> rewards (B,G)."""
+    return scores.gather(1, lengths.view(-1, 1) - 1).view(lengths.shape)
+
+
+@torch.no_grad()
+def normalise_head(head, mean, std):
+    """[D8; N] Change the head so that the rewards it gave, with this mean and deviation, have 0 and 1. In place."""
+    head.weight.div_(std)
+    head.bias.sub_(mean).div_(std)
+
+
+def lr_at(step, steps, lr):
+    return lr * min((step + 1) / 10, (steps - step) / steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Collect: two answers, the judge's choice                                                            [V Sec. 3.1]
+# ---------------------------------------------------------------------------------------------------------------
+def collect(args, rank, world, device):
+    """Write args.preferences. Beside it grows <file>.answers.jsonl: a first row with the flags, then one row for each
+    question asked, dropped ones too; a killed collection goes on behind its last whole row."""
+    file, done = Path(args.preferences), 0
+    with harness.one_line_errors(DataError, OSError):
+        records, report = read_records(args.data.split(","), args.video_root or None)
+        policy, processor = load_model(args.model, device=str(device))
+        done = open_answers(file, args, rank)
+    policy.requires_grad_(False).eval()
+    cache = FeatureCache(policy, processor, args.cache)
+    records = usable_questions(args.model, records, report, cache, file.parent, rank, world)
+    asked = random.Random(f"{args.seed} prompts").sample(records, min(args.prompts, len(records)))
+    with harness.one_line_errors(OSError):
+        oracle = ReferenceOracle(records) if args.oracle == "reference" else JudgeOracle(
+            args.oracle_model, args.cache, args.oracle == "context", str(device), clips=args.clips)
+    for n in range(done, len(asked), 48):
+        # Each question's draws are keyed by it alone: world size and interruptions do not change the answers.
+        chunk = asked[n : n + 48]
+        mine = list(range(n, n + len(chunk)))[rank::world]
+        rows = ask([asked[i] for i in mine], mine, policy, processor, cache, oracle, device, args) if mine else []
+        rows = {i: row for part in harness.all_gather(dict(zip(mine, rows))) for i, row in part.items()}
+        if rank == 0:
+            with open(answers_file(file), "a") as f:
+                f.write("".join(json.dumps(rows[i]) + "\n" for i in sorted(rows)))
+            print(f"\rpreferences: {n + len(chunk)} of {len(asked)} questions", end="", flush=True)
+    if rank == 0:
+        print()
+        rows = [json.loads(line) for line in answers_file(file).read_text().splitlines()[1:]]
+        pairs, counts = choose_pairs(rows, asked, args.min_margin)
+        if not pairs:
+            sys.exit(f"{file}: no preference among {len(rows)} questions: {counts}")
+        file.with_suffix(".report.json").write_text(json.dumps(dict(counts=counts, flags=flags_of(args)), indent=2))
+        write_preferences(file, pairs)
+        print(f"{file}: {len(pairs)} pairs; " + ", ".join(f"{k} {v}" for k, v in counts.items()))
+    harness.barrier()
+
+
+def ask(batch, indices, policy, processor, cache, oracle, device, args):
+    """Two different answers to each question [D1] and the oracle's choice between them. -> rows."""
+    clips, questions = [r["clip"] for r in batch], [r["question"] for r in batch]
+    prefix = Prefix.build(processor, cache, questions, clips, device, args.max_prompt_tokens)
+    draw = lambda i: np.random.default_rng([args.seed, i]).random((args.samples, args.max_new_tokens))
+    uniforms = torch.from_numpy(np.stack([draw(i) for i in indices]))
+    eos = processor.tokenizer.eos_token_id
+    tokens, lengths = generate(policy, prefix, uniforms, eos, args.temperature)  # (B,samples,T)
+    distinct = [list({normalize(a): a for a in reversed(group)}.values())[::-1]  # the first of each kind, in order
+                for group in processor.decode_answers(tokens, lengths)]
+    two = [(d + d)[:2] for d in distinct]  # of one kind only: the answer twice, which is no pair
+    if isinstance(oracle, ReferenceOracle):
+        p = 0.5 + oracle.score(clips, questions, two)[0].diff(dim=-1).squeeze(-1) / -2  # (B,)
+        stories = [None] * len(batch)
+    else:
+        p = oracle.preferences(clips, questions, two)[:, 0, 1]  # (B,) both orders averaged
+        stories = oracle.narratives(clips) if oracle.narrative else [None] * len(batch)
+    return [dict(id=r["id"], answers=pair, p=round(float(q), 6), narrative=story)
+            for r, pair, q, story in zip(batch, two, p, stories)]
+
+
+def choose_pairs(rows, records, min_margin):
+    """[D2] Rows of `ask` and the records they belong to -> pairs, counts. Labels serve the counts alone."""
+    pairs, right = [], {"all": [], "kept": []}
+    counts = dict(asked=len(rows), same_answer=0, near_tie=0)
+    for row, record in zip(rows, records):
+        (a, b), p = row["answers"], row["p"]
+        if normalize(a) == normalize(b):
+            counts["same_answer"] += 1
+            continue
+        drop = abs(p - 0.5) < max(min_margin, 1e-6)
+        counts["near_tie"] += drop
+        truth = [is_correct(x, record["answer"]) for x in (a, b)] if record["answer"] else [False, False]
+        if truth[0] != truth[1]:
+            vote = 0.5 if abs(p - 0.5) < 1e-6 else float((p > 0.5) == truth[0])
+            for which in ["all"] + ["kept"] * (not drop):
+                right[which].append(vote)
+        if not drop:
+            chosen, rejected = (a, b) if p > 0.5 else (b, a)
+            pairs.append(dict(id=row["id"], clip=record["clip"], question=record["question"], chosen=chosen,
+                              rejected=rejected, place=1 if p > 0.5 else 2, margin=round(abs(p - 0.5), 6),
+                              answer=record["answer"], task_type=record["task_type"], narrative=row["narrative"]))
+    for which, votes in right.items():
+        counts[f"one_right_{which}"] = len(votes)
+        counts[f"oracle_accuracy_{which}"] = round(sum(votes) / len(votes), 4) if votes else None
+    return pairs, counts
+
+
+def answers_file(file):
+    return file.with_suffix(".answers.jsonl")
+
+
+def flags_of(args):
+    return {k: v for k, v in asdict(args).items() if k in COLLECTED_WITH}
+
+
+def open_answers(file, args, rank):
+    """-> how many questions are answered already. A last row cut by a kill is taken off; other flags are refused."""
+    rows = answers_file(file).read_text().splitlines() if answers_file(file).exists() else []
+    if rows and not rows[-1].endswith("}"):
+        rows = rows[:-1]
+    if rows:
+        check_flags(json.loads(rows[0])["flags"], args, answers_file(file))
+    harness.barrier()  # every process has read it before the first one writes
+    if rank == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        answers_file(file).write_text("".join(f"{r}\n" for r in rows or [json.dumps(dict(flags=flags_of(args)))]))
+    return max(0, len(rows) - 1)
+
+
+def check_flags(flags, args, file):
+    changed = [k for k, v in flags_of(args).items() if flags.get(k) != v]
+    if changed:
+        raise DataError(f"{file} was collected with another --{changed[0]} ({flags.get(changed[0])}): use the same, or "
+                        f"another --preferences file")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Train
+# ---------------------------------------------------------------------------------------------------------------
+def main(args):
+    rank, world, device = harness.setup_dist()
+    if args.stage == "collect" or not args.own_file:
+        build_embedded(args, rank)
+        if not Path(args.preferences).exists():
+            collect(args, rank, world, device)
+        elif args.stage == "collect":
+            sys.exit(f"{args.preferences} is there already")
+    if args.stage == "collect":
+        return
+    if "runs/sft/oracle/final" in (args.start, args.oracle_model * args.narrative):
+        harness.build_if_missing("runs/sft/oracle/final", ["sft.py", "--name", "oracle", "--resume"],
+                                 "about 6 minutes", rank)
+    folder = f"runs/reward_model/{args.name}_s{args.seed}"
+    checkpoint = harness.open_run(folder, args, rank)
+    torch.manual_seed(args.seed)  # the initialisation of LoRA; every other draw has a key of its own
+
+    # 1. Pairs: training and held-out ones share no video (D7)
+    with harness.one_line_errors(DataError, OSError):
+        report_file = Path(args.preferences).with_suffix(".report.json")
+        if not args.own_file:  # the file of the default name, but of which flags?
+            check_flags(json.loads(report_file.read_text())["flags"], args, args.preferences)
+        pairs, report = read_preferences(args.preferences.split(","), args.video_root)
+        model, processor = load_model(checkpoint or args.start, args.quantize, device=str(device))
+    if not checkpoint:
+        add_scalar_head(model)
+        model = add_lora(model, args.lora_r, args.lora_alpha) if args.lora_r else model
+    model.eval()  # no dropout anywhere: both answers and every epoch see the same network
+    unwrap(model).get_output_embeddings().requires_grad_(False)  # no word is predicted here
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
+    start = harness.load_trainer(checkpoint, optimizer) if checkpoint else 0
+    cache = FeatureCache(unwrap(model), processor, args.cache)
+    broken = harness.prepare_videos(cache, [p["clip"] for p in pairs if p["clip"]], folder, rank, world)
+    train, held = split_by_video([p for p in pairs if p["clip"] not in broken], args.eval_share, args.seed)
+    train = random.Random(f"{args.seed} share").sample(train, math.ceil(args.share * len(train)))
+    if len(train) < args.prompts_per_step or len(held) < world:
+        sys.exit(f"{args.preferences}: {len(train)} pairs to train on and {len(held)} held out are too few")
+    steps = math.ceil(args.epochs * len(train) / args.prompts_per_step)
+    stories = tell(args, train + held, rank, world, device)
+    if rank == 0:
+        print("\n".join(report_lines(report)))
+        print(f"{len(train)} pairs to train on, {len(held)} on other videos to measure; {len(broken)} broken videos")
+    ddp = harness.wrap_ddp(model, device)
+    log = harness.Log(folder, steps, start, rank)
+
+    def rewards_of(m, some):  # -> (B,2)
+        prefix, tokens, lengths = collate(some, stories, processor, cache, device, args)
+        return read_rewards(token_scores(m, prefix, tokens, lengths), lengths)
+
+    for step in range(start, steps):
+        # 2. Rewards of both answers behind one prefix, Bradley-Terry and centring                 [BT, C; D3, D6]
+        mine = [train[i] for i in question_indices(len(train), step, args)[rank::world]]
+        mine.sort(key=lambda p: len(stories.get(p["clip"], "")) + len(p["question"]))  # like lengths together
+        micros = [mine[i : i + args.micro_batch_size] for i in range(0, len(mine), args.micro_batch_size)]
+        for g in optimizer.param_groups:
+            g["lr"] = lr_at(step, steps, args.lr)
+        for k, micro in enumerate(micros):
+            with harness.no_sync(ddp, when=k < len(micros) - 1):
+                rewards = rewards_of(ddp, micro)
+                bt, centring = bradley_terry(rewards), args.centring * centring_term(rewards)  # (B,), (B,)
+                ((bt + centring).sum() * world / args.prompts_per_step).backward()  # DDP averages over processes
+            log.add("losses/bradley_terry", bt.detach().sum(), len(micro))
+            log.add("losses/centring", centring.detach().sum(), len(micro))
+            log_rewards(log, "rm", rewards.detach().cpu(), micro)
+
+        # 3. Update
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        harness.stop_if_not_finite(grad_norm, folder, step, [[str(p["question"]), p["chosen"]] for p in mine])
+        optimizer.step()
+        optimizer.zero_grad()
+        log.add("policy/grad_norm", grad_norm)
+        log.add("charts/lr", lr_at(step, steps, args.lr))
+
+        # 4. Measure on held-out videos, log, save
+        if (step + 1) % args.eval_steps == 0 or step + 1 == steps:
+            some = held[rank::world]
+            with torch.no_grad():
+                for i in range(0, len(some), args.micro_batch_size):
+                    part = some[i : i + args.micro_batch_size]
+                    log_rewards(log, "eval", rewards_of(model, part).cpu(), part)
+        row = log.step(step, show=["losses/bradley_terry", "rm/accuracy", "eval/accuracy", "eval/truth_accuracy"])
+        if rank == 0 and (step + 1) % args.save_steps == 0 and step + 1 < steps:
+            harness.save_checkpoint(folder, f"checkpoint-{step + 1}", model, processor, optimizer, step + 1)
+
+    # 5. Normalise (D8) and say how the model is to be used
+    mine, rewards = train[rank::world], torch.zeros(0, dtype=torch.float64)
+    with torch.no_grad():
+        for i in range(0, len(mine), args.micro_batch_size):
+            part = rewards_of(model, mine[i : i + args.micro_batch_size]).flatten()
+            rewards = torch.cat([rewards, part.cpu().double()])
+    sums = torch.stack([torch.tensor(float(len(rewards)), dtype=torch.float64), rewards.sum(), rewards.square().sum()])
+    n, total, squares = harness.all_sum(sums).tolist()
+    mean, std = total / n, math.sqrt(max(squares / n - (total / n) ** 2, 1e-12))
+    normalise_head(unwrap(model).score_head, mean, std)
+    about = dict(narrative_clips=args.clips if args.narrative else 0, narrative_model=args.oracle_model, mean=mean,
+                 std=std, pairs=len(train), held_out_pairs=len(held), **{k: row[k] for k in row if "eval/" in k})
+    harness.finish(folder, model, processor, rank, about={"reward_model.json": about})
+
+
+def split_by_video(pairs, share, seed):
+    """-> training pairs, held-out pairs; no video (not even another part of its file) is in both."""
+    paths = sorted({str(p["clip"] and p["clip"].path) for p in pairs})
+    held = set(random.Random(f"{seed} held out").sample(paths, round(share * len(paths))))
+    sides = [[p for p in pairs if (str(p["clip"] and p["clip"].path) in held) == side] for side in (False, True)]
+    return sides[0], sides[1]
+
+
+def tell(args, pairs, rank, world, device):
+    """{clip: narrative} where the reward model reads narratives, told by the judge's model and cached on disk."""
+    if not args.narrative:
+        return {}
+    with harness.one_line_errors(OSError):
+        oracle = JudgeOracle(args.oracle_model, args.cache, True, str(device), clips=args.clips)
+    clips = sorted({p["clip"] for p in pairs if p["clip"]}, key=str)
+    oracle.narratives(clips[rank::world])
+    harness.barrier()
+    return dict(zip(clips, oracle.narratives(clips)))
+
+
+def collate(pairs, stories, processor, cache, device, args):
+    """-> Prefix of B prompts, tokens (B,2,T), lengths (B,2): chosen first."""
+    prompts = [reward_prompt(p["question"], stories.get(p["clip"])) for p in pairs]
+    prefix = Prefix.build(processor, cache, prompts, [p["clip"] for p in pairs], device, args.max_prompt_tokens)
+    answers = [processor.answer_ids(p[k], args.max_answer_tokens) for p in pairs for k in ("chosen", "rejected")]
+    tokens = processor.pad(answers, "right")[0].view(len(pairs), 2, -1)
+    return prefix, tokens.to(device), torch.tensor([len(a) for a in answers], device=device).view(-1, 2)
+
+
+def log_rewards(log, kind, rewards, pairs):
+    """Accuracy and margin against the oracle's choice; against the truth where exactly one answer is the label's."""
+    margin = rewards[:, 0] - rewards[:, 1]  # (B,)
+    won = (margin > 0).float() + (margin == 0).float() / 2
+    right = [[p["answer"] is not None and is_correct(p[k], p["answer"]) for k in ("chosen", "rejected")] for p in pairs]
+    truth = torch.tensor([float(c) - float(r) for c, r in right])  # 1: the oracle chose the right one, -1: the wrong
+    n = len(pairs)
+    for key, value in (("accuracy", won), ("margin", margin), ("reward", rewards.mean(-1))):
+        log.add(f"{kind}/{key}", value.sum(), n)
+    log.add(f"{kind}/truth_accuracy", torch.where(truth > 0, won, 1 - won)[truth != 0].sum(), (truth != 0).sum())
+    log.add(f"{kind}/oracle_accuracy", (truth > 0).sum(), (truth != 0).sum())
+
+
+if __name__ == "__main__":
+    main(harness.parse_args(Args))
