@@ -303,10 +303,7 @@ def read_rows(files, video_root, parse):
     if video_root is not None and not os.path.isdir(video_root):
         raise DataError(f"video root {_line(video_root)}: no such folder")
 
-    @functools.cache  # every folder is listed once, far cheaper than to ask for every name that a video could have
-    def listing(folder):
-        return set(os.listdir(folder)) if os.path.isdir(folder) and os.access(folder, os.R_OK) else set()
-
+    listing = functools.cache(_listing)  # every folder is listed once
     records, uses, num_rows, skipped = [], Counter(), 0, {}
     for file in files:
         folder, rows, reasons, before = os.path.dirname(file), _load(file), Counter(), len(records)
@@ -441,6 +438,17 @@ def _clip(row, videos, images, needs_video, find):
     if None in paths:
         raise DataError(f"video missing: {(images or videos)[paths.index(None)]}")
     return Clip(paths if images else paths[0], *span) if paths else None
+
+
+def video_finder(roots):
+    """A function: the name of a video, as annotation files give it, to its path in one of the folders, or None."""
+    find = functools.partial(_find, is_image=False, roots=roots, listing=functools.cache(_listing))
+    return functools.cache(find)
+
+
+def _listing(folder):
+    """Names in a folder; far cheaper than to ask for every name that a video could have."""
+    return set(os.listdir(folder)) if os.path.isdir(folder) and os.access(folder, os.R_OK) else set()
 
 
 def _find(name, is_image, roots, listing):

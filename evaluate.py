@@ -1,27 +1,35 @@
-"""Held-out accuracy of checkpoints, side by side: table by task type, paired differences, bar plot, learning curves.
+"""Accuracy of checkpoints: on the held-out questions side by side, and on every benchmark that the papers report.
 
-Run      python evaluate.py --runs runs/sft/policy_s0 runs/grpo_rank/context_s0         one column per argument
-         python evaluate.py --runs "runs/sft/policy_s*" "runs/grpo_rank/context_s*" --labels SFT,GRPO --out results/demo
-Makes    <run>/predictions_<data>.json, used again while checkpoint, questions and videos are the same, so that a table
-         is cheap to redraw; with --out also results/demo.json, .md and .png
+Runs         python evaluate.py --runs runs/sft/policy_s0 runs/grpo_rank/context_s0      one column per argument
+             python evaluate.py --runs "runs/sft/policy_s*" "runs/grpo_rank/context_s*" --labels A,B --out results/a
+Benchmarks   python evaluate.py --checkpoint runs/sft/policy_s0 --benchmark all               the embedded world's files
+             python evaluate.py --checkpoint runs/sft/mine --benchmark msvd_qa,video_mme --data DIR --judge api ...
+             python evaluate.py --predictions mine.json --benchmark video_mme                  no model: others' answers
+             python evaluate.py --compare runs/sft/policy_s0 runs/grpo_rank/context_s0 --benchmark all
+             torchrun --nproc_per_node=2 evaluate.py --checkpoint ...                          the same, shared out
 
-accuracy    share of greedy answers that match the label exactly (lower case, no punctuation, no articles), in %;
-            "a ± b": mean and sample standard deviation over the seeds of a column
+--runs makes <run>/predictions_<data>.json, used again while checkpoint, questions and videos are the same, so that a
+table is cheap to redraw; with --out also results/demo.json, .md and .png. Benchmarks make <run>/benchmarks/: answers
+that a killed run continues from, predictions in each benchmark's own format, report.json, report.md, report.png.
+
+accuracy    (--runs) share of greedy answers that match the label exactly (lower case, no punctuation, no articles), in
+            %; "a ± b": mean and sample standard deviation over the seeds of a column
 chance      accuracy of the training file's most frequent answer to the same question text: what needs no video
 difference  to the first column, on the same questions and the same seeds; [low, high] is a 95 % interval from a
             bootstrap over videos (questions about one video are not independent), after averaging over the seeds. It
             says what other videos would give, not what other seeds would: for that see the row "over seeds".
 
-symbol  name           shape   meaning
-a, b    correct        (S,R)   1 where a run is right: S seeds, R questions
-d, n    d, n           (C,)    sum of b - a over the questions of each of C videos, and their number
-W       W              (K,C)   how often each of K resamples holds each video
+Rules of the benchmarks: metrics.py; their files: benchmark_files.py, prediction_files.py; how a checkpoint answers:
+answers.py; judges: judges.py; tables and pictures: report.py.
+
+D1      Benchmarks of descriptions have prompts of their own, drawn at random from paraphrases by VLM-Eval; ours is one
+        fixed prompt. In the embedded world it is the question that this world asks for a synopsis.
 """
 
 import glob
-import hashlib
 import json
 import os
+import random
 import re
 import sys
 import time
@@ -30,38 +38,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
+import benchmark_files
 import harness
-from data import DataError, FeatureCache, read_records, report_lines, video_files
+from answers import Answering, Run, answer, fingerprint, write_aside
+from api_oracle import ApiArgs
+from data import DataError, FeatureCache, VideoError, read_records, report_lines
+from judges import ClipText, make_judge, score_rows
+from metrics import over_seeds, paired_bootstrap, spread
 from moving_shapes import TASK_TYPES
 from oracle import DESCRIBE, normalize, token_f1
-from video_llm import Prefix, generate, load_model, unwrap
+from prediction_files import in_own_format, join, predictions
+from report import (
+    as_markdown,
+    as_text,
+    facts,
+    group_tables,
+    overview,
+    paired,
+    plot_benchmarks,
+    plot_runs,
+    side_by_side,
+    summarise,
+)
+from video_llm import load_model, unwrap
 
 WORLD = "data/moving_shapes"
-COLORS = ("#8c8c8c", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800")  # after Okabe-Ito
+SYNOPSIS = "what happens in the video?"  # [D1]
+CLIP = "openai/clip-vit-base-patch32"  # VLM-Eval's README
 LEGEND = "a ± b: mean and standard deviation over seeds; [low, high]: 95 % interval over videos, seeds as they are"
 
 
 # --- Answers and benchmarks ----------------------------------------------------------------------------------------
-def answer(model, processor, cache, records, max_new_tokens=48, batch_size=100, return_ended=False):
-    """Greedy answers to the questions of `records`, in order: list of strings. return_ended: also a list of bools,
-    False where an answer was cut at `max_new_tokens` instead of ending with EOS."""
-    device, eos, out, ended = next(model.parameters()).device, processor.tokenizer.eos_token_id, [], []
-    for i in range(0, len(records), batch_size):
-        some = records[i : i + batch_size]
-        prefix = Prefix.build(processor, cache, [r["question"] for r in some], [r["clip"] for r in some], device)
-        tokens, lengths, _ = generate(model, prefix, torch.zeros(len(some), 1, max_new_tokens), eos, temperature=0)
-        out += [group[0] for group in processor.decode_answers(tokens, lengths)]
-        ended += (tokens.gather(-1, lengths.unsqueeze(-1) - 1) == eos).flatten().tolist()
-    return (out, ended) if return_ended else out
-
-
 def is_correct(prediction, reference):
     """Exact match of normalised text (lower case, no punctuation, no articles)."""
     return normalize(prediction) == normalize(reference)
@@ -85,19 +98,62 @@ BENCHMARK = BENCHMARKS["moving_shapes"]
 
 
 @dataclass
-class Args:
-    runs: list[str] = HfArg(help="run or checkpoint folders, one column each; a quoted glob is one column of seeds")
+class Args(ApiArgs):
+    runs: list[str] = HfArg(default_factory=list, help="run or checkpoint folders, one column each; a quoted glob is "
+                            "one column of seeds")
+    checkpoint: str = HfArg(default="", help="run or checkpoint folder to score on --benchmark")
+    predictions: str = HfArg(default="", help="prediction file(s), comma-separated, or a folder of them, to score")
+    compare: list[str] = HfArg(default_factory=list, help="run folders or prediction files: scores side by side, "
+                               "differences to the first")
+    benchmark: str = HfArg(default="all", help="held_out | " + " | ".join(benchmark_files.BENCHMARKS) + " | with "
+                           "--predictions also " + " | ".join(benchmark_files.ONLY_PREDICTIONS) + "; several "
+                           "comma-separated, or all")
     labels: str = HfArg(default="", help="names of the columns, comma-separated; empty: folder names without _s<seed>")
-    data: str = HfArg(default=BENCHMARK.data, help="annotation file(s) of the test split, comma-separated")
+    data: str = HfArg(default="", help="--runs: annotation file(s), comma-separated; else the folder or file of the "
+                      "benchmarks. Empty: the embedded world")
     video_root: str = HfArg(default="", help="where the videos are; empty: beside the annotation file")
     chance_data: str = HfArg(default="", help="training file, for chance; empty: train.json beside --data, if any")
-    out: str = HfArg(default="", help="write <out>.json, <out>.md and <out>.png")
-    cache: str = HfArg(default="cache", help="folder of cached CLIP features")
+    judge: str = HfArg(default="exact", help="exact: no model | local: --judge_model | api: --api_url, --api_model")
+    judge_model: str = HfArg(default="runs/sft/oracle/final", help="checkpoint of --judge local")
+    clip: str = HfArg(default="", help="CLIP whose text features retrieval and action recognition use; empty: the "
+                      f"embedded one, with --data {CLIP}")
+    choose: str = HfArg(default="", help="multiple choice: generate a letter | likelihood of the options; empty: "
+                        "likelihood in the embedded world, generate with --data (answers.py, D1)")
+    max_new_tokens: int = HfArg(default=48, help="longest answer in a benchmark")
+    batch_size: int = HfArg(default=100, help="questions at a time")
+    limit: int = HfArg(default=0, help="questions per benchmark, drawn by a fixed seed; 0: all")
+    out: str = HfArg(default="", help="write <out>.json, <out>.md and <out>.png; benchmarks of a checkpoint: empty is "
+                     "<run>/benchmarks/report")
+    cache: str = HfArg(default="cache", help="folder of cached CLIP features and verdicts")
     groups: dict = field(init=False)  # {label: [Run, ...]}
+    names: list = field(init=False)  # benchmarks
+    sources: list = field(init=False)  # [Source, ...] of the benchmarks
 
     def __post_init__(self):
-        self.groups = group_runs(self.runs, [x.strip() for x in self.labels.split(",")] if self.labels else None)
-        self.chance_data = self.chance_data or str(Path(self.data.split(",")[0]).parent / "train.json")
+        modes = [m for m in ("runs", "checkpoint", "predictions", "compare") if getattr(self, m)]
+        if len(modes) != 1:
+            raise ValueError("give one of --runs, --checkpoint, --predictions, --compare")
+        labels = [x.strip() for x in self.labels.split(",")] if self.labels else None
+        self.groups, self.sources = group_runs(self.runs, labels), find_sources(self, labels)
+        every = ["held_out", *benchmark_files.BENCHMARKS]
+        self.names = every if self.benchmark == "all" else [x.strip() for x in self.benchmark.split(",")]
+        known = every + list(benchmark_files.ONLY_PREDICTIONS) * bool(self.predictions or self.compare)
+        if unknown := [x for x in self.names if x not in known]:
+            raise ValueError(f"--benchmark {unknown[0]}: choose of {', '.join(known)}, all")
+        if any(s.files for s in self.sources) and len(self.names) != 1:
+            raise ValueError("prediction files hold the answers of one benchmark: name it with --benchmark")
+        for flag, value, choice in (("judge", self.judge, ("exact", "local", "api")),
+                                    ("choose", self.choose, ("", "generate", "likelihood"))):
+            if value not in choice:
+                raise ValueError(f"--{flag} {value}: choose of {', '.join(filter(None, choice))}")
+        if min(self.max_new_tokens, self.batch_size) < 1 or self.limit < 0:
+            raise ValueError("--max_new_tokens and --batch_size must be at least 1, --limit at least 0")
+        self.check_api(needed=self.judge == "api")
+        if self.runs:
+            self.data = self.data or BENCHMARK.data
+            self.chance_data = self.chance_data or str(Path(self.data.split(",")[0]).parent / "train.json")
+        self.choose = self.choose or ("generate" if self.data else "likelihood")
+        self.clip = self.clip or (CLIP if self.data else f"{WORLD}/hub/clip")
 
 
 # --- Numbers -------------------------------------------------------------------------------------------------------
@@ -107,31 +163,6 @@ def by_task_type(values, types):
     values, order = np.asarray(values, dtype=float), list(dict.fromkeys(types))
     order.sort(key=lambda t: TASK_TYPES.index(t) if t in TASK_TYPES else len(TASK_TYPES))
     return {t: float(values[np.array(types) == t].mean()) for t in order} | {"all": float(values.mean())}
-
-
-def spread(values):
-    """Sample standard deviation (n - 1) over seeds; None for a single one, whose spread is unknown, not zero."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def over_seeds(values):
-    return dict(mean=float(np.mean(values)), spread=spread(values), runs=[float(v) for v in values])
-
-
-def paired_bootstrap(a, b, clips, resamples=10_000, seed=0):
-    """Mean of b - a with a 95 % percentile interval over resampled clips: (mean, low, high).
-
-    a (S,R), b (S',R) on the same R questions; clips (R,) the clip of each. Seeds are averaged first; a clip is drawn
-    with all its questions, so that the mean of a resample is sum(W d) / sum(W n).
-    """
-    difference = np.mean(b, axis=0, dtype=float) - np.mean(a, axis=0, dtype=float)  # (R,)
-    clip = np.unique(np.asarray(clips), return_inverse=True)[1]
-    d, n = np.bincount(clip, difference), np.bincount(clip)  # (C,) (C,)
-    rng, chunk, means = np.random.default_rng(seed), max(1, 2_000_000 // len(n)), []  # a chunk of W holds 16 MB
-    for k in range(0, resamples, chunk):
-        W = rng.multinomial(len(n), np.full(len(n), 1 / len(n)), size=min(chunk, resamples - k))  # (K,C)
-        means.append((W @ d) / (W @ n))
-    return (float(difference.mean()), *np.quantile(np.concatenate(means), [0.025, 0.975]).tolist())
 
 
 def chance(train, records):
@@ -147,23 +178,16 @@ def chance(train, records):
 
 
 # --- Runs and their predictions ------------------------------------------------------------------------------------
-class Run(NamedTuple):
-    folder: Path  # predictions are written here
-    checkpoint: Path
-    name: str  # the folder's without _s<seed>
-    seed: int | None
-
-
-def find_run(path):
+def find_run(path, flag="--runs"):
     """A run folder with final/, or a checkpoint folder. ValueError where there is neither."""
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"--runs: {path} is no folder")
+        raise ValueError(f"{flag}: {path} is no folder")
     folder = path.parent if path.name == "final" else path
     configs = ("config.json", "adapter_config.json")
     there = [c for c in (folder / "final", path) if any((c / name).exists() for name in configs)]
     if not there:
-        raise ValueError(f"--runs: {path} holds no final/ with a checkpoint; is the run finished?")
+        raise ValueError(f"{flag}: {path} holds no final/ with a checkpoint; is the run finished?")
     name, seed = re.fullmatch(r"(.+?)(?:_s(\d+))?", folder.resolve().name).groups()
     return Run(folder, there[0], name, None if seed is None else int(seed))
 
@@ -183,23 +207,6 @@ def group_runs(arguments, labels=None):
         if len(runs) > 1 and (None in seeds or len(seeds) < len(runs)):
             raise ValueError(f"--runs: column {label!r} needs folders of different _s<seed>; part columns by --labels")
     return groups
-
-
-def fingerprint(checkpoint, records):
-    """Hash of all that predictions depend on: the checkpoint (an adapter's base included), questions, videos."""
-    digest = hashlib.sha256()
-    for file in sorted(checkpoint.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".jinja", ".model") and not file.name.startswith("predictions_"):
-            with open(file, "rb") as f:
-                digest.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-        if file.name == "adapter_config.json":
-            base = json.loads(file.read_text())["base_model_name_or_path"]
-            digest.update((fingerprint(Path(base), []) if os.path.isdir(base) else base).encode())
-    for path in dict.fromkeys(r["clip"].path for r in records):
-        stats = [(os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in video_files(path) if os.path.exists(f)]
-        digest.update(f"{path} {stats}\n".encode())
-    digest.update(json.dumps([(r["clip"], r["question"], r["answer"], r["task_type"]) for r in records]).encode())
-    return digest.hexdigest()
 
 
 def predict(run, records, stem, cache_dir):
@@ -302,64 +309,7 @@ def table(summary):
     return [row + blank * (len(out[0]) - len(row)) for row in out]
 
 
-def as_text(rows):
-    """Aligned columns, names to the left, numbers to the right; lines below the heading and around the row "all"."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    rule, at = "-" * (sum(widths) + 2 * len(widths) - 2), [row[0] for row in rows].index("all")
-    return "\n".join([lines[0], rule, *lines[1:at], rule, lines[at], rule, *lines[at + 1 :]])
-
-
-def as_markdown(rows):
-    cells = [[cell.strip().replace("|", "\\|") for cell in row] for row in rows]
-    cells.insert(1, ["---"] + ["---:"] * (len(rows[0]) - 1))
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
-
-
-def plot(summary, curves, title, file):
-    """Bars by task type with the spread over seeds, and beside them the learning curves of columns that have some."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    types, columns, colors = list(summary["counts"]), summary["columns"], {}
-    place = np.arange(len(types)) + 0.35 * (np.array(types) == "all")  # a gap before the sum
-    width, wide = 0.8 / len(columns), max(7.0, 1.15 * len(types))
-    widths = [wide, 5.5] if any(curves.values()) else [wide]
-    fig, axes = plt.subplots(1, len(widths), figsize=(sum(widths), 5.4), width_ratios=widths, squeeze=False,
-                             layout="constrained")
-    bars = axes[0, 0]
-    for k, c in enumerate(columns):
-        means, spreads = (np.array([100 * (c["accuracy"][t][key] or 0) for t in types]) for key in ("mean", "spread"))
-        x, colors[c["label"]] = place + (k + 0.5) * width - 0.4, COLORS[k % len(COLORS)]
-        bars.bar(x, means, 0.94 * width, color=colors[c["label"]], label=c["label"])
-        if len(c["seeds"]) > 1:
-            bars.errorbar(x, means, spreads, fmt="none", ecolor="#333333", elinewidth=1.2, capsize=2.5)
-    if summary["chance"]:
-        bars.hlines([100 * summary["chance"][t] for t in types], place - 0.42, place + 0.42, color="black",
-                    linewidth=1.6, linestyle=(0, (2, 1)), label="chance (most frequent answer)")
-    bars.set_xticks(place, [t.replace(" ", "\n") for t in types], fontsize=10.5)
-    bars.set(ylabel="accuracy (%)", xlim=(place[0] - 0.6, place[-1] + 0.6))
-    bars.set_title(title, loc="left", fontsize=13)
-    for label, runs in curves.items():
-        steps = sorted(set.intersection(*map(set, runs))) if runs else []
-        if steps:
-            values = 100 * np.array([[run[s] for s in steps] for run in runs])  # (S,steps)
-            mean, band = values.mean(0), values.std(0, ddof=1) if len(runs) > 1 else 0
-            axes[0, 1].fill_between(steps, mean - band, mean + band, color=colors[label], alpha=0.2, linewidth=0)
-            axes[0, 1].plot(steps, mean, color=colors[label], linewidth=2.2, marker="o", markersize=4)
-            axes[0, 1].set(xlabel="step", ylabel="validation accuracy (%)")
-            axes[0, 1].set_title("Learning curves", loc="left", fontsize=13)
-    for ax in axes[0]:
-        ax.grid(axis="y", color="#dddddd", linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.yaxis.label.set_size(12)
-    fig.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=12)
-    fig.savefig(file, dpi=150)
-    plt.close(fig)
-
-
-def main(args):
+def main_runs(args):
     if args.data.startswith(WORLD):
         harness.build_if_missing(f"{WORLD}/clips.json", ["moving_shapes.py"], "under a minute", 0)
     files, predictions, left_out, guesses = args.data.split(","), {}, {}, None
@@ -386,8 +336,199 @@ def main(args):
             parts = [title, *missing, as_markdown(table(summary)), LEGEND]
             Path(f"{args.out}.md").write_text("\n\n".join(parts) + "\n")
             curves = {label: [c for c in map(learning_curve, runs) if c] for label, runs in args.groups.items()}
-            plot(summary, curves, title, f"{args.out}.png")
+            plot_runs(summary, curves, title, f"{args.out}.png")
             print(f"\nwritten: {args.out}.json, {args.out}.md, {args.out}.png")
+
+
+# --- Benchmarks: questions -> answers of a checkpoint, or of a file -> values -> report --------------------------
+class Source(NamedTuple):
+    """What is scored: a run, or a column of prediction files."""
+    label: str
+    run: Run | None
+    files: list
+
+
+def find_sources(args, labels):
+    """The columns of a report, in the order of the arguments; none for --runs. ValueError says what is wrong."""
+    if args.predictions:
+        out = [Source(Path(args.predictions.split(",")[0]).stem, None, args.predictions.split(","))]
+    elif args.checkpoint:
+        run = find_run(args.checkpoint, "--checkpoint")
+        out = [Source(run.folder.name, run, [])]
+    else:
+        out = []
+        for name in args.compare:  # a file, or a folder that holds JSON and no checkpoint, is predictions
+            run_there = Path(name, "final").is_dir() or glob.glob(f"{glob.escape(name)}/*config.json")
+            file = Path(name.split(",")[0]).suffix in (".json", ".jsonl", ".csv")
+            if not run_there and (file or glob.glob(f"{glob.escape(name)}/*.json*")):
+                out.append(Source(Path(name.split(",")[0]).stem, None, name.split(",")))
+            else:
+                run = find_run(name, "--compare")
+                out.append(Source(run.folder.name, run, []))
+        if len({s.label for s in out}) < len(out):
+            out = [s._replace(label=name) for s, name in zip(out, args.compare)]
+    if labels and out:
+        if len(set(labels)) != len(out):
+            raise ValueError(f"--labels has {len(set(labels))} different names for {len(out)} columns")
+        out = [s._replace(label=label) for s, label in zip(out, labels)]
+    return out
+
+
+def questions_of(name, args):
+    """Rows, coverage lines and the folder of a benchmark. DataError where its files are not there."""
+    if name == "held_out":
+        files = (args.data or BENCHMARK.data).split(",")
+        records, report = open_questions(files, args.video_root or None)
+        rows = [benchmark_files.row_of(str(r["id"]), str(r["clip"].path), r["question"], r["answer"], r,
+                                       groups={"task_type": r["task_type"]}) | {"clip": r["clip"]} for r in records]
+        return rows, report_lines(report), str(Path(files[0]).parent)
+    folder = args.data or f"{WORLD}/benchmarks"
+    rows, report = benchmark_files.questions(name, folder, args.video_root or None)
+    for row in rows:
+        row |= {"said": None, "reply": None}
+        if not args.data and name in ("ucf101", "hmdb51", "msvd_retrieval", "msrvtt_retrieval"):
+            row["asks"] = [SYNOPSIS]  # [D1]
+    return rows, benchmark_files.coverage_lines(report), str(Path(report["files"][0]).parent)
+
+
+def score_source(source, said, args, judge, clip_text):
+    """{benchmark: (rows, coverage lines, folder)} with predictions in the rows -> the source's part of the report."""
+    parts, items = {}, {}
+    for name, (rows, coverage, folder) in said.items():
+        described = name in ("ucf101", "hmdb51", "msvd_retrieval", "msrvtt_retrieval")
+        classes = None
+        if name in ("ucf101", "hmdb51"):
+            classes = (sorted({row["answer"] for row in rows}) if folder is None
+                       else benchmark_files.class_names(name, folder, rows))
+        rule = "held_out" if name == "held_out" else name
+        values, problems = score_rows(rule, rows, judge, clip_text() if described else None, classes)
+        asked = not described and name not in ("video_mme", "video_mme_subtitles", "nextqa", "tempcompass")
+        own = any(row["reply"] is not None for row in rows)
+        about = "none" if not asked and not own else "verdicts in the file (unnamed)" if own else judge.name
+        parts[name] = summarise(values, rows) | dict(judge=about, clip=clip_text().name if described else None,
+                                                     problems=problems, coverage=coverage)
+        if classes:
+            parts[name]["classes"] = len(classes)
+        items[name] = {row["id"]: (row["video"], v) for row, v in zip(rows, values)}
+        for row, v in zip(rows, values):
+            row["values"] = v
+    return dict(label=source.label, source=str(source.run.checkpoint if source.run else ",".join(source.files)),
+                benchmarks=parts), items
+
+
+def from_files(source, args):
+    """Prediction files -> [(Source, {benchmark: (rows, coverage, folder)})], one per column of the file."""
+    (name,) = args.names
+    if name == "held_out":
+        raise DataError("--predictions: held_out is scored from a checkpoint; name a public benchmark")
+    columns, report = predictions(name, source.files)
+    out = []
+    for column, said in columns.items():
+        lines = [f"{', '.join(report['files'])}: {len(said)} predictions" + (f" of {column}" if column else "")]
+        if args.data or any(row["answer"] is None for row in said if row["reply"] is None):
+            if not args.data:
+                lost = next(row for row in said if row["answer"] is None)
+                raise DataError(f"{source.files[0]}: id {lost['id']!r} has no correct answer there; give the "
+                                "benchmark's files with --data")
+            rows, coverage, folder = questions_of(name, args)
+            counts = {}
+            rows = join(rows, said, report)
+            if column:  # a table of several models is about the questions it lists
+                rows = [row for row in rows if row["said"] is not None]
+            counts = {"questions without a prediction": report["without"] * (not column),
+                      "predictions for no question": report["unknown"]}
+            lines += coverage[:1] + [f"{len(ids)} {what}, e.g. {ids[0]}" for what, ids in counts.items() if ids]
+        else:
+            rows, folder = said, None
+        if report["duplicates"]:
+            lines.append(f"{len(report['duplicates'])} ids twice, e.g. {report['duplicates'][0]}; the last counts")
+        out.append((source._replace(label=column or source.label), {name: (rows, lines, folder)}))
+    return out
+
+
+def main_benchmarks(args):
+    rank, world, device = harness.setup_dist()
+    if not args.data and any(source.run for source in args.sources):
+        harness.build_if_missing(f"{WORLD}/benchmarks/nextqa", ["moving_shapes.py"], "under a minute", rank)
+    if args.judge == "local" and args.judge_model == "runs/sft/oracle/final":
+        harness.build_if_missing(args.judge_model, ["sft.py", "--name", "oracle", "--resume"], "about 6 minutes", rank)
+    say = lambda *lines: print(*lines, sep="\n", flush=True) if rank == 0 and lines else None
+    with harness.one_line_errors(DataError, OSError, SafetensorError, ValueError, VideoError):
+        done = []
+        for source in args.sources:
+            if source.run is None:
+                done += from_files(source, args)
+                continue
+            said, ask = {}, Answering(source.run, args.choose, args.max_new_tokens, args.batch_size,
+                                      args.cache, rank, world, device)
+            for name in args.names:  # the coverage of every benchmark, before any model is loaded
+                try:
+                    if name == "mmaip_v" and args.judge == "exact":
+                        raise DataError("its judge must see the video: --judge local or api")
+                    rows, coverage, folder = questions_of(name, args)
+                    say(*(f"{name}: {line}" for line in coverage))
+                    if not any(row["clip"] for row in rows):
+                        raise DataError(f"{folder}: no video of {name} found")
+                except DataError as e:
+                    if args.benchmark != "all":
+                        raise
+                    say(f"{name}: left out ({e})")
+                    continue
+                if args.limit and len(rows) > args.limit:
+                    chosen = sorted(random.Random(0).sample(range(len(rows)), args.limit))
+                    rows, coverage = [rows[i] for i in chosen], [*coverage, f"--limit: {args.limit} of them"]
+                said[name] = rows, coverage, folder
+            if not said:
+                raise DataError(f"{args.data}: no benchmark there")
+            for name, (rows, coverage, folder) in said.items():
+                coverage += ask(name, rows, folder)
+                said[name] = ([row for row in rows if row["said"]], coverage, folder)  # what could be asked
+                write_predictions(source.run, name, said[name][0]) if rank == 0 else None
+            done.append((source, said))
+        if rank == 0:
+            judge, loaded = make_judge(args, device), {}
+            clip_text = lambda: loaded.get("clip") or loaded.setdefault("clip", ClipText(args.clip, device))
+            scored = [score_source(source, said, args, judge, clip_text) for source, said in done]
+            write_report(scored, done, args)
+        harness.barrier()
+
+
+def write_predictions(run, name, rows):
+    """<run>/benchmarks/<benchmark>.json, in the benchmark's own format."""
+    for stem, content in in_own_format(name, rows).items() if rows else []:
+        write_aside(run.folder / "benchmarks" / f"{stem}.json", json.dumps(content, indent=1))
+
+
+def write_report(scored, done, args):
+    results = [result for result, _ in scored]
+    (_, first), *others = scored
+    differences = {r["label"]: {name: paired(first[name], mine[name]) for name in mine if name in first}
+                   for r, mine in others}
+    rows = side_by_side(results, differences) if others else overview(results[0])
+    print("\n" + as_text(rows))
+    print("\n" + facts(results))
+    out = args.out or (str(done[0][0].run.folder / "benchmarks" / "report") if args.checkpoint else "")
+    if not out:
+        return
+    about = dict(command=" ".join(sys.argv), git_commit=harness.git_commit(), choose=args.choose)
+    content = about | dict(results=results, differences=differences)
+    write_aside(Path(f"{out}.json"), json.dumps(content, indent=1) + "\n")
+    text = [f"# Benchmarks: {', '.join(r['label'] for r in results)}", "Brackets: 95 % interval over videos. Shares in "
+            "%, scores from 0 to 5. Metrics in `_all` count what could not be read as wrong.", as_markdown(rows)]
+    text += ["## Where the numbers come from", facts(results)]
+    for r in results:
+        text += [f"## {r['label']}, by group", *group_tables(r)]
+    write_aside(Path(f"{out}.md"), "\n\n".join(text) + "\n")
+    lines = [json.dumps(dict(source=source.label, benchmark=name, id=row["id"], video=row["video"], said=row["said"],
+                             verdict=row.get("verdict"), values=row["values"]))
+             for source, said in done for name, (part, _, _) in said.items() for row in part]
+    write_aside(Path(f"{out}_items.jsonl"), "\n".join(lines) + "\n")
+    plot_benchmarks(results, f"{out}.png")
+    print(f"\nwritten: {out}.json, {out}.md, {out}.png, {out}_items.jsonl")
+
+
+def main(args):
+    main_runs(args) if args.runs else main_benchmarks(args)
 
 
 if __name__ == "__main__":

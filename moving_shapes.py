@@ -18,6 +18,7 @@ Same seed, same set: every clip draws from its own generator keyed by (seed, cli
 processes nor a killed run changes anything. The set is written aside and renamed when it is complete.
 """
 
+import csv
 import json
 import multiprocessing
 import os
@@ -367,8 +368,9 @@ def write_video_chatgpt(out, clips, qa, folder):
     copy_videos(out, clips, folder / "video_chatgpt" / "Test_Videos", lambda clip: f"v_ms{clip['id']}")
 
 
-def four_options(clip, answer, rng):
-    """The answer and three wrong ones of its kind, in random order; shapes of this clip are preferred as wrong ones."""
+def some_options(clip, answer, rng, count=4):
+    """The answer and `count - 1` wrong ones of its kind, in random order; shapes of this clip are preferred as wrong
+    ones, and where a kind has too few values, "cannot be seen" is the last."""
     pools = [ACTIONS, QUADRANTS, list(COLORS), NUMBERS, [f"move {way}" for way in OPPOSITE],
              ("left", "right", "top", "bottom", "none"), (*SHAPES, "none"),
              [f"{color} {form}" for color in COLORS for form in SHAPES]]  # fmt: skip
@@ -380,7 +382,7 @@ def four_options(clip, answer, rng):
         pool = [" and ".join(" ".join([*c, a]) for c, a in zip(clauses, actions)) for actions in acted]
     here = {f"{s['color']} {s['shape']}" for s in clip["shapes"]}
     wrong = sorted((o for o in rng.permutation(pool).tolist() if o != answer), key=lambda option: option not in here)
-    return rng.permutation([answer, *wrong[:3]]).tolist()
+    return rng.permutation([answer, *[*wrong, "cannot be seen"][: count - 1]]).tolist()
 
 
 def write_video_mme(out, clips, qa, folder, seed):
@@ -391,7 +393,7 @@ def write_video_mme(out, clips, qa, folder, seed):
         tasks = rng.permutation(sorted({task for task, _, _ in qa[clip["id"]]}))[:3]
         for k, wanted in enumerate(tasks, 1):
             task, question, answer = next(row for row in qa[clip["id"]] if row[0] == wanted)
-            options = four_options(clip, answer, rng)
+            options = some_options(clip, answer, rng)
             rows.append({
                 "video_id": f"{number:03d}", "duration": ("short", "medium", "long")[(clip["frames"] - 9) // 3],
                 "domain": ("One Shape", "Two Shapes", "Three Shapes")[len(clip["shapes"]) - 1],
@@ -445,12 +447,62 @@ def write_retrieval(out, clips, qa, folder):
     write_lines(folder / "msrvtt_retrieval" / "MSRVTT_JSFUSION_test.csv", table)
     write_lines(folder / "msrvtt_retrieval" / "captions.json", [json.dumps({"annotations": annotations}, indent=1)])
     copy_videos(out, unique.values(), folder / "msrvtt_retrieval" / "videos", lambda clip: f"video{int(clip['id'])}")
+    # MSVD: a list of test clips and all captions by clip
+    name = lambda clip: f"ms{clip['id']}_0_{-(-clip['frames'] // FPS)}"
+    captions = {name(unique[a["answer"][0]]): a["answer"] for a in annotations}
+    write_lines(folder / "msvd_retrieval" / "test_list.txt", list(captions))
+    write_lines(folder / "msvd_retrieval" / "captions.json", [json.dumps(captions, indent=1)])
+    copy_videos(out, unique.values(), folder / "msvd_retrieval" / "videos", name)
+
+
+def write_next_qa(out, clips, qa, folder, seed):
+    """NExT-QA: multiple choice with five options, and open-ended, as tables; videos lie in folders named by a map."""
+    kinds = {"Action Reasoning": "CH", "Temporal Perception": "TN", "Temporal Reasoning": "TC",
+             "Counting Problem": "DC", "Spatial Perception": "DL"}  # fmt: skip
+    head, tables = ["video", "frame_count", "width", "height", "question", "answer", "qid", "type"], {}
+    video = lambda clip: str(10_000_000 + int(clip["id"]))
+    for clip in clips:
+        rng = np.random.default_rng([seed, int(clip["id"]), 3])
+        for qid, (task, question, answer) in enumerate(qa[clip["id"]]):
+            ask = [video(clip), clip["frames"], SIZE, SIZE, question.rstrip("?")]
+            kind = kinds.get(task, "DO")
+            options = some_options(clip, answer, rng, 5)
+            if qid % 2:  # half of the questions each
+                tables.setdefault("nextqa", []).append([*ask, options.index(answer), qid, kind, *options])
+            else:
+                tables.setdefault("nextoe", []).append([*ask, answer, qid, kind])
+    for bench, rows in tables.items():
+        (folder / bench).mkdir(parents=True, exist_ok=True)
+        with open(folder / bench / "val.csv", "w", newline="") as file:
+            csv.writer(file).writerows([head + [f"a{k}" for k in range(5)] * (bench == "nextqa"), *rows])
+        places = {video(clip): f"{int(clip['id']) % 7:04d}/{video(clip)}" for clip in clips}
+        write_lines(folder / bench / "map_vid_vidorID.json", [json.dumps(places, indent=1)])
+        copy_videos(out, clips, folder / bench / "videos", lambda clip, places=places: places[video(clip)])
 
 
 def question_answer(record):
     """(task type, question, answer) of a conversation."""
     question, answer = (turn["value"] for turn in record["conversations"])
     return record["task_type"], question.removeprefix("<video>\n"), answer
+
+
+def write_benchmarks(out, seed):
+    """The test split in the files of all benchmarks, from the annotation files of `out`; aside, then renamed."""
+    clips, aside = json.loads((out / "clips.json").read_text()), out / "benchmarks.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    test = [clip for clip in clips if clip["split"] == "test"]
+    qa = {clip["id"]: [] for clip in test}
+    for row in json.loads((out / "test.json").read_text()):
+        if row["task_type"] in TASK_TYPES:
+            qa[row["id"].rpartition("_")[0]].append(question_answer(row))
+    write_zero_shot_qa(out, test, qa, aside)
+    write_video_chatgpt(out, test, qa, aside)
+    write_video_mme(out, test, qa, aside, seed)
+    write_action_classes(out, clips, aside)
+    write_retrieval(out, test, qa, aside)
+    write_next_qa(out, test, qa, aside, seed)
+    shutil.rmtree(out / "benchmarks", ignore_errors=True)
+    aside.rename(out / "benchmarks")
 
 
 def build(args):
@@ -460,7 +512,11 @@ def build(args):
         found = json.loads((out / "args.json").read_text()) if (out / "args.json").exists() else "something else"
         if found != made_with:
             sys.exit(f"moving_shapes: {out} holds {found}, not {made_with}; choose another --out or remove it")
-        print(f"moving_shapes: {out} is complete, nothing to do")
+        if (out / "benchmarks" / "nextqa").exists():
+            print(f"moving_shapes: {out} is complete, nothing to do")
+        else:
+            write_benchmarks(out, args.seed)
+            print(f"moving_shapes: {out} has all benchmark files now")  # it was made before there were some of them
         return
     aside = out.with_name(out.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
@@ -472,14 +528,7 @@ def build(args):
     write_json(aside / "clips.json", [clip for clip, _ in made])
     for split in SPLITS:
         write_json(aside / f"{split}.json", [row for clip, rows in made if clip["split"] == split for row in rows])
-    clips, folder = [clip for clip, _ in made], aside / "benchmarks"
-    test = [clip for clip in clips if clip["split"] == "test"]
-    qa = {clip["id"]: [question_answer(row) for row in rows if row["task_type"] in TASK_TYPES] for clip, rows in made}
-    write_zero_shot_qa(aside, test, qa, folder)
-    write_video_chatgpt(aside, test, qa, folder)
-    write_video_mme(aside, test, qa, folder, args.seed)
-    write_action_classes(aside, clips, folder)
-    write_retrieval(aside, test, qa, folder)
+    write_benchmarks(aside, args.seed)
     (aside / "args.json").write_text(json.dumps(made_with) + "\n")
     aside.rename(out)
 

@@ -120,7 +120,8 @@ def test_command_lines_are_valid(page, words, tmp_path, monkeypatch):
     parser = HfArgumentParser(cls, allow_abbrev=False)
     parser.error = lambda message: pytest.fail(f"{page}: {' '.join(words)}: {message}")
     if script == "evaluate.py":  # it looks for its runs: here they are, a glob matches two seeds
-        for run in parser.parse_args(flags).runs:
+        given = parser.parse_args(flags)
+        for run in [*given.runs, *given.compare, *filter(None, [given.checkpoint])]:
             for seed in "01":
                 (tmp_path / run.replace("*", seed) / "final").mkdir(parents=True, exist_ok=True)
                 (tmp_path / run.replace("*", seed) / "final" / "config.json").write_text("{}")

@@ -19,7 +19,7 @@ import harness  # noqa: E402
 from data import Clip  # noqa: E402
 from moving_shapes import TASK_TYPES, write_video  # noqa: E402
 from pretrain_tiny import make_tokenizer  # noqa: E402
-from video_llm import TINY_VISION, compose, save_model  # noqa: E402
+from video_llm import TINY_VISION, Prefix, compose, save_model  # noqa: E402
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def test_answer_tells_which_answers_ended(place, monkeypatch):
     eos = processor.tokenizer.eos_token_id
     want, want_ended = [], []
     for r in records:
-        prefix = ev.Prefix.build(processor, cache, [r["question"]], [r["clip"]])
+        prefix = Prefix.build(processor, cache, [r["question"]], [r["clip"]])
         out = model.generate(
             input_ids=prefix.input_ids,
             attention_mask=prefix.attention_mask,

@@ -390,7 +390,7 @@ def test_wrong_options_are_wrong_and_of_the_same_kind():
         scene = ms.make_scene(9, index)
         clip = {"shapes": [{"color": s.color, "shape": s.form, "action": s.action} for s in scene.shapes]}
         for _, _, answer in ms.ask(scene, rng):
-            options = ms.four_options(clip, answer, rng)
+            options = ms.some_options(clip, answer, rng)
             assert len(set(options)) == 4 and answer in options
             assert len({option.count(" ") == 0 for option in options}) == 1 or answer in ms.ACTIONS
 

@@ -1,0 +1,334 @@
+"""Who says whether an answer is right: `exact`, `local`, `api`; and CLIP's text tower, for retrieval and classes.
+
+    values, problems = score_rows("msvd_qa", rows, judge, clip_text)        # a dict of values per row: metrics.py
+
+  exact   no model: right is equal after `normalize`; the score is 5 times the token F1 with the reference, cut to an
+          integer. A lower bound: a paraphrase is wrong. For the aspects of MMAIP-V there is nothing it could say.
+  local   a VideoLLM checkpoint that sees the frames. Against a reference it is asked which is the better response, the
+          prediction or the reference, in both orders; P is its mean probability for the prediction. Score: 10 P cut to
+          an integer, at most 5; right: 3 or more (D1). Aspects: `JudgeOracle.aspects`.
+  api     an OpenAI-compatible server. With a reference: the text protocol of Video-ChatGPT (its structure, our words),
+          a dictionary with 'pred' and 'score'. Aspects: frames, question and answer, never the reference.
+
+A reply that cannot be read is asked for again, ATTEMPTS times in all, each time with the reason; then it is counted
+under its reason and both conventions are reported. Nothing is asked twice: replies of a server are kept by `ApiClient`,
+those of a local judge in <cache>/verdicts. A blank answer is wrong with score 0 and is not asked about.
+
+D1      A small video LLM cannot write a dictionary; comparing two responses is what the judge of this repository was
+        trained to do (oracle.py). As good as the reference is P = 1/2, hence 10 P. Its numbers compare with its own
+        only, as with every judge.
+D2      MMAIP-V's prompt and its definition of the ratio are not public. Ours: the four aspects of LLaVA-Hound, 0 to 5;
+        the score of an answer is their mean, and counts for the ratio from RATIO_FROM on.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, CLIPModel
+
+import api_oracle
+from api_oracle import ApiClient, ApiError, frames_as_urls
+from data import DataError, VideoError
+from metrics import (
+    choice_values,
+    class_hits,
+    qa_values,
+    retrieval_hits,
+    score_values,
+    tempcompass,
+    unanswered,
+)
+from oracle import JudgeOracle, normalize, token_f1
+
+ATTEMPTS = 3  # per verdict: the first reply and two repairs
+RATIO_FROM = 3  # [D2]
+ASPECTS = api_oracle.ASPECTS
+VISION = tuple(f"{aspect}_points" for aspect in ASPECTS)  # metrics of MMAIP-V
+
+QA_TASK = """You evaluate answers to questions about videos. Compare the predicted answer with the correct answer and
+decide whether they mean the same. Synonyms and paraphrases count as a match; judge what is said, not how it is put."""
+CRITERIA = {
+    "correctness": "Is the prediction factually consistent with the correct answer, without misinterpretation?",
+    "detail": "Is the prediction complete, covering all major points of the correct answer, and specific, not generic?",
+    "context": "Does the prediction fit the overall context and the main themes of the video's content?",
+    "temporal": "Does the prediction give the events in the order in which the correct answer has them?",
+    "consistency": "Do the two predictions, to two phrasings of one question, agree with each other and with the "
+                   "correct answer, without contradiction?",
+}
+
+
+def qa_messages(row):
+    """The question of Video-ChatGPT's judge: yes or no, and 0 to 5."""
+    user = (f"Question: {row['question']}\nCorrect Answer: {row['answer']}\nPredicted Answer: {row['said'][0]}\n\n"
+            "Reply with one Python dictionary and nothing else, with the keys 'pred', the string 'yes' or 'no', and "
+            "'score', an INTEGER from 0 to 5, 5 for the best match. Example: {'pred': 'yes', 'score': 4}")
+    return [{"role": "system", "content": QA_TASK}, {"role": "user", "content": user}]
+
+
+def criterion_messages(row, criterion):
+    """One of the five criteria of Video-ChatGPT's benchmark: 0 to 5."""
+    parts = [f"Question: {row['asks'][0]}", f"Correct Answer: {row['answer']}", f"Predicted Answer: {row['said'][0]}"]
+    if len(row["asks"]) == 2:
+        parts = [f"Question 1: {row['asks'][0]}", f"Question 2: {row['asks'][1]}", parts[1],
+                 f"Predicted Answer to Question 1: {row['said'][0]}",
+                 f"Predicted Answer to Question 2: {row['said'][1]}"]
+    user = ("\n".join(parts) + "\n\nReply with one Python dictionary and nothing else, with the key 'score', an "
+            "INTEGER from 0 to 5, 5 for the best. Example: {'score': 4}")
+    task = f"You evaluate answers to questions about videos by one criterion. {CRITERIA[criterion]} Paraphrases count."
+    return [{"role": "system", "content": task}, {"role": "user", "content": user}]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Judges: replies to (kind, row) jobs, in order; kind is "qa", one of CRITERIA, or "aspects". None: no reply.
+# ---------------------------------------------------------------------------------------------------------------
+class ExactJudge:
+    name = "exact (equal after normalisation; score: 5 x token F1; no model)"
+
+    def replies(self, jobs):
+        return [self.reply(kind, row) for kind, row in jobs]
+
+    def reply(self, kind, row):
+        if kind == "aspects":
+            return None
+        f1 = min(token_f1(said, row["answer"]) for said in row["said"])
+        right = all(normalize(said) == normalize(row["answer"]) for said in row["said"])
+        return {"pred": "yes" if right else "no", "score": int(5 * f1 + 1e-9)}
+
+
+class LocalJudge:
+    """A VideoLLM checkpoint. Rows whose video is not there get no reply."""
+
+    def __init__(self, checkpoint, cache_dir, device="cpu"):
+        self.oracle = JudgeOracle(checkpoint, cache_dir, narrative=False, device=device)
+        self.mark = self.oracle.story_dir.name  # hash of the weights
+        self.name = f"local {checkpoint} (weights {self.mark})"
+        self.file = Path(cache_dir) / "verdicts" / f"{self.mark}.jsonl"
+
+    def replies(self, jobs, batch=16):
+        kept, out = dict(read_lines(self.file)), [None] * len(jobs)
+        keys = [self.key(kind, row) for kind, row in jobs]
+        ask = [i for i, key in enumerate(keys) if key is not None and key not in kept]
+        ask = list({keys[i]: i for i in ask}.values())
+        broken = self.oracle.cache.prepare([jobs[i][1]["clip"] for i in ask])
+        ask = [i for i in ask if jobs[i][1]["clip"] not in broken]
+        ask.sort(key=lambda i: (jobs[i][0] == "aspects", str(jobs[i][1]["clip"])))
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.file, "a") as file:
+            for n in tqdm(range(0, len(ask), batch), desc="local judge", leave=False, disable=len(ask) < 500):
+                for aspects in (False, True):
+                    some = [i for i in ask[n : n + batch] if (jobs[i][0] == "aspects") is aspects]
+                    for i, reply in zip(some, self.judge([jobs[i][1] for i in some], aspects) if some else []):
+                        kept[keys[i]] = reply
+                        file.write(json.dumps([keys[i], reply]) + "\n")
+                file.flush()
+        for i, key in enumerate(keys):
+            out[i] = kept.get(key)
+        return out
+
+    def key(self, kind, row):
+        if row["clip"] is None:
+            return None
+        kind = "aspects" if kind == "aspects" else "against the reference"  # [D1] the criteria are all one to it
+        try:
+            video = self.oracle.cache.key(row["clip"], self.oracle.processor.num_frames)  # its content
+        except OSError:
+            return None
+        parts = [kind, video, row["asks"], row["question"], row["answer"], row["said"]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def judge(self, rows, aspects):
+        """One reply per row; of two predictions the worse one counts."""
+        flat = [(row, k) for row in rows for k in range(len(row["asks"]))]
+        clips = [row["clip"] for row, _ in flat]
+        asks = [row["question"] if aspects else row["asks"][k] for row, k in flat]
+        if aspects:
+            points, _ = self.oracle.aspects(clips, asks, [[row["said"][k]] for row, k in flat])
+            return [dict(zip(ASPECTS, p[0].tolist())) for p in points]
+        prefers = self.oracle.preferences(clips, asks, [[row["answer"], row["said"][k]] for row, k in flat])
+        scores = {}
+        for (row, _), p in zip(flat, prefers[:, 1, 0].tolist()):
+            scores.setdefault(id(row), []).append(min(5, int(10 * p + 1e-6)))  # [D1]
+        worst = [min(scores[id(row)]) for row in rows]
+        return [{"pred": "yes" if s >= RATIO_FROM else "no", "score": s} for s in worst]
+
+
+class ApiJudge:
+    """An OpenAI-compatible server."""
+
+    def __init__(self, args):
+        self.client = ApiClient(args.api_url, args.api_model, args.cache, args.api_concurrency, args.api_timeout,
+                                args.api_retries)
+        self.args, self.name = args, f"api {args.api_model} at {args.api_url}"
+
+    def replies(self, jobs):
+        with ThreadPoolExecutor(self.args.api_concurrency) as pool:
+            done = pool.map(lambda job: self.reply(*job), jobs)
+            return list(tqdm(done, "judge", len(jobs), leave=False, disable=len(jobs) < 100))
+
+    def reply(self, kind, row):
+        """The reply's text, asked for again while it cannot be read, or None where none comes."""
+        try:
+            if kind == "aspects":
+                images = frames_as_urls(row["clip"], self.args.api_frames, self.args.api_size) if row["clip"] else []
+                if not images and self.args.api_frames:
+                    return None  # it must see the video
+                points = api_oracle.aspects(self.client, images, row["question"], row["said"], self.args.api_max_tokens)
+                return dict(zip(ASPECTS, points[0]))
+            messages = qa_messages(row) if kind == "qa" else criterion_messages(row, kind)
+            for attempt in range(ATTEMPTS):
+                reply = self.client.ask(messages, self.args.api_max_tokens)
+                problem = (qa_values(reply) if kind == "qa" else score_values(reply, kind))[1]
+                if problem is None or attempt == ATTEMPTS - 1:
+                    return reply
+                messages = messages + [{"role": "assistant", "content": reply or "(nothing)"},
+                                       {"role": "user", "content": f"That cannot be used ({problem}). Reply with the "
+                                                                   "dictionary alone."}]
+        except VideoError:
+            return None
+        except ApiError as e:
+            if getattr(e, "fatal", False):
+                raise DataError(str(e)) from e
+            return None
+
+
+def make_judge(args, device):
+    if args.judge == "exact":
+        return ExactJudge()
+    return LocalJudge(args.judge_model, args.cache, device) if args.judge == "local" else ApiJudge(args)
+
+
+def read_lines(file):
+    """The JSON lines of a file that may not exist, or end in half a line."""
+    for line in Path(file).read_text().split("\n") if Path(file).exists() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# CLIP's text tower
+# ---------------------------------------------------------------------------------------------------------------
+class ClipText:
+    """Unit text features of a CLIP checkpoint, a folder or a hub name."""
+
+    def __init__(self, name, device="cpu"):
+        self.name, self.device = str(name), device
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.model = CLIPModel.from_pretrained(name).eval().to(device)
+
+    @torch.no_grad()
+    def __call__(self, texts, batch=256):
+        """list of texts -> (n,D) float64. A text too long for the tower is cut, and keeps its end token."""
+        out, end = [], self.tokenizer.eos_token_id
+        longest = self.model.config.text_config.max_position_embeddings
+        for n in range(0, len(texts), batch):
+            ids = [self.tokenizer(t).input_ids for t in texts[n : n + batch]]
+            ids = [[i for i in row if i != end][: longest - 1] + [end] for row in ids]
+            length = max(map(len, ids))
+            tokens = torch.tensor([row + [end] * (length - len(row)) for row in ids], device=self.device)
+            mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids], device=self.device)
+            pooled = self.model.text_model(input_ids=tokens, attention_mask=mask).pooler_output
+            features = self.model.text_projection(pooled).double().cpu().numpy()
+            out.append(features / np.linalg.norm(features, axis=1, keepdims=True))
+        return np.concatenate(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rows with predictions -> values
+# ---------------------------------------------------------------------------------------------------------------
+QA_NAMES = ("accuracy", "score")
+QA = ("msvd_qa", "msrvtt_qa", "activitynet_qa", "nextoe", "cvrr_es", "held_out")
+
+
+def score_rows(benchmark, rows, judge, clip_text=None, classes=None):
+    """-> [{metric: value or None} per row], Counter of what could not be read and why."""
+    problems = Counter()
+    for row in rows:
+        row["said"] = row["said"] and [text or "" for text in row["said"]]
+    problems["no prediction"] = sum(row["said"] is None and row["reply"] is None for row in rows)
+    problems["blank"] = sum(row["said"] is not None and not all(t.strip() for t in row["said"]) for row in rows)
+    if benchmark in QA:
+        values = judged(rows, "qa", judge, problems, "correct" if benchmark == "cvrr_es" else "yes")
+        for row, v in zip(rows, values):
+            v["exact"] = float(row["said"] is not None and normalize(row["said"][0]) == normalize(row["answer"] or ""))
+    elif benchmark == "video_chatgpt":
+        values = [{} for _ in rows]
+        for criterion in CRITERIA:
+            mine = [i for i, row in enumerate(rows) if criterion in row["criteria"]]
+            for i, v in zip(mine, judged([rows[i] for i in mine], criterion, judge, problems)):
+                values[i] |= v
+    elif benchmark == "mmaip_v":
+        values = aspects(rows, judge, problems)
+    elif benchmark == "tempcompass":
+        matched = lambda row: row["said"] and tempcompass(row["said"][0], row["answer"])
+        right = [row["reply"] if isinstance(row["reply"], int) else matched(row) for row in rows]
+        problems["no match"] = sum(r is None and row["said"] is not None for r, row in zip(right, rows))
+        values = [dict(accuracy=None if r is None else float(r), accuracy_all=float(r or 0)) for r in right]
+    elif benchmark in ("video_mme", "video_mme_subtitles", "nextqa"):
+        values = []
+        for row in rows:
+            letters = "ABCDE" if benchmark == "nextqa" else "ABCD"
+            v, problem = choice_values(row["said"][0] if row["said"] else "", row["answer"], row["options"], letters)
+            problems[problem] += problem is not None and row["said"] is not None
+            values.append(v)
+    else:
+        values = [{} for _ in rows]
+        there = [i for i, row in enumerate(rows) if row["said"] is not None]
+        texts = [rows[i]["said"][0] for i in there]
+        truth = [rows[i]["answer"] for i in there]
+        hits = (retrieval_hits([captions[0] for captions in truth], texts, clip_text) if classes is None
+                else class_hits(truth, texts, classes, clip_text))
+        for i, row_values in zip(there, zip(*hits.values())):
+            values[i] = dict(zip(hits, map(float, row_values)))
+        values = [v or dict.fromkeys(hits, 0.0) for v in values]  # no prediction: wrong
+    return values, +problems
+
+
+def judged(rows, kind, judge, problems, words="yes"):
+    """Values of one kind of verdict: those that the file brings, else the judge's."""
+    read = (lambda reply: qa_values(reply, words)) if kind == "qa" else (lambda reply: score_values(reply, kind))
+    names = QA_NAMES if kind == "qa" else (kind,)
+    said = lambda row: row["said"] and all(text.strip() for text in row["said"])
+    ask = [i for i, row in enumerate(rows) if row["reply"] is None and said(row)]
+    replies = dict(zip(ask, judge.replies([(kind, rows[i]) for i in ask]))) if ask else {}
+    out = []
+    for i, row in enumerate(rows):
+        reply = row["reply"] if row["reply"] is not None else replies.get(i)
+        if reply is None:
+            blank = row["said"] is not None and i not in replies
+            problems["no reply"] += i in replies
+            out.append(dict.fromkeys([k + e for k in names for e in ("", "_all")], 0.0) if blank else unanswered(names))
+            continue
+        values, problem = read(reply)
+        problems[problem] += problem is not None
+        row["verdict"] = reply
+        out.append(values)
+    del problems[None]
+    return out
+
+
+def aspects(rows, judge, problems):
+    """[D2] The vision-based evaluation: four aspects, their mean, and the share of answers at RATIO_FROM or more."""
+    names = (*VISION, "score", "ratio")
+    ask = [i for i, row in enumerate(rows) if row["said"] and row["said"][0].strip()]
+    replies = dict(zip(ask, judge.replies([("aspects", rows[i]) for i in ask])))
+    out = []
+    for i, row in enumerate(rows):
+        if i not in replies:
+            out.append(unanswered(names) if row["said"] is None else dict.fromkeys(unanswered(names), 0.0))
+        elif (reply := replies[i]) is None:
+            problems["no reply"] += 1
+            out.append(unanswered(names))
+        else:
+            points = dict(zip(VISION, (reply[a] for a in ASPECTS)), score=float(np.mean([reply[a] for a in ASPECTS])))
+            points["ratio"] = float(points["score"] >= RATIO_FROM)
+            out.append(points | {f"{name}_all": value for name, value in points.items()})
+            row["verdict"] = reply
+    return out

@@ -1,0 +1,268 @@
+"""The scoring rules of the public benchmarks, and the statistics of the tables: texts and numbers in, numbers out.
+
+Every rule turns one prediction into values of one item: {metric: 1.0 / 0.0 / a score / None}. A metric is the mean of
+its values that are not None. So both conventions for what cannot be read are two metrics of the same items:
+
+    accuracy      the official rule: what cannot be read is left out of numerator and denominator (None)
+    accuracy_all  every question counts; what cannot be read, and a question without a prediction, is wrong (0)
+
+  rule                    official scorer                                             here
+  verdict yes / no        Video-ChatGPT evaluate_activitynet_qa.py (substring test)   qa_values
+  verdict in/correct      CVRR-ES results_parser.py (equality)                        qa_values(words="correct")
+  score 0-5               the same files: mean of int(score)                          qa_values, score_values
+  letter                  Video-MME eval_your_results.py                              letter_official
+  letter, yes / no        TempCompass eval_multi-choice.py, eval_yes_no.py            tempcompass
+  multiple choice         NExT-QA eval_mc.py (TP counts as TN)                        choice_values, nextqa_groups
+  text-text retrieval     VLM-Eval retrival_v2t_t2v.py                                retrieval_hits
+  action recognition      VLM-Eval action_acc.py, over the full class list            topk_hits
+
+D1      `letter_official` takes the first of A-D anywhere, so "Based on ..." reads as B. `letter_strict` beside it takes
+        a reply only if it names one option and no other; both are reported.
+D2      Where several candidates of a retrieval are equally similar, the hit is shared among them (its expected value
+        under a random order); the official code leaves the order of ties to chance, and a model that gives every video
+        one description would profit from it.
+"""
+
+import ast
+import contextlib
+import json
+import math
+import re
+
+import numpy as np
+
+from oracle import normalize
+
+SCORES = 5  # judges give 0..5
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a judge replied
+# ---------------------------------------------------------------------------------------------------------------
+def literal(text):
+    """The Python or JSON value that a text spells, or None. Never eval()."""
+    for read in (ast.literal_eval, json.loads):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            return read(text)
+
+
+def reply_dict(reply):
+    """The dictionary of a judge's reply, or None: given as it is, alone in a list, as Python or JSON text, or between
+    the braces of a longer text (code fences, prose). The prompt's own example has doubled quotes, so they are read."""
+    while isinstance(reply, list) and reply:  # [{...}], also [{...}, the question]
+        reply = reply[0]
+    if isinstance(reply, str):
+        text = reply.strip().lstrip("\ufeff")
+        between = text[text.find("{") : text.rfind("}") + 1]
+        first = text[text.find("{") : text.find("}") + 1]
+        tries = (text, between, first, between.replace("''", "'").replace('""', '"'))
+        found = next((value for value in map(literal, tries) if isinstance(value, (dict, list))), None)
+        return reply_dict(found) if isinstance(found, list) else found
+    return reply if isinstance(reply, dict) else None
+
+
+def read_score(value):
+    """A judge's score as the official rule takes it: int(), which cuts 4.8 to 4. None if it is no number in 0..5."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = math.nan if isinstance(value, bool) else float(value)
+        return int(number) if 0 <= number <= SCORES else None
+
+
+def read_verdict(said, words="yes"):
+    """True, False, or None for anything else, such as 'partially correct'.
+
+    words="yes": "yes" anywhere, else "no" anywhere (Video-ChatGPT); words="correct": exactly correct or incorrect."""
+    if not isinstance(said, str):
+        return None
+    said = said.lower()
+    if words == "correct":
+        return {"correct": True, "incorrect": False}.get(said)
+    return True if "yes" in said else False if "no" in said else None
+
+
+def qa_values(reply, words="yes"):
+    """One judged answer -> its values, and why the reply is not usable (None if it is). A verdict may stand under
+    'type', as CVRR-ES's parser allows. A reply without a verdict or a score at all counts as none: official code
+    stops there. A verdict that is neither yes nor no leaves its score in the mean, as officially."""
+    found = reply_dict(reply)
+    said = None if found is None else found.get("pred", found.get("type"))
+    score = None if found is None else read_score(found.get("score"))
+    if found is None or said is None or score is None:
+        key = "no dictionary" if found is None else "no verdict" if said is None else "no score of 0 to 5"
+        return dict(accuracy=None, accuracy_all=0.0, score=None, score_all=0.0), key
+    right = read_verdict(said, words)
+    values = dict(accuracy=None if right is None else float(right), accuracy_all=float(bool(right)),
+                  score=float(score), score_all=float(score))
+    return values, "verdict neither way" if right is None else None
+
+
+def score_values(reply, name):
+    """One reply {'score': n} -> {name: n or None, name_all: n or 0}, problem."""
+    found = reply_dict(reply)
+    score = None if found is None else read_score(found.get("score"))
+    problem = "no dictionary" if found is None else "no score of 0 to 5" if score is None else None
+    return {name: score if score is None else float(score), f"{name}_all": float(score or 0)}, problem
+
+
+def unanswered(names):
+    """The values of a question without a prediction, or that no judge could read: out of one mean, 0 in the other."""
+    return {name: None for name in names} | {f"{name}_all": 0.0 for name in names}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Letters
+# ---------------------------------------------------------------------------------------------------------------
+# Two entries of the official list lack a comma and are fused, so that four prefixes never match; kept as they act.
+PREFIXES = ("The best answer is", "The correct answer is", "The answer is", "The answer",
+            "The best option is" "The correct option is", "Best answer:" "Best option:", "Answer:", "Option:",
+            "The correct answer", "The correct option")  # fmt: skip
+
+
+def letter_official(reply, letters="ABCD"):
+    """Video-MME's letter: known prefixes deleted, then the first of A-D anywhere; '' where there is none."""
+    reply = reply.strip()
+    for prefix in PREFIXES:
+        reply = reply.replace(prefix, "")
+    found = re.search(f"[{letters}]", reply)
+    return found[0] if found else ""
+
+
+def letter_strict(reply, options=(), letters="ABCD"):
+    """[D1] The letter of the one option that a reply names, '' if it names none or several.
+
+    Named is: the letter alone; marked as in (C), C. or C); after 'answer' or 'option'; or an option's own text."""
+    letters = letters[: len(options)] if options else letters
+    bare = lambda text: normalize(re.sub(rf"^\s*\(?[{letters}][.):]\s*", "", text))
+    same = [letter for letter, option in zip(letters, options) if normalize(option) == normalize(reply) != ""]
+    same = same or [letter for letter, o in zip(letters, options) if bare(o) == normalize(reply) != ""]
+    if len(same) == 1:
+        return same[0]
+    alone = re.fullmatch(rf"[\W_]*([{letters}])[\W_]*", reply)
+    marked = rf"\(([{letters}])\)|(?<!\w)([{letters}])[.):](?=\s|$)"
+    after = rf"(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*[\"'*(]*([{letters}])(?![\w'])"
+    found = {next(filter(None, m.groups())) for m in re.finditer(f"{marked}|{after}", reply)}
+    found |= {alone[1]} if alone else set()
+    alternatives = re.findall(rf"(?<!\w)([{letters}])(?:[.)])?\s+or\s+\(?([{letters}])(?!\w)", reply)
+    found |= {letter for pair in alternatives for letter in pair}
+    return found.pop() if len(found) == 1 else ""
+
+
+def choice_values(reply, answer, options=(), letters="ABCD"):
+    """A reply to a multiple-choice question with the answer's letter -> values, problem."""
+    official, strict = letter_official(reply, letters), letter_strict(reply, options, letters)
+    values = dict(acc_answered=float(official == answer) if official else None, acc_all=float(official == answer),
+                  acc_strict=float(strict == answer))
+    return values, None if official else "no letter"
+
+
+def tempcompass(reply, answer):
+    """TempCompass: right or wrong by its matching rules, None where they do not match (official: asked of a judge, or
+    0 with --disable_llm). The kind of question is seen from its answer: yes / no, else 'A. text'."""
+    reply = reply.replace("</s>", "")
+    if answer in ("yes", "no"):
+        said = next((word for word in ("yes", "no") if reply.lower().startswith(word)), None)
+        return None if said is None else float(said == answer)
+    if reply == answer:
+        return 1.0
+    if reply in ("A", "B", "C", "D") or re.match(r"[ABCD][.)]", reply):
+        return float(reply[0] == answer[0])
+    return None
+
+
+def nextqa_groups(kind):
+    """NExT-QA's type -> type (TP counts as TN) and its group: causal, temporal, descriptive."""
+    kind = "TN" if kind == "TP" else kind
+    return {"type": kind, "Acc@": kind[:1]}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text against text
+# ---------------------------------------------------------------------------------------------------------------
+def for_clip(text):
+    """A generated text as VLM-Eval gives it to CLIP: no full stops, the first 77 characters."""
+    return text.replace(".", "")[:77]
+
+
+def topk_hits(similarity, target, ks=(1, 5)):
+    """similarity (R,C), target (R,) the right column of each row -> {k: hits (R,) in [0,1]}, ties shared [D2]."""
+    right = np.take_along_axis(similarity, target[:, None], 1)  # (R,1)
+    better = (similarity > right).sum(1)
+    tied = (similarity == right).sum(1)  # itself included
+    return {k: np.clip((k - better) / tied, 0, 1) for k in ks}
+
+
+def retrieval_hits(captions, texts, embed, ks=(1, 5)):
+    """VLM-Eval's retrieval. captions, texts: per video the first true caption and the generated description; embed:
+    list of texts -> unit vectors (n,D). -> {"t2v_r1": (R,), ...}.
+
+    Text to video: every *different* caption ranks all descriptions and looks for that of its (last) video; the sum is
+    divided by the number of predictions, so that a caption which occurs twice counts once.
+    """
+    texts = [for_clip(t) for t in texts]
+    names = list(dict.fromkeys(captions))
+    vectors = dict(zip(distinct := list(dict.fromkeys(texts + names)), embed(distinct)))  # equal texts, equal vectors
+    similarity = np.stack([vectors[t] for t in texts]) @ np.stack([vectors[n] for n in names]).T  # (R,C)
+    column = np.array([names.index(c) for c in captions])
+    last = {c: i for i, c in enumerate(captions)}
+    owners = np.array([last[name] for name in names])  # (C,) the video that a caption looks for
+    out = {f"v2t_r{k}": hits for k, hits in topk_hits(similarity, column, ks).items()}
+    for k, hits in topk_hits(similarity.T.copy(), owners, ks).items():
+        out[f"t2v_r{k}"] = np.zeros(len(texts))
+        out[f"t2v_r{k}"][owners] = hits
+    return out
+
+
+def class_hits(labels, texts, classes, embed, ks=(1, 5)):
+    """Zero-shot action recognition: the generated text against the names of all classes -> {"top1": (R,), ...}."""
+    texts = [for_clip(t) for t in texts]
+    vectors = dict(zip(distinct := list(dict.fromkeys([*texts, *classes])), embed(distinct)))
+    similarity = np.stack([vectors[t] for t in texts]) @ np.stack([vectors[c] for c in classes]).T
+    hits = topk_hits(similarity, np.array([classes.index(label) for label in labels]), ks)
+    # A blank text has an embedding too, and could be near a class by accident; it says nothing, so it is wrong.
+    said = np.array([bool(t.strip()) for t in texts])
+    return {f"top{k}": h * said for k, h in hits.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------------------------------------
+def spread(values):
+    """Sample standard deviation (n - 1) over seeds; None for a single one, whose spread is unknown, not zero."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def over_seeds(values):
+    return dict(mean=float(np.mean(values)), spread=spread(values), runs=[float(v) for v in values])
+
+
+def bootstrap(values, clips, resamples=10_000, seed=0):
+    """Column means with 95 % percentile intervals over resampled clips: values (R,M), NaN where an item does not
+    count, clips (R,) -> [(mean, low, high), ...]; None for an empty column.
+
+    A clip is drawn with all its items, because questions about one video are not independent. The mean of a resample
+    is sum(W d) / sum(W n), with W (K,C) how often each of K resamples holds each of C clips.
+    """
+    there = ~np.isnan(values)
+    clip = np.unique(np.asarray(clips), return_inverse=True)[1]
+    C, M = clip.max() + 1, values.shape[1]
+    d, n = np.zeros((C, M)), np.zeros((C, M))
+    np.add.at(d, clip, np.where(there, values, 0))
+    np.add.at(n, clip, there)
+    rng, chunk, means = np.random.default_rng(seed), max(1, 2_000_000 // C), []  # a chunk of W holds 16 MB
+    for k in range(0, resamples, chunk):
+        W = rng.multinomial(C, np.full(C, 1 / C), size=min(chunk, resamples - k)).astype(float)  # (K,C)
+        with np.errstate(invalid="ignore"):
+            means.append((W @ d) / (W @ n))  # NaN: a resample without any item of the column
+    means, out = np.concatenate(means), []
+    for m in range(M):
+        kept = means[~np.isnan(means[:, m]), m]
+        mean = values[there[:, m], m].mean() if len(kept) else None
+        out.append((float(mean), *np.quantile(kept, [0.025, 0.975]).tolist()) if len(kept) else None)
+    return out
+
+
+def paired_bootstrap(a, b, clips, resamples=10_000, seed=0):
+    """Mean of b - a with its interval over clips: (mean, low, high). a (S,R), b (S',R) on the same R questions; seeds
+    are averaged first; clips (R,) the clip of each question."""
+    difference = np.mean(b, axis=0, dtype=float) - np.mean(a, axis=0, dtype=float)  # (R,)
+    return bootstrap(difference[:, None], clips, resamples, seed)[0]

@@ -1,0 +1,295 @@
+"""Every public shape is read as its makers publish it, and gives the official number; what is broken is named."""
+
+import json
+import sys
+
+import pytest
+
+import benchmark_files as bf
+import harness
+import prediction_files as pf
+from data import DataError
+from judges import ExactJudge, score_rows
+from report import summarise
+
+
+def put(folder, name, content):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def mean(benchmark, rows, metric, group=None):
+    """The number of the report for `metric`, in all rows or in one group (kind, name)."""
+    values, _ = score_rows(benchmark, rows, ExactJudge())
+    out = summarise(values, rows)
+    part = out["metrics"] if group is None else out["groups"][group[0]][group[1]]
+    return part[metric]["mean"]
+
+
+# --- questions -------------------------------------------------------------------------------------------------------
+def test_activitynet_files_are_joined_by_id_and_videos_found_with_v(tmp_path):
+    put(tmp_path, "activitynet_qa/test_q.json", [
+        {"video_name": "abc", "question": "is it red", "question_id": "v_abc_1"},
+        {"video_name": "gone", "question": "where", "question_id": "v_gone_1"},
+        {"video_name": "abc", "question": "no answer", "question_id": "v_abc_9"}])
+    put(tmp_path, "activitynet_qa/test_a.json", [
+        {"answer": "home", "type": 6, "question_id": "v_gone_1"},
+        {"answer": "yes", "type": 3, "question_id": "v_abc_1"}])
+    put(tmp_path, "activitynet_qa/videos/v_abc.mkv", "-")
+    rows, report = bf.questions("activitynet_qa", str(tmp_path))
+    assert [(r["id"], r["answer"], r["groups"]["type"]) for r in rows] == [
+        ("v_abc_1", "yes", "yes/no"), ("v_gone_1", "home", "location")]
+    assert rows[0]["clip"].path.endswith("videos/v_abc.mkv") and rows[1]["clip"] is None
+    assert report["missing"] == {"gone": 1} and sum(report["skipped"].values()) == 1
+    assert "1 questions, video missing: gone" in "\n".join(bf.coverage_lines(report))
+
+
+def test_msvd_originals_use_the_mapping_file_in_both_directions(tmp_path):
+    put(tmp_path, "test_qa.json", [{"answer": "someone", "id": 5, "question": "who is it?", "video_id": 2},
+                                   {"answer": "cat", "id": 6, "question": "what is it?", "video_id": 1}])
+    put(tmp_path, "youtube_mapping.txt", "-x_1_5 vid1\nyt_0_9 vid2\n")
+    put(tmp_path, "videos/yt_0_9.avi", "-")
+    (tmp_path / "vid1").mkdir()
+    put(tmp_path, "vid1/0001.jpg", "-")
+    rows, _ = bf.questions("msvd_qa", str(tmp_path))
+    assert [r["id"] for r in rows] == ["5", "6"] and rows[0]["groups"] == {"first word": "who"}
+    assert rows[0]["clip"].path.endswith("yt_0_9.avi") and rows[1]["clip"].path.endswith("vid1")  # a folder of frames
+
+
+def test_video_mme_flat_nested_and_subtitles(tmp_path):
+    flat = {"video_id": "001", "duration": "short", "domain": "Knowledge", "sub_category": "Law", "videoID": "yT-x",
+            "question_id": "001-1", "task_type": "Counting Problem", "question": "How many?",
+            "options": ["A. 1", "B. 2", "C. 3", "D. 4"], "answer": "B"}
+    put(tmp_path, "videomme.json", [flat])
+    put(tmp_path, "data/yT-x.MP4", "-")
+    (row,), _ = bf.questions("video_mme", str(tmp_path))
+    assert row["clip"].path.endswith("yT-x.MP4") and row["answer"] == "B" and row["groups"]["duration"] == "short"
+    assert row["asks"][0].splitlines()[-6:] == ["How many?", *flat["options"], "The best answer is:"]
+    assert "(A, B, C, or D)" in row["asks"][0]
+    nested = pf.in_own_format("video_mme", [row | {"said": ["B. 2"]}])["video_mme"]
+    assert nested[0]["questions"][0]["response"] == "B. 2" and nested[0]["video_id"] == "001"
+    columns, _ = pf.predictions("video_mme", [put(tmp_path, "mine.json", nested)])
+    assert columns[""][0]["said"] == ["B. 2"] and mean("video_mme", columns[""], "acc_all") == 1
+
+
+def test_subtitles_are_those_at_the_sampled_frames(tmp_path, monkeypatch):
+    put(tmp_path, "subtitle/x.srt",
+        '\ufeff1\r\n00:00:00,000 --> 00:00:01,000\r\n<font color="white">Hello</font>\r\n\r\n'
+        "2\n00:00:04,000 --> 00:00:04,500\nnever seen\n\n3\n00:00:09,500 --> 00:01:00,000\nthe end\n")
+    monkeypatch.setattr(bf, "clip_seconds", lambda clip: (0.0, 10.0))
+    assert bf.subtitles(bf.Clip("a/x.mp4"), str(tmp_path), 3) == "Hello\nthe end"  # at 0, 5 and 10 s
+    assert bf.subtitles(bf.Clip("a/y.mp4"), str(tmp_path), 3) is None
+    prompt = bf.choice_prompt("Q", ["A. 1", "B. 2"], "Hello")
+    assert prompt.startswith("This video's subtitles are listed below:\nHello\n")
+
+
+def test_next_qa_tables_and_their_map(tmp_path):
+    head = "video,frame_count,width,height,question,answer,qid,type"
+    put(tmp_path, "nextqa/val.csv", head + ',a0,a1,a2,a3,a4\n40,9,6,4,"how, then",1,6,TP,a,b,c,d,e\n')
+    put(tmp_path, "nextqa/map_vid_vidorID.json", {"40": "0101/40"})
+    put(tmp_path, "nextqa/videos/0101/40.mp4", "-")
+    (row,), _ = bf.questions("nextqa", str(tmp_path))
+    assert (row["id"], row["answer"], row["groups"]["type"], row["options"][1]) == ("40_6", "B", "TN", "B. b")
+    assert row["clip"].path.endswith("0101/40.mp4") and row["question"] == "how, then"
+    put(tmp_path, "nextoe/val.csv", head + "\n40,9,6,4,how,by hand,6,CH\n")
+    (row,), _ = bf.questions("nextoe", str(tmp_path))
+    assert (row["id"], row["answer"]) == ("40_6", "by hand")
+    columns, report = pf.predictions("nextoe", [put(tmp_path, "oe.json", {"40": {"6": "by hand"}})])
+    assert mean("nextoe", pf.join([row], columns[""], report), "exact") == 1
+
+
+def test_retrieval_tables_lists_and_captions(tmp_path):
+    put(tmp_path, "msrvtt_retrieval/MSRVTT_JSFUSION_test.csv",
+        "key,vid_key,video_id,sentence\nret0,msr9,video9,a man sits\n")
+    put(tmp_path, "msvd_ret/captions.json", {"x_1_2": ["one", "two"], "train_0_1": ["no"]})
+    put(tmp_path, "msvd_ret/test_list.txt", "x_1_2\nnever_3_4\n")
+    read = lambda name: [(r["id"], r["answer"]) for r in bf.questions(name, str(tmp_path))[0]]
+    assert read("msrvtt_retrieval") == [("video9", ["a man sits"])]
+    assert read("msvd_retrieval") == [("x_1_2", ["one", "two"])]
+    data = {"videos": [{"video_id": "v1", "split": "test"}, {"video_id": "v2", "split": "train"}],
+            "sentences": [{"video_id": "v1", "caption": "a"}, {"video_id": "v1", "caption": "b"},
+                          {"video_id": "v2", "caption": "c"}]}
+    rows, _ = bf.questions("msrvtt_retrieval", put(tmp_path, "MSRVTT_data.json", data))
+    assert [(r["id"], r["answer"]) for r in rows] == [("v1", ["a", "b"])]
+
+
+def test_action_lists_and_their_classes(tmp_path):
+    put(tmp_path, "ucf101/testlist01.txt", "ApplyLipstick/v_ApplyLipstick_g01_c01.avi\n")
+    put(tmp_path, "ucf101/classInd.txt", "1 ApplyLipstick\n2 Diving\n")
+    put(tmp_path, "ucf101/v_ApplyLipstick_g01_c01.avi", "-")  # flat, without the class folder
+    rows, report = bf.questions("ucf101", str(tmp_path))
+    assert rows[0]["answer"] == "Apply Lipstick" and rows[0]["clip"]
+    assert bf.class_names("ucf101", str(tmp_path / "ucf101"), rows) == ["Apply Lipstick", "Diving"]
+    put(tmp_path, "hmdb51/splits/brush_hair_test_split1.txt", "a b.avi 1 \nc_brush.avi 2 \nd.avi 0 \n")
+    put(tmp_path, "hmdb51/splits/sit_test_split1.txt", "e.avi 1 \n")
+    rows, _ = bf.questions("hmdb51", str(tmp_path))
+    assert [(r["id"], r["answer"]) for r in rows] == [("c_brush", "brush hair")]
+    assert bf.class_names("hmdb51", str(tmp_path / "hmdb51"), rows) == ["brush hair", "sit"]
+
+
+def test_video_chatgpt_parts_and_the_two_rows_of_a_pair(tmp_path):
+    put(tmp_path, "generic_qa.json", [{"Q": "what?", "A": "this", "video_name": "v_1"}])
+    put(tmp_path, "temporal_qa.json", [{"Q": "when?", "A": "then", "video_name": "v_1"}])
+    halves = [("a?", "None"), ("None", "b?")]
+    put(tmp_path, "consistency_qa.json", [
+        {"video_name": "v_2", "question_1": one, "question_2": two, "answer": "x"} for one, two in halves])
+    put(tmp_path, "Test_Videos/v_1.mp4", "-")
+    rows, _ = bf.questions("video_chatgpt", str(tmp_path))
+    by = {r["groups"]["part"]: r for r in rows}
+    assert by["consistency"]["asks"] == ["a?", "b?"]
+    assert by["generic"]["criteria"] == ("correctness", "detail", "context")
+    said = [r | {"said": [r["answer"]] * len(r["asks"])} for r in rows]
+    said[0]["said"] = ["x", "y"] if len(said[0]["asks"]) == 2 else said[0]["said"]
+    values, _ = score_rows("video_chatgpt", said, ExactJudge())
+    assert summarise(values, said)["metrics"]["consistency"]["mean"] == 0  # one of two is wrong: the worse one counts
+    assert summarise(values, said)["metrics"]["temporal"]["mean"] == 5
+    for name, content in pf.in_own_format("video_chatgpt", said).items():
+        put(tmp_path, f"mine/{name}.json", content)
+    columns, report = pf.predictions("video_chatgpt", [str(tmp_path / "mine")])
+    assert sorted(len(r["said"]) for r in pf.join(rows, columns[""], report)) == [1, 1, 2] and not report["without"]
+
+
+# --- predictions -----------------------------------------------------------------------------------------------------
+QA = [{"id": "q1", "question": "what?", "answer": "cat", "pred": "a cat"},
+      {"id": "q2", "question": "who?", "answer": "man", "pred": ""},
+      {"id": "q1", "question": "what?", "answer": "cat", "pred": "dog"}]
+
+
+@pytest.mark.parametrize("write", [
+    lambda rows: ("p.json", "\ufeff" + json.dumps(rows)),
+    lambda rows: ("p.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n"),
+    lambda rows: ("p.json", json.dumps(rows)[:-1] + ",]"), lambda rows: ("p.json", json.dumps(rows).replace("}", ",}")),
+])  # fmt: skip
+def test_predictions_with_marks_commas_blanks_and_doubles(tmp_path, write):
+    columns, report = pf.predictions("msvd_qa", [put(tmp_path, *write(QA))])
+    assert [(r["id"], r["said"]) for r in columns[""]] == [("q1", ["dog"]), ("q2", [""])]  # the last counts, once
+    assert report["duplicates"] == ["q1"] and report["blank"] == 1
+    assert mean("msvd_qa", columns[""], "accuracy") == 0
+
+
+def test_an_id_without_a_prediction_is_dropped_in_one_convention_and_wrong_in_the_other(tmp_path):
+    put(tmp_path, "test_qa.json", [{"answer": "cat", "id": k, "question": "what?", "video_id": k} for k in (1, 2)])
+    rows, _ = bf.questions("msvd_qa", str(tmp_path))
+    columns, report = pf.predictions("msvd_qa", [put(tmp_path, "p.json", {"1": "cat", "77": "dog"})])
+    rows = pf.join(rows, columns[""], report)
+    assert report["without"] == ["2"] and report["unknown"] == ["77"]
+    assert mean("msvd_qa", rows, "accuracy") == 1 and mean("msvd_qa", rows, "accuracy_all") == 0.5
+    with pytest.raises(DataError, match="none of its 1 ids"):
+        pf.join(rows, columns[""][1:], report)
+
+
+def test_judged_files_give_the_official_numbers(tmp_path):
+    """CVRR-ES's parser by hand: lists in lists, another key, a fraction, a verdict that is neither."""
+    record = {"q": "x", "a": "y", "pred": "z"}
+    rows = [[{"pred": "correct", "score": 4.5}, record], [[{"pred": "incorrect", "score": 1}], record],
+            [{"type": "correct", "score": 5}, record], [{"pred": "partially correct", "score": 3}, record]]
+    put(tmp_path, "part.json", rows)
+    columns, _ = pf.predictions("cvrr_es", [str(tmp_path)])
+    group = ("dimension", "part")
+    assert mean("cvrr_es", columns[""], "accuracy", group) == pytest.approx(2 / 3)
+    assert mean("cvrr_es", columns[""], "score", group) == (4 + 1 + 5 + 3) / 4
+    combined = {"q1": [{"pred": "yes", "score": 4}, {"q": "a", "a": "b", "pred": "c"}],
+                "q2": [{"pred": "no", "score": 1}, {"q": "a", "a": "b", "pred": "c"}],
+                "q3": ["??", {"q": "a", "a": "b"}]}
+    columns, _ = pf.predictions("msvd_qa", [put(tmp_path, "all.json", combined)])
+    assert mean("msvd_qa", columns[""], "accuracy") == 0.5
+    assert mean("msvd_qa", columns[""], "accuracy_all") == pytest.approx(1 / 3)
+
+
+def test_other_prediction_shapes(tmp_path):
+    put(tmp_path, "multi-choice.json", {"7": {"action": [{"question": "q", "answer": "A. x", "prediction": "A"},
+                                                         {"question": "q", "answer": "B. y", "prediction": "yes"}]}})
+    columns, _ = pf.predictions("tempcompass", [str(tmp_path / "multi-choice.json")])
+    assert mean("tempcompass", columns[""], "accuracy", ("aspect", "multi-choice action")) == 1
+    assert mean("tempcompass", columns[""], "accuracy_all") == 0.5
+    results = {"40_6": {"prediction": 1, "answer": 1}, "40_7": {"prediction": 0, "answer": 4}}
+    columns, _ = pf.predictions("nextqa", [put(tmp_path, "mc.json", results)])
+    assert mean("nextqa", columns[""], "acc_answered") == 0.5
+    columns, _ = pf.predictions("video_mme", [put(tmp_path, "wide.csv", "sample_id,16f,32f\n001-1,A,B\n001-2,C,C\n")])
+    assert {k: [r["said"][0] for r in v] for k, v in columns.items()} == {"16f": ["A", "C"], "32f": ["B", "C"]}
+    line = {"doc_id": 0, "target": "C", "filtered_resps": ["C."], "videomme_perception_score": {
+        "question_id": "001-1", "duration": "short", "category": "Knowledge", "sub_category": "Law", "answer": "C",
+        "task_category": "Counting Problem", "pred_answer": "C"}}
+    columns, _ = pf.predictions("video_mme", [put(tmp_path, "samples.jsonl", json.dumps(line))])
+    assert mean("video_mme", columns[""], "acc_answered", ("domain", "Knowledge")) == 1
+    hound = {"id": "x_1", "modal_path": "x", "query": "<video>\nwhat?", "answer": "cat",
+             "model_prediction": {"status": "success", "message": "cat"}}
+    columns, _ = pf.predictions("mmaip_v", [put(tmp_path, "hound.jsonl", json.dumps(hound))])
+    assert (columns[""][0]["said"], columns[""][0]["video"], columns[""][0]["question"]) == (["cat"], "x", "what?")
+
+
+# --- what is broken --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("benchmark, name, content, message", [
+    ("msvd_qa", "p.json", "[{]", "p.json: no JSON"), ("msvd_qa", "p.json", "3", "p.json: neither a list"),
+    ("msvd_qa", "p.json", [QA[0], 5], "p.json record 2: no record"), ("msvd_qa", "p.json", [], "no predictions"),
+    ("msvd_qa", "p.jsonl", '{"id": 1, "pred": "a"}\n{half', "p.jsonl line 2: no JSON"),
+    ("msvd_qa", "p.json", [{"id": 1, "pred": {"a": 1}}], "record 1: the prediction is no text"),
+    ("video_mme", "p.json", [{"question_id": "1", "answer": "E"}], "record 1: the answer is no letter"),
+    ("video_mme", "p.json", [{"response": "A"}], "record 1: no question_id or sample_id"),
+    ("video_mme", "p.json", [{"video_id": "1", "questions": ["x"]}], "record 1 question 1: no record"),
+    ("video_chatgpt", "p.json", [{"Q": "a", "A": "b", "video_name": "v", "pred": "c"}], "the file's name must say so"),
+    ("nextqa", "p.json", {"1_2": {"prediction": 1, "answer": 9}}, "the answer is no number of an option"),
+    ("tempcompass", "p.json", {"1": ["x"]}, "record '1': no {aspect"),
+    ("msrvtt_retrieval", "p.json", [{"video_id": "v", "answer": "x", "gt": []}], "record 1: no caption"),
+    ("nextqa", "p.csv", "video,qid,answer\n1,2\n", "p.csv record 1: not as many fields"),
+])  # fmt: skip
+def test_broken_files_are_named_with_the_record(tmp_path, benchmark, name, content, message):
+    with pytest.raises(DataError) as e:
+        pf.predictions(benchmark, [put(tmp_path, name, content)])
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_missing_files_are_named(tmp_path):
+    for call in (lambda: bf.questions("video_mme", str(tmp_path)),
+                 lambda: pf.predictions("msvd_qa", [str(tmp_path / "x.json")]),
+                 lambda: pf.predictions("msvd_qa", [str(tmp_path)])):
+        with pytest.raises(DataError, match=str(tmp_path)):
+            call()
+    put(tmp_path, "test_q.json", [{"video_name": "a", "question": "b", "question_id": "c"}])
+    with pytest.raises(DataError, match="test_a.json: cannot be read"):
+        bf.questions("msvd_qa", str(tmp_path))
+
+
+# --- the script ------------------------------------------------------------------------------------------------------
+def script(monkeypatch, *flags):
+    import evaluate
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    evaluate.main(harness.parse_args(evaluate.Args))
+
+
+def test_prediction_files_side_by_side(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = [{"id": f"v_{k}_1", "question": "what?", "answer": "cat", "pred": "dog" if k > 3 else "cat"}
+            for k in range(8)]
+    put(tmp_path, "a.json", base)
+    put(tmp_path, "b.json", [r | {"pred": "cat"} for r in base])
+    script(monkeypatch, "--compare", "a.json", "b.json", "--benchmark", "msvd_qa", "--out", "out/r")
+    saved = json.loads((tmp_path / "out/r.json").read_text())
+    d = saved["differences"]["b"]["msvd_qa"]["exact"]
+    assert d["mean"] == 0.5 and 0 < d["low"] < 0.5 < d["high"] < 1 and d["n"] == 8
+    assert saved["results"][0]["benchmarks"]["msvd_qa"]["judge"].startswith("exact")
+    assert (tmp_path / "out/r.png").stat().st_size > 5000 and "+50.00 [" in (tmp_path / "out/r.md").read_text()
+    items = [json.loads(line) for line in (tmp_path / "out/r_items.jsonl").read_text().splitlines()]
+    assert len(items) == 16 and items[0]["values"]["exact"] == 1
+    assert "difference to a" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, code, message", [
+    ([], 2, "give one of --runs"), (["--predictions", "a.json"], 2, "name it with --benchmark"),
+    (["--predictions", "a.json", "--benchmark", "nope"], 2, "--benchmark nope"),
+    (["--checkpoint", "nowhere"], 2, "--checkpoint: nowhere is no folder"),
+    (["--predictions", "a.json", "--benchmark", "msvd_qa", "--judge", "api"], 2, "--api_url"),
+    (["--predictions", "a.json", "--benchmark", "msvd_qa", "--limit", "-1"], 2, "--limit"),
+    (["--predictions", "a.json", "--benchmark", "msvd_qa"], 1, "a.json: cannot be read"),
+    (["--predictions", "b.json", "--benchmark", "msvd_qa"], 1, "give the benchmark's files with --data"),
+])  # fmt: skip
+def test_wrong_flags_and_files_are_one_line(tmp_path, monkeypatch, capsys, flags, code, message):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, "b.json", {"1": "x"})
+    with pytest.raises(SystemExit) as e:
+        script(monkeypatch, *flags)
+    err = capsys.readouterr().err if e.value.code == 2 else str(e.value.code)
+    assert (e.value.code if e.value.code == 2 else 1) == code and message in err and len(err.strip().splitlines()) == 1

@@ -1,0 +1,95 @@
+"""Judges: a server on loopback that replies well, in prose, never, or with a fraction; the local judge; aspects."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+
+import judges
+from benchmark_files import row_of
+from data import DataError
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Replies by what the prediction says; counts requests."""
+    state = SimpleNamespace(seen=[])
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            messages = json.loads(self.rfile.read(int(self.headers["content-length"])))["messages"]
+            state.seen.append(messages)
+            said = messages[1]["content"].split("Predicted Answer: ")[1].split("\n")[0]
+            reply = {"good": "{'pred': 'yes', 'score': 4.8}", "bad": '{"pred": "no", "score": 1}',
+                     "never": "I would say yes.", "half": "{'pred': 'partially correct', 'score': 2}",
+                     "repaired": "yes" if len(messages) == 2 else "{'pred': 'yes', 'score': 5}"}.get(said)
+            status = 400 if said == "refused" else 404 if said == "unknown" else 200
+            body = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [
+                {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}],
+                "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}).encode()
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    state.url = f"http://127.0.0.1:{http.server_port}/v1"
+    yield state
+    http.shutdown()
+
+
+def judge_of(server, folder):
+    return judges.ApiJudge(SimpleNamespace(
+        api_url=server.url, api_model="m", cache=str(folder), api_concurrency=4, api_timeout=5.0, api_retries=0,
+        api_max_tokens=64, api_frames=0, api_size=64))
+
+
+def rows_of(*said):
+    return [row_of(str(k), f"v{k}", "what?", "cat", {}, said=[text]) for k, text in enumerate(said)]
+
+
+def test_a_servers_verdicts_are_read_repaired_counted_and_asked_once(server, tmp_path):
+    rows = rows_of("good", "bad", "never", "half", "repaired", "refused", "")
+    values, problems = judges.score_rows("msvd_qa", rows, judge_of(server, tmp_path))
+    assert [v["accuracy"] for v in values] == [1, 0, None, None, 1, None, 0]
+    assert [v["accuracy_all"] for v in values] == [1, 0, 0, 0, 1, 0, 0]
+    assert [v["score"] for v in values] == [4, 1, None, 2, 5, None, 0]
+    assert problems == {"no dictionary": 1, "verdict neither way": 1, "no reply": 1, "blank": 1}
+    asked = [messages for messages in server.seen if "never" in messages[1]["content"]]
+    assert sorted(map(len, asked)) == [2, 4, 6]  # three attempts, each with the reason
+    before = len(server.seen)
+    again, _ = judges.score_rows("msvd_qa", rows_of("good", "bad", "never"), judge_of(server, tmp_path))
+    assert again == values[:3] and len(server.seen) == before  # kept on disk
+
+
+def test_a_server_that_knows_no_model_ends_the_script(server, tmp_path):
+    with pytest.raises(DataError, match="404"):
+        judges.score_rows("msvd_qa", rows_of("unknown"), judge_of(server, tmp_path))
+
+
+def test_the_local_judge_scores_by_its_preference():
+    """[D1] P = 1/2 is as good as the reference: 5 and yes; of two predictions the worse one counts."""
+    import torch
+
+    p = {"same": 0.5, "close": 0.31, "far": 0.29, "better": 0.9}
+    judge = judges.LocalJudge.__new__(judges.LocalJudge)
+    judge.oracle = SimpleNamespace(preferences=lambda videos, asks, groups: torch.tensor(
+        [[[0.5, 1 - p[b]], [p[b], 0.5]] for _, b in groups]))
+    rows = rows_of(*p) + [row_of("z", "v", "a?", "cat", {}, asks=["a?", "b?"], said=["better", "far"])]
+    replies = judge.judge(rows, False)
+    assert [(r["pred"], r["score"]) for r in replies] == [("yes", 5), ("yes", 3), ("no", 2), ("yes", 5), ("no", 2)]
+
+
+def test_aspects_and_their_ratio():
+    points = {"good": dict(relevance=5, accuracy=4, detail=3, clarity=2), "bad": dict.fromkeys(judges.ASPECTS, 1)}
+    judge = SimpleNamespace(replies=lambda jobs: [points.get(row["said"][0]) for _, row in jobs])
+    values, problems = judges.score_rows("mmaip_v", rows_of("good", "bad", "unseen", ""), judge)
+    assert [v["score"] for v in values] == [3.5, 1, None, 0] and [v["ratio"] for v in values] == [1, 0, None, 0]
+    assert values[0]["relevance_points"] == 5 and values[2]["ratio_all"] == 0 and problems["no reply"] == 1
