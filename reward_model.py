@@ -138,6 +138,10 @@ class Args:
         default = f"runs/reward_model/preferences/{self.oracle}{parts}_s{self.seed}.json"
         self.preferences = self.preferences or default
 
+    @property
+    def raters(self):
+        return [self.oracle]
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Equations: tensors in, tensors out

@@ -434,9 +434,9 @@ def test_killed_at_any_stage_and_resumed_equals_uninterrupted(world, whole, stag
         kill_at(patch, STAGES[stage])
         main_of(patch, world, "dpo_iter_w2s.py", *ZOO, "--name", name)
     assert not (ours / "final").exists()
-    for half in [*ours.glob("iteration_*/answers.jsonl"), *ours.glob("iteration_*/scores.jsonl")][-1:]:
-        if stage in ("sampling", "scoring", "second sampling"):
-            half.write_text(half.read_text() + '{"record": 3, "sou')  # and half of a line
+    if stage in ("sampling", "scoring", "second sampling"):
+        half = max(ours.glob("iteration_*/*s.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+        half.write_text(half.read_text() + '{"record": 3, "sou')  # and half of a line
     main_of(monkeypatch, world, "dpo_iter_w2s.py", *ZOO, "--name", name, "--resume")
     assert same_weights(whole / "final", ours / "final")
     for k in (1, 2):

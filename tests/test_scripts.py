@@ -226,7 +226,7 @@ def test_the_gradient_of_a_step(world, policy, monkeypatch, kind, A):
     with pytest.raises(SystemExit, match="enough"):
         main_of(monkeypatch, world, "grpo_rank.py", *REFERENCE, *flags)
 
-    (_, prefix, *_), (tokens, lengths) = seen["generate"]
+    (_, prefix, *_), (tokens, lengths, _) = seen["generate"]
     model, _ = load_model(policy)
     logprobs, entropy = plain_logprobs(model, prefix, tokens, lengths, 0.7)
     with torch.no_grad():
