@@ -16,6 +16,7 @@ and friends. Trained on the clips of the `pretrain` split alone: no policy, RL r
             `CLIPModel`: retrieval in `evaluate.py` reads its text features.      [LiT, arXiv:2111.07991]
 """
 
+import copy
 import json
 import shutil
 import time
@@ -145,6 +146,8 @@ def main(args):
     texts = [t["value"].replace("<video>\n", "") for r in records for t in r["conversations"]]
     tokenizer = make_tokenizer(texts + list(PROMPT_WORDS) * 2)
     tokenizer.save_pretrained(aside / "llm")
+    clip_tokenizer = copy.deepcopy(tokenizer)  # CLIPModel pools at the end token, unless that is id 2 (like </s>):
+    clip_tokenizer.add_special_tokens({"eos_token": "<end>"})  # then at the highest id, in the middle of a sentence
 
     num_frames = 8
     paths = [f"{args.data}/{c['video']}" for c in clips]
@@ -158,8 +161,8 @@ def main(args):
     pixels_of = lambda index: (frames[index].float() / 255 - mean) / std  # the clips have the tower's size already
 
     # stage 1: attributes
-    ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-               pad_token_id=tokenizer.pad_token_id)
+    ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+               eos_token_id=clip_tokenizer.eos_token_id)
     model = CLIPModel(CLIPConfig(text_config={**TINY_TEXT, **ids}, vision_config=TINY_VISION,
                                  projection_dim=TINY_VISION["projection_dim"]))
     qformer = VideoQFormer(VideoQFormerConfig(encoder_hidden_size=TINY_VISION["hidden_size"], **TINY_QFORMER))
@@ -191,13 +194,18 @@ def main(args):
     optimize(read, args, args.steps, attribute_step, "stage 1: attributes")
 
     # stage 2: CLIP's loss on locked features
+    words = model.text_model.embeddings.token_embedding.weight.data  # <end> begins as what </s> is
+    words = torch.cat([words, words[tokenizer.eos_token_id].unsqueeze(0)])
+    model.text_model.embeddings.token_embedding = nn.Embedding.from_pretrained(words, freeze=False)
+    model.config.text_config.vocab_size = len(words)
     with torch.no_grad():
         locked = torch.cat([model.vision_model(pixels_of(i).flatten(0, 1), output_hidden_states=True).hidden_states[-1]
                             for i in torch.arange(len(clips)).split(100)])
     encoder.layers = layers
     locked = locked.view(len(clips), num_frames, *locked.shape[1:])  # (C,F,S,D)
-    story = tokenizer([c["narrative"] + tokenizer.eos_token for c in clips], padding=True, truncation=True,
-                      max_length=TINY_TEXT["max_position_embeddings"], return_tensors="pt")
+    longest = TINY_TEXT["max_position_embeddings"] - 1
+    story = [clip_tokenizer(c["narrative"]).input_ids[:longest] + [clip_tokenizer.eos_token_id] for c in clips]
+    story = clip_tokenizer.pad({"input_ids": story}, return_tensors="pt")
 
     def contrastive_step(step):
         index = torch.from_numpy(rng.choice(len(clips), min(64, len(clips)), replace=False))
@@ -213,7 +221,7 @@ def main(args):
     optimize(rest, args, args.text_steps, contrastive_step, "stage 2: text tower")
 
     model.save_pretrained(aside / "clip")
-    tokenizer.save_pretrained(aside / "clip")
+    clip_tokenizer.save_pretrained(aside / "clip")
     processor.save_pretrained(aside / "clip")
     qformer.save_pretrained(aside / "qformer")
     Path(aside, "args.json").write_text(json.dumps(dict(vars(args), git_commit=harness.git_commit()), indent=2))

@@ -17,6 +17,7 @@ from conftest import run
 from inside import main_of
 from safetensors.torch import load_file
 from test_video_llm import lively, plain_logprobs
+from transformers import AutoTokenizer, CLIPModel
 
 import grpo_rank
 import harness
@@ -91,6 +92,16 @@ def test_pretrain_tiny(world):
     done = run(world, "pretrain_tiny.py", "--steps", "2", check=False)  # what is finished is not done again
     assert (done.stdout + done.stderr).count("\n") == 1 and "is there already" in done.stdout + done.stderr
     assert (hub / "clip/model.safetensors").stat().st_mtime_ns == made
+
+
+def test_the_text_tower_is_read_at_the_end_of_a_text(world):
+    """With an end token of id 2 `CLIPModel` would pool at the highest token id, in the middle of the sentence."""
+    clip = world / "data/moving_shapes/hub/clip"
+    model, tokenizer = CLIPModel.from_pretrained(clip).text_model, AutoTokenizer.from_pretrained(clip)
+    ids = tokenizer("a red circle moves left").input_ids + [tokenizer.eos_token_id]
+    padded = torch.tensor([ids + [tokenizer.pad_token_id] * 3])
+    out = model(input_ids=padded, attention_mask=(padded != tokenizer.pad_token_id).long())
+    assert torch.equal(out.pooler_output[0], out.last_hidden_state[0, len(ids) - 1])
 
 
 # --- sft -----------------------------------------------------------------------------------------------------------
