@@ -18,9 +18,9 @@ Differs  D1  the two answers compared are the first two *different* ones of --sa
              and reads position -1 behind a turn that asks for a quality score: text that carries no news for a model
              trained with a head of its own.
          D4  the reward model reads the narrative too (--narrative). [V]'s reward prompt has a slot for a caption that
-             the released code fills with None. Measured with and without: docs/reward_model.md.
+             the released code fills with None. `--narrative False` leaves it out: a row of the ablation.
          D5  what it starts from (--base): the SFT model that judges and describes, as in [V] (there the 13B model),
-             and not the weaker one that answers. Measured from both: docs/reward_model.md.
+             and not the weaker one that answers; from that one: another row of the ablation.
          D6  the centring term is [C]'s mean of squares per pair; [V]'s |batch mean| depends on the micro-batch.
          D7  accuracy is measured on pairs whose *videos* were not trained on; [V]'s scripts pass one file for both.
          D8  at the end the rewards are shifted and scaled to mean 0 and deviation 1 over the training answers [N], in

@@ -32,18 +32,14 @@ done | side_by_side
     echo "reference_s$s $g --name reference --oracle reference"
     echo "random_s$s $g --name random --oracle reference --advantage random"
   done
-  while read -r name flags; do
-    for s in $SEEDS; do echo "${name}_s$s $PY grpo_rank.py --seed $s --resume --name $name $flags" | sed "s/SEED/$s/"; done
-  done <<'RUNS'
-published --oracle reference --advantage published
-signed --oracle reference --advantage signed
-score --oracle reference --advantage score
-published_ai --advantage published
-signed_ai --advantage signed
-self --oracle_model runs/sft/policy_sSEED/final
-judge --oracle judge
-unscaled --oracle reference --scale_advantages False
-RUNS
+  for s in $SEEDS; do
+    g="$PY grpo_rank.py --seed $s --resume --oracle reference"
+    echo "published_s$s $g --name published --advantage published"
+    echo "signed_s$s $g --name signed --advantage signed"
+    echo "score_s$s $g --name score --advantage score"
+  done
+  echo "judge_s0 $PY grpo_rank.py --resume --name judge --oracle judge"
+  echo "self_s0 $PY grpo_rank.py --resume --name self --oracle_model runs/sft/policy_s0/final"
 } | side_by_side
 
 SHOW="$PY evaluate.py"
@@ -51,10 +47,8 @@ $SHOW --runs "runs/sft/policy_s*" "runs/sft/continued_s*" "runs/grpo_rank/random
   "runs/grpo_rank/reference_s*" "runs/sft/more_labels_s*" \
   --labels "SFT,SFT continued,random,GRPO_rank,reference,100 more labels" --out docs/results/grpo_rank
 $SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/reference_s*" "runs/grpo_rank/score_s*" "runs/grpo_rank/signed_s*" \
-  "runs/grpo_rank/published_s*" "runs/grpo_rank/unscaled_s*" \
-  --labels "SFT,oracle_rank,score,signed,published,oracle_rank unscaled" --out docs/results/advantages
-$SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/context_s*" "runs/grpo_rank/judge_s*" "runs/grpo_rank/self_s*" \
-  "runs/grpo_rank/signed_ai_s*" "runs/grpo_rank/published_ai_s*" \
-  --labels "SFT,context,judge,judges itself,signed,published" --out docs/results/ai_feedback
+  "runs/grpo_rank/published_s*" --labels SFT,oracle_rank,score,signed,published --out docs/results/advantages
+$SHOW --runs runs/sft/policy_s0 runs/grpo_rank/context_s0 runs/grpo_rank/judge_s0 runs/grpo_rank/self_s0 \
+  --labels "SFT,context,judge,judges itself" --out docs/results/ai_feedback
 $SHOW --runs runs/sft/policy_s0 runs/sft/continued_s0 runs/grpo_rank/context_s0 \
   --labels "SFT,SFT continued,GRPO_rank" --out docs/results/demo
