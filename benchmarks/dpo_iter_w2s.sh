@@ -1,30 +1,13 @@
 #!/usr/bin/env bash
 # Every run behind docs/dpo_iter_w2s.md: seeds 0-2, the ablation and its controls. Resumable; one process per core.
 # What benchmarks/grpo_rank.sh has made (data, oracle, SFT start, SFT continued) is used again.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS=1
-PY=${PY:-.venv/bin/python}
-SEEDS=${SEEDS:-0 1 2}
-JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}  # (nproc would heed OMP_NUM_THREADS)
-W=data/moving_shapes
-LOGS=runs/logs
-mkdir -p $LOGS
-
-$PY moving_shapes.py
-OMP_NUM_THREADS=$JOBS $PY pretrain_tiny.py
-$PY -m torch.distributed.run --standalone --nproc_per_node="$JOBS" sft.py --name oracle --resume
-
-# name | command; each line is one process, $JOBS of them at a time
-side_by_side() { xargs -P "$JOBS" -d '\n' -I{} sh -c 'set -- {}; name=$1; shift; "$@" >'"$LOGS"'/$name.log 2>&1 || echo "$name failed: see '"$LOGS"'/$name.log"'; }
+source "$(dirname "$0")/common.sh"
 
 # the SFT starts as questions.py has them, with other numbers of frames too; continued: as many steps as DPO has
-sft="$($PY -c 'import questions; print(questions.POLICY_SFT)')"
-few="--data $W/train.json --num_clips 40"
 for s in $SEEDS; do
-  echo "policy_s$s $PY sft.py --name policy_s$s $few $sft --seed $s --resume"
-  echo "frames4_s$s $PY sft.py --name frames4_s$s $few $sft --num_frames 4 --seed $s --resume"
-  echo "frames12_s$s $PY sft.py --name frames12_s$s $few $sft --num_frames 12 --seed $s --resume"
+  sft_start $s
+  echo "frames4_s$s $PY sft.py --name frames4_s$s $FEW $SFT --num_frames 4 --seed $s --resume"
+  echo "frames12_s$s $PY sft.py --name frames12_s$s $FEW $SFT --num_frames 12 --seed $s --resume"
 done | side_by_side
 
 # the pairs of the first iteration, which several runs share; the first one of a seed also trains its zoo
@@ -45,7 +28,7 @@ done | side_by_side
     for f in 4 12; do
       echo "dpo_frames${f}_s$s $d --name frames$f --model runs/sft/frames${f}_s$s/final --zoo policy --samples 10"
     done
-    echo "continued_s$s $PY sft.py --name continued_s$s $few --batch_size 16 --model runs/sft/policy_s$s/final --steps 150 --lr 3e-4 --seed $s --resume"
+    sft_continued $s
   done
 } | side_by_side
 

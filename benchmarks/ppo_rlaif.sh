@@ -1,27 +1,9 @@
 #!/usr/bin/env bash
 # Every run behind docs/ppo_rlaif.md: seeds 0-2, reward models, controls, the fair table, reward hacking on purpose.
 # Resumable; one process per core.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS=1
-PY=${PY:-.venv/bin/python}
-SEEDS=${SEEDS:-0 1 2}
-JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}  # (nproc would heed OMP_NUM_THREADS)
-W=data/moving_shapes
-LOGS=runs/logs
-mkdir -p $LOGS
+source "$(dirname "$0")/common.sh"
 
-$PY moving_shapes.py
-OMP_NUM_THREADS=$JOBS $PY pretrain_tiny.py
-$PY -m torch.distributed.run --standalone --nproc_per_node="$JOBS" sft.py --name oracle --resume
-
-# name | command; each line is one process, $JOBS of them at a time
-side_by_side() { xargs -P "$JOBS" -d '\n' -I{} sh -c 'set -- {}; name=$1; shift; "$@" >'"$LOGS"'/$name.log 2>&1 || echo "$name failed: see '"$LOGS"'/$name.log"'; }
-
-few="--data $W/train.json --batch_size 16 --num_clips 40"
-for s in $SEEDS; do
-  echo "policy_s$s $PY sft.py --name policy_s$s $few --steps 200 --lr 1e-3 --seed $s --resume"
-done | side_by_side
+for s in $SEEDS; do sft_start $s; done | side_by_side
 
 # the same start, trained on the same labels for as many steps as RL; and the reward models: the judge's preferences,
 # the truth's, and a weak one (no narrative, a tenth of the pairs) to be hacked
@@ -29,7 +11,7 @@ for s in $SEEDS; do
   r="$PY reward_model.py --seed $s --resume"
   echo "rm_context_s$s $r --name context"
   echo "rm_truth_s$s $r --name truth --oracle reference"
-  echo "continued_s$s $PY sft.py --name continued_s$s $few --model runs/sft/policy_s$s/final --steps 150 --lr 3e-4 --seed $s --resume"
+  sft_continued $s
 done | side_by_side
 for s in $SEEDS; do
   echo "rm_weak_s$s $PY reward_model.py --seed $s --resume --name weak --narrative False --share 0.1"

@@ -1,21 +1,7 @@
 #!/usr/bin/env bash
 # Every run behind docs/reward_model.md: the paper's ablation (context, size of the preference set) and ours. Resumable;
 # one process per core. The table is made of what the runs wrote: docs/results/reward_model.md.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS=1
-PY=${PY:-.venv/bin/python}
-SEEDS=${SEEDS:-0 1 2}
-JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
-LOGS=runs/logs
-mkdir -p $LOGS docs/results
-
-$PY moving_shapes.py
-OMP_NUM_THREADS=$JOBS $PY pretrain_tiny.py
-$PY -m torch.distributed.run --standalone --nproc_per_node="$JOBS" sft.py --name oracle --resume
-
-# name | command; each line is one process, $JOBS of them at a time
-side_by_side() { xargs -P "$JOBS" -d '\n' -I{} sh -c 'set -- {}; name=$1; shift; "$@" >'"$LOGS"'/$name.log 2>&1 || echo "$name failed: see '"$LOGS"'/$name.log"'; }
+source "$(dirname "$0")/common.sh"
 
 # First the runs that collect (and build the SFT start of their seed), then those that share their files.
 for s in $SEEDS; do
