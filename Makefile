@@ -1,5 +1,5 @@
-# make demo    from nothing to a table 'SFT | SFT continued | GRPO_rank' and a plot (roughly 20 minutes on two cores)
-# make test    the tests (about 4 minutes on two cores)
+# make demo    from nothing to a table 'SFT | SFT continued | GRPO_rank' and a plot (about 19 minutes on two cores)
+# make test    the tests (about 5 minutes on two cores)
 # Both make .venv when it is not there; everything is resumable, what is finished is not done again.
 
 PYTHON ?= python3

@@ -183,7 +183,7 @@ def fitting(processor, model, ask, room=64):
 @torch.no_grad()
 def best_options(model, processor, cache, rows):
     """[D1] Per row the letter of the option with the highest mean log-probability per token, EOS included. All rows
-    have the same number of options; they are packed behind one prefix (video_llm.packed_logits)."""
+    have the same number of options; they are packed behind one prefix (video_llm.packed)."""
     device = next(model.parameters()).device
     asks = [f"{row['subtitles']}\n{row['question']}" if row.get("subtitles") else row["question"] for row in rows]
     prefix = Prefix.build(processor, cache, asks, [row["clip"] for row in rows], device)

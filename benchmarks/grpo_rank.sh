@@ -34,5 +34,3 @@ $SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/reference_s*" "runs/grpo_rank/
   "runs/grpo_rank/published_s*" --labels SFT,oracle_rank,score,signed,published --out docs/results/advantages
 $SHOW --runs runs/sft/policy_s0 runs/grpo_rank/context_s0 runs/grpo_rank/judge_s0 runs/grpo_rank/self_s0 \
   --labels "SFT,context,judge,judges itself" --out docs/results/ai_feedback
-$SHOW --runs runs/sft/policy_s0 runs/sft/continued_s0 runs/grpo_rank/context_s0 \
-  --labels "SFT,SFT continued,GRPO_rank" --out docs/results/demo

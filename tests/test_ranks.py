@@ -1,6 +1,7 @@
 """Two processes are the same run as one: same questions, same answers, same means, same weights to rounding."""
 
 import json
+import shutil
 
 import pytest
 from conftest import run
@@ -41,3 +42,30 @@ def test_two_processes_equal_one(world, policy, monkeypatch, command, folder):
     moved = max((first[k] - start[k]).abs().max().item() for k in first)
     apart = max((first[k] - second[k]).abs().max().item() for k in first)
     assert apart < 0.02 * moved  # Adam's first steps turn the sign of a tiny gradient into a whole step
+
+
+def test_benchmarks_of_two_processes_and_of_a_killed_run_equal_one(world, policy, monkeypatch):
+    """The same predictions and numbers; what was answered before a kill is not asked again."""
+    runs = [world / f"runs/benchmarked/{name}" for name in ("one", "two")]
+    for folder in runs:
+        shutil.copytree(policy, folder / "final")
+    flags = ["--benchmark", "msvd_qa,video_mme", "--limit", "14", "--batch_size", "3"]
+    main_of(monkeypatch, world, "evaluate.py", "--checkpoint", runs[0].relative_to(world), *flags)
+    run(world, "torchrun", "--nproc_per_node=2", "evaluate.py", "--checkpoint", runs[1].relative_to(world), *flags)
+
+    def told(folder):
+        """Predictions and numbers; the reports name the run and the command."""
+        files = [f for f in (folder / "benchmarks").iterdir() if not f.name.startswith(("answers.", "report"))]
+        report = json.loads((folder / "benchmarks/report.json").read_text())
+        return {f.name: f.read_text() for f in files}, [result["benchmarks"] for result in report["results"]]
+
+    one, two = map(told, runs)
+    assert len(one[0]) >= 2 and one == two
+    # a kill: the second half of the answers is gone, of the last line a part is left
+    file = runs[0] / "benchmarks/answers.0.jsonl"
+    lines = [line for line in file.read_text().splitlines() if line]
+    kept = lines[: len(lines) // 2]
+    file.write_text("\n".join(kept) + "\n" + lines[len(kept)][:20])
+    main_of(monkeypatch, world, "evaluate.py", "--checkpoint", runs[0].relative_to(world), *flags)
+    after = [line for line in file.read_text().splitlines() if line.endswith("}")]
+    assert after[: len(kept)] == kept and sorted(after) == sorted(lines) and told(runs[0]) == one
