@@ -520,11 +520,12 @@ def test_packed_answers_are_valued_as_if_alone(policy, prefix, tokens, kind, bef
         found.append((values.detach(), torch.autograd.grad((values * weights).sum(), list(params.values()))))
     (values, grads), (plain, plain_grads) = found
     assert values.shape == (12, 7) and values.dtype == torch.float32
-    torch.testing.assert_close(values, plain, rtol=1e-4, atol=1e-4)  # a lively head makes rounding lively
+    # a lively head on lively weights has gradients of some hundreds: float32 rounding grows with them
+    torch.testing.assert_close(values, plain, rtol=1e-4, atol=1e-4)
     assert (values[answer_mask(LENGTHS, 7) == 0] == 0).all() and values.std() > 0.1
     for name, a, b in zip(params, grads, plain_grads):
         assert b.abs().max() > 1e-6 or name.endswith("bias"), name
-        assert (a - b).abs().max() < 1e-5 * max(1.0, b.abs().max().item()), name
+        assert (a - b).abs().max() < 1e-4 * max(1.0, b.abs().max().item()), name
 
 
 def test_a_reward_does_not_depend_on_padding_or_company(start, scorer, cache, clips, tokens, prefix):
