@@ -114,20 +114,11 @@ class Args(OracleArgs):  # --oracle, --oracle_model, --api_...: oracle.py, api_o
             raise ValueError(f"--oracle {self.oracle}: those that score four aspects are {', '.join(SCORERS)}")
         if self.stage not in ("build", "all"):
             raise ValueError(f"--stage {self.stage}: choose build or all")
-        if self.quantize not in ("none", "nf4") or self.quantize == "nf4" and not self.lora_r:
-            raise ValueError(f"--quantize {self.quantize}: choose none, or nf4 with --lora_r")
-        for flag, low in (("samples", 1), ("min_gap", 0), ("iterations", 1), ("questions", 1), ("steps", 1),
-                          ("prompts_per_step", 1), ("micro_batch_size", 1), ("max_prompt_tokens", 1),
-                          ("max_new_tokens", 1), ("eval_questions", 0), ("eval_steps", 1), ("save_steps", 1),
-                          ("lora_r", 0)):
-            if not getattr(self, flag) >= low:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least {low}")
-        world = harness.world_size()
-        if self.prompts_per_step % (world * self.micro_batch_size):
-            raise ValueError(f"--prompts_per_step {self.prompts_per_step} must be a multiple of processes x "
-                             f"--micro_batch_size ({world} x {self.micro_batch_size})")
-        if not (self.beta > 0 and self.temperature > 0 and self.lr > 0):
-            raise ValueError("--beta, --temperature and --lr must be above 0")
+        harness.at_least(self, samples=1, min_gap=0, iterations=1, questions=1, steps=1, prompts_per_step=1,
+                         micro_batch_size=1, max_prompt_tokens=1, max_new_tokens=1, eval_questions=0, eval_steps=1,
+                         save_steps=1, lora_r=0)
+        harness.check_training(self, batch="prompts_per_step")
+        harness.above_zero(self, "beta", "temperature", "lr")
         self.model = self.model or sft_start(self.seed)
         self.zoo = self.zoo or default_zoo(self.model, self.seed)
         for source in self.zoo:

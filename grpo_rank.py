@@ -103,20 +103,12 @@ class Args(OracleArgs):  # --oracle, --oracle_model, --api_...: oracle.py, api_o
         super().__post_init__()
         if self.advantage not in ADVANTAGES:
             raise ValueError(f"--advantage {self.advantage}: choose one of {', '.join(ADVANTAGES)}")
-        if self.quantize not in ("none", "nf4") or self.quantize == "nf4" and not self.lora_r:
-            raise ValueError(f"--quantize {self.quantize}: choose none, or nf4 with --lora_r")
-        for flag, low in (("G", 2), ("steps", 1), ("prompts_per_step", 1), ("micro_batch_size", 1),
-                          ("inner_epochs", 1), ("max_new_tokens", 1),
-                          ("eval_steps", 1), ("save_steps", 1), ("beta", 0), ("entropy_coef", 0), ("lora_r", 0),
-                          ("eval_questions", 0)):
-            if getattr(self, flag) < low:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least {low}")
-        world = harness.world_size()
-        if self.prompts_per_step % (world * self.micro_batch_size):
-            raise ValueError(f"--prompts_per_step {self.prompts_per_step} must be a multiple of processes x "
-                             f"--micro_batch_size ({world} x {self.micro_batch_size})")
-        if not 0 < self.clip_range < 1 or self.temperature <= 0 or self.lr <= 0:
-            raise ValueError("--clip_range must lie between 0 and 1, --temperature and --lr above 0")
+        harness.at_least(self, G=2, steps=1, prompts_per_step=1, micro_batch_size=1, inner_epochs=1, max_new_tokens=1,
+                         eval_steps=1, save_steps=1, beta=0, entropy_coef=0, lora_r=0, eval_questions=0)
+        harness.check_training(self, batch="prompts_per_step")
+        harness.above_zero(self, "clip_range", "temperature", "lr")
+        if self.clip_range >= 1:
+            raise ValueError(f"--clip_range {self.clip_range}: must be below 1")
         self.model = self.model or sft_start(self.seed)
 
 

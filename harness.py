@@ -44,6 +44,29 @@ def parse_args(cls):
         parser.error(str(e))
 
 
+def at_least(args, **low):
+    """ValueError with one line for a flag below its least value, or NaN, which is below and above nothing."""
+    for flag, least in low.items():
+        if not getattr(args, flag) >= least:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least {least}")
+
+
+def above_zero(args, *flags):
+    for flag in flags:
+        if not getattr(args, flag) > 0:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: must be above 0")
+
+
+def check_training(args, batch=None):
+    """What the training scripts refuse alike. batch: the flag of the global batch, where micro-batches must fill it."""
+    if args.quantize not in ("none", "nf4") or args.quantize == "nf4" and not args.lora_r:
+        raise ValueError(f"--quantize {args.quantize}: choose none, or nf4 with --lora_r")
+    world, size = world_size(), batch and getattr(args, batch)
+    if batch and size % (world * args.micro_batch_size):
+        raise ValueError(f"--{batch} {size} must be a multiple of processes x --micro_batch_size "
+                         f"({world} x {args.micro_batch_size})")
+
+
 @contextlib.contextmanager
 def one_line_errors(*kinds):
     """Errors of the user's own files and flags end the script with one line instead of a traceback."""

@@ -155,21 +155,15 @@ class Args(OracleArgs):  # --oracle_model, --reward_model, --api_...: oracle.py,
     def __post_init__(self):
         super().__post_init__()
         for flag, choices in (("preset", ("", "paper")), ("stop_oracle", ("", *ORACLES)),
-                              ("schedule", ("linear", "cosine")), ("quantize", ("none", "nf4"))):
+                              ("schedule", ("linear", "cosine"))):
             if getattr(self, flag) not in choices:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: choose {', '.join(c or 'nothing' for c in choices)}")
-        if self.quantize == "nf4" and not self.lora_r:
-            raise ValueError("--quantize nf4: needs --lora_r")
-        for flag, low in (("G", 1), ("steps", 1), ("prompts_per_step", 1), ("micro_batch_size", 1), ("ppo_epochs", 1),
-                          ("mini_batches", 1), ("max_new_tokens", 1), ("eval_steps", 1), ("save_steps", 1),
-                          ("patience", 1), ("kl_horizon", 1), ("kl_coef", 0), ("target_kl", 0), ("reward_scale", 0),
-                          ("missing_eos_penalty", 0), ("length_penalty", 0), ("value_warmup", 0), ("warmup_steps", 0),
-                          ("lora_r", 0), ("eval_questions", 0)):
-            if not getattr(self, flag) >= low:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least {low}")
-        for flag in ("temperature", "lr", "value_lr", "adam_eps", "clip_range", "value_clip_range"):
-            if not getattr(self, flag) > 0:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: must be above 0")
+        harness.check_training(self)
+        harness.at_least(self, G=1, steps=1, prompts_per_step=1, micro_batch_size=1, ppo_epochs=1, mini_batches=1,
+                         max_new_tokens=1, eval_steps=1, save_steps=1, patience=1, kl_horizon=1, kl_coef=0, target_kl=0,
+                         reward_scale=0, missing_eos_penalty=0, length_penalty=0, value_warmup=0, warmup_steps=0,
+                         lora_r=0, eval_questions=0)
+        harness.above_zero(self, "temperature", "lr", "value_lr", "adam_eps", "clip_range", "value_clip_range")
         for flag in ("gamma", "lam"):
             if not 0 <= getattr(self, flag) <= 1:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must lie between 0 and 1")

@@ -115,21 +115,13 @@ class Args:
             raise ValueError(f"--stage {self.stage}: choose train or collect")
         if self.oracle not in ORACLES:
             raise ValueError(f"--oracle {self.oracle}: choose one of {', '.join(ORACLES)}")
-        if self.quantize not in ("none", "nf4") or self.quantize == "nf4" and not self.lora_r:
-            raise ValueError(f"--quantize {self.quantize}: choose none, or nf4 with --lora_r")
-        for flag, low in (("clips", 1), ("prompts", 2), ("samples", 2), ("max_new_tokens", 1), ("min_margin", 0),
-                          ("centring", 0), ("lora_r", 0), ("prompts_per_step", 1), ("pack", 1), ("micro_batch_size", 1),
-                          ("eval_steps", 1), ("save_steps", 1), ("max_prompt_tokens", 1), ("max_answer_tokens", 1)):
-            if getattr(self, flag) < low:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least {low}")
+        harness.at_least(self, clips=1, prompts=2, samples=2, max_new_tokens=1, min_margin=0, centring=0, lora_r=0,
+                         prompts_per_step=1, pack=1, micro_batch_size=1, eval_steps=1, save_steps=1,
+                         max_prompt_tokens=1, max_answer_tokens=1)
         if not (0 < self.eval_share < 1 and 0 < self.share <= 1 and self.min_margin < 0.5):
             raise ValueError("--eval_share must lie between 0 and 1, --share in (0, 1], --min_margin below 0.5")
-        if not (self.epochs > 0 and self.lr > 0 and self.temperature > 0):
-            raise ValueError("--epochs, --lr and --temperature must be above 0")
-        world = harness.world_size()
-        if self.prompts_per_step % (world * self.micro_batch_size):
-            raise ValueError(f"--prompts_per_step {self.prompts_per_step} must be a multiple of processes x "
-                             f"--micro_batch_size ({world} x {self.micro_batch_size})")
+        harness.above_zero(self, "epochs", "lr", "temperature")
+        harness.check_training(self, batch="prompts_per_step")
         if self.stage == "collect" and "," in self.preferences:
             raise ValueError(f"--preferences {self.preferences}: --stage collect writes one file")
         self.model = self.model or sft_start(self.seed)

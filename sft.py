@@ -84,22 +84,13 @@ class Args:
     def __post_init__(self):
         if self.curriculum not in ("length", "off"):
             raise ValueError(f"--curriculum {self.curriculum}: choose length or off")
-        if self.quantize not in ("none", "nf4") or self.quantize == "nf4" and not self.lora_r:
-            raise ValueError(f"--quantize {self.quantize}: choose none, or nf4 with --lora_r")
         for flag in ("easy_share", "easy_steps", "warmup", "judge_share"):
             if not 0 <= getattr(self, flag) <= 1:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must lie between 0 and 1")
-        for flag, low in (("steps", 1), ("batch_size", 1), ("pack", 1), ("micro_batch_size", 1), ("save_steps", 1),
-                          ("num_frames", 1), ("max_prompt_tokens", 1), ("max_answer_tokens", 1), ("num_clips", 0),
-                          ("lora_r", 0)):
-            if getattr(self, flag) < low:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least {low}")
-        world = harness.world_size()
-        if self.batch_size % (world * self.micro_batch_size):
-            raise ValueError(f"--batch_size {self.batch_size} must be a multiple of processes x --micro_batch_size "
-                             f"({world} x {self.micro_batch_size})")
-        if not self.lr > 0:
-            raise ValueError(f"--lr {self.lr}: must be above 0")
+        harness.at_least(self, steps=1, batch_size=1, pack=1, micro_batch_size=1, save_steps=1, num_frames=1,
+                         max_prompt_tokens=1, max_answer_tokens=1, num_clips=0, lora_r=0)
+        harness.check_training(self, batch="batch_size")
+        harness.above_zero(self, "lr")
 
 
 # ---------------------------------------------------------------------------------------------------------------
