@@ -51,7 +51,7 @@ from transformers.hf_argparser import HfArg
 import harness
 from api_oracle import ASPECTS, COUNTERS, MODES, ApiArgs, ApiClient, ApiError, ApiOracle
 from data import Clip, DataError, FeatureCache, clip_seconds, read_records
-from preferences import reward_prompt
+from preferences import reward_batch
 from ranks import (
     f1_parts,
     kendall_tau,
@@ -302,7 +302,7 @@ class JudgeOracle:
 
 
 class RewardModelOracle:
-    """The reward of a model with a scalar head, trained on preferences by reward_model.py, read at an answer's end."""
+    """The reward of a model with a scalar head, trained on preferences by reward_model.py."""
 
     def __init__(self, model_dir, cache_dir, device="cpu", rows=24, loaded=None):
         self.model, self.processor = loaded or load_model(model_dir, device=device)
@@ -315,8 +315,10 @@ class RewardModelOracle:
         try:
             about = json.loads(Path(model_dir, "reward_model.json").read_text())
             clips, model = int(about["narrative_clips"]), str(about["narrative_model"])
+            self.answer_first = bool(about["answer_first"])
         except (ValueError, LookupError, TypeError) as e:
-            raise DataError(f"{model_dir}/reward_model.json: no narrative_clips and narrative_model ({e!r})") from None
+            raise DataError(f"{model_dir}/reward_model.json: no narrative_clips, narrative_model and answer_first "
+                            f"({e!r})") from None
         if clips:  # it reads the narratives of this model before the question
             self.teller = JudgeOracle(model, cache_dir, True, device, clips=clips)
 
@@ -324,11 +326,12 @@ class RewardModelOracle:
     def score(self, videos, questions, answers):
         """-> rewards (B,G), ok (B,). [D2] Of equal answers one is read."""
         stories = self.teller.narratives(videos) if self.teller else [None] * len(videos)
-        asked, rewards = [reward_prompt(q, story) for q, story in zip(questions, stories)], []
+        rows = [[(q, story, a) for a in group] for q, story, group in zip(questions, stories, answers)]
+        rewards = []
         for n in range(0, len(videos), self.rows):
             some = slice(n, n + self.rows)
-            prefix = Prefix.build(self.processor, self.cache, asked[some], videos[some], self.device)
-            tokens, lengths = reply_tokens(self.processor, answers[some], self.device)
+            prefix, tokens, lengths, _ = reward_batch(rows[some], videos[some], self.processor, self.cache, self.device,
+                                                      self.answer_first)
             values = token_scores(self.model, prefix, tokens, lengths).view(tokens.shape)  # (B,G,T)
             rewards.append(values.gather(-1, lengths.unsqueeze(-1) - 1).squeeze(-1).cpu())
         same = torch.tensor(one_of_equals(answers))

@@ -23,18 +23,60 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
 from data import ROLES, DataError, parse_turns, read_rows
+from video_llm import Prefix
 
 EXTRA = ("margin", "scores", "source", "sources", "narrative")  # kept as they are where a row has them
 
 
-def reward_prompt(question, narrative=None):
-    """What the reward model reads before an answer: the narrative, where it is trained with one, then the question."""
-    if not narrative:
-        return question
+# ---------------------------------------------------------------------------------------------------------------
+# What a reward model reads
+# ---------------------------------------------------------------------------------------------------------------
+def reward_prompt(question, narrative=None, answer=None):
+    """The narrative, where the reward model is trained with one, then the question; with `answer`, the answer between
+    them, in the words of the judge's task (oracle.judge_prompt), which has two."""
+    said = [] if answer is None else [f"Response 1: {answer}", "Which response is better?"]
     if isinstance(question, str):
-        return f"{narrative}\n{question}"
-    return [{**question[0], "content": f"{narrative}\n{question[0]['content']}"}, *question[1:]]
+        return "\n".join([*[narrative] * bool(narrative), *said, question])
+    turns = [*question[:-1], {**question[-1], "content": "\n".join([*said, question[-1]["content"]])}]
+    return [{**turns[0], "content": f"{narrative}\n{turns[0]['content']}"}, *turns[1:]] if narrative else turns
+
+
+def reward_batch(rows, clips, processor, cache, device, answer_first, max_prompt_tokens=None, max_answer_tokens=None):
+    """rows[b] = [(question, narrative, answer), ...], all about clips[b] (None: text only).
+
+    -> Prefix of what the texts of a row have in common (video and narrative, at least), tokens (B,G,T) and lengths
+    (B,G) of what differs, real (B,G) bool: shorter rows are filled up with texts that are not real. The reward stands
+    at a text's last token: of the prompt where the answer comes before the question, else of the answer (EOS).
+    """
+    heads, tails = [], []
+    for row, clip in zip(rows, clips):
+        texts = []
+        for question, narrative, answer in row:
+            ids = processor.answer_ids(answer, max_answer_tokens)
+            if answer_first:
+                if ids[-1] != processor.tokenizer.eos_token_id:  # cut
+                    answer = processor.tokenizer.decode(ids)
+                longest = max_prompt_tokens and max_prompt_tokens + len(ids)
+                ids = processor.prompt_ids(reward_prompt(question, narrative, answer), clip is not None, longest)
+            else:
+                asked = reward_prompt(question, narrative)
+                ids = processor.prompt_ids(asked, clip is not None, max_prompt_tokens) + ids
+            texts.append(ids)
+        shared = len(os.path.commonprefix([ids[:-1] for ids in texts]))  # equal texts keep a token each
+        heads.append(texts[0][:shared])
+        tails.append([ids[shared:] for ids in texts])
+    G = max(map(len, tails))
+    flat = [tail for row in tails for tail in row + [[processor.tokenizer.eos_token_id]] * (G - len(row))]
+    tokens = processor.pad(flat, "right")[0].view(len(rows), G, -1).to(device)
+    lengths = torch.tensor([len(tail) for tail in flat], device=device).view(-1, G)
+    real = torch.arange(G, device=device) < torch.tensor([[len(row)] for row in tails], device=device)
+    videos = [clip for clip in clips if clip]
+    features = cache(videos) if videos else (None, None)
+    prefix = Prefix(*(x if x is None else x.to(device) for x in (*processor.pad(heads, "left"), *features)))
+    return prefix, tokens, lengths, real
 
 
 # ---------------------------------------------------------------------------------------------------------------

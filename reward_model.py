@@ -14,9 +14,11 @@ Differs  D1  the two answers compared are the first two *different* ones of --sa
              7B model are long and never agree, those of `tiny` are a word or two and often do.
          D2  near-ties (--min_margin) are dropped and counted. [V] asks the judge once and takes what it says; ours is
              asked in both orders, and where the two nearly cancel its choice is its taste for a place.
-         D3  the reward is the scalar at the answer's last token (EOS), found by its length. [V]'s code pads on the left
-             and reads position -1 behind a turn that asks for a quality score: text that carries no news for a model
-             trained with a head of its own.
+         D3  the answer stands *before* the question, as in the judge's task ("Response 1: .. Which response is better?
+             <question>"), and the reward is the scalar at the prompt's last token: a small model compares an answer
+             with what it would say itself where it is about to say it. [V] shows it last; its code pads on the left and
+             reads position -1 behind a turn that asks for a quality score. `--answer_first False`: at the answer's last
+             token (EOS), found by its length; a row of the ablation.
          D4  the reward model reads the narrative too (--narrative). [V]'s reward prompt has a slot for a caption that
              the released code fills with None. `--narrative False` leaves it out: a row of the ablation.
          D5  what it starts from (--base): the SFT model that judges and describes, as in [V] (there the 13B model),
@@ -33,13 +35,12 @@ One thing makes it fast: the pairs about one video share one prefix, video and n
 symbol        name        shape    meaning                                                          made in
 P             p           ()       judge's probability that the first answer is better, both orders  collect
               prefix      (B,L)    what the prompts about a video have in common; B videos           step 2
-y_c, y_r      tokens      (B,G,T)  rest of the prompt + answer; chosen and rejected side by side     step 2
-r             rewards     (n,2)    the scalar at the answers' last tokens, n pairs, chosen first     step 2
+y_c, y_r      tokens      (B,G,T)  answer and rest of the prompt; chosen and rejected side by side   step 2
+r             rewards     (n,2)    the scalar at the texts' last tokens, n pairs, chosen first       step 2
 """
 
 import json
 import math
-import os
 import random
 import sys
 from dataclasses import asdict, dataclass
@@ -54,7 +55,7 @@ import harness
 from data import DataError, FeatureCache, read_records, report_lines
 from evaluate import is_correct
 from oracle import JudgeOracle, ReferenceOracle, normalize
-from preferences import read_preferences, reward_prompt, write_preferences
+from preferences import read_preferences, reward_batch, write_preferences
 from questions import build_embedded, question_indices, sft_start, usable_questions
 from video_llm import Prefix, add_lora, add_scalar_head, generate, load_model, token_scores, unwrap
 
@@ -72,23 +73,24 @@ class Args:
     oracle: str = HfArg(default="context", help="context: a judge that knows the narrative [V]; judge: without it; "
                         "reference: token F1 with the label, not RLAIF")
     clips: int = HfArg(default=3, help="parts the video is cut into for the narrative [V: 3]")
-    prompts: int = HfArg(default=2400, help="questions to collect two answers for [V: 40k]")
+    prompts: int = HfArg(default=7200, help="questions to collect two answers for [V: 40k]")
     samples: int = HfArg(default=4, help="answers drawn to find two different ones (D1)")
     temperature: float = HfArg(default=1.0, help="sampling temperature [V: 1.0]")
     max_new_tokens: int = HfArg(default=16, help="longest sampled answer, EOS included")
     min_margin: float = HfArg(default=0.1, help="drop pairs with |P - 1/2| below this (D2)")
     # -- the reward model
     narrative: bool = HfArg(default=True, help="the reward model reads the narrative before the question (D4)")
+    answer_first: bool = HfArg(default=True, help="the answer stands before the question, not behind it (D3)")
     centring: float = HfArg(default=0.01, help="weight of the centring term [V: 1e-3] (D6)")
     lora_r: int = HfArg(default=0, help="LoRA rank on the decoder [V: 64]; 0 trains all weights but CLIP's (D9)")
     lora_alpha: int = HfArg(default=16, help="LoRA alpha [V: 16]")
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
     # -- budget
-    epochs: float = HfArg(default=5.0, help="passes over the pairs [V: 1]")
+    epochs: float = HfArg(default=4.0, help="passes over the pairs [V: 1]")
     prompts_per_step: int = HfArg(default=16, help="videos per optimizer step, over all processes")
     pack: int = HfArg(default=4, help="pairs about one video that share its prefix, at most")
     micro_batch_size: int = HfArg(default=4, help="videos (times --pack pairs) per forward pass and process")
-    lr: float = HfArg(default=1e-3, help="peak learning rate; short warm-up, then linear to zero [V: 2e-5]")
+    lr: float = HfArg(default=5e-4, help="peak learning rate; short warm-up, then linear to zero [V: 2e-5]")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay [V: 0]")
     share: float = HfArg(default=1.0, help="train on this share of the training pairs, drawn by --seed [V Fig. 5]")
     eval_share: float = HfArg(default=0.15, help="share of the videos held out (D7)")
@@ -149,7 +151,7 @@ def centring_term(rewards):
 
 
 def read_rewards(scores, lengths):
-    """[D3] The scalar at each answer's last token. scores (N,T) with row b*G + g, lengths (B,G) -> rewards (B,G)."""
+    """[D3] The scalar at each text's last token. scores (N,T) with row b*G + g, lengths (B,G) -> rewards (B,G)."""
     return scores.gather(1, lengths.reshape(-1, 1) - 1).view(lengths.shape)
 
 
@@ -391,8 +393,9 @@ def main(args):
     n, total, squares = harness.all_sum(sums).tolist()
     mean, std = total / n, math.sqrt(max(squares / n - (total / n) ** 2, 1e-12))
     normalise_head(unwrap(model).score_head, mean, std)
-    about = dict(narrative_clips=args.clips if args.narrative else 0, narrative_model=args.oracle_model, mean=mean,
-                 std=std, pairs=len(train), held_out_pairs=len(held), **{k: row[k] for k in row if "eval/" in k})
+    about = dict(narrative_clips=args.clips if args.narrative else 0, narrative_model=args.oracle_model,
+                 answer_first=args.answer_first, mean=mean, std=std, pairs=len(train), held_out_pairs=len(held),
+                 **{k: row[k] for k in row if "eval/" in k})
     harness.finish(folder, model, processor, rank, about={"reward_model.json": about})
 
 
@@ -432,24 +435,11 @@ def group_size(group):
 def collate(groups, stories, processor, cache, device, args):
     """Groups of pairs -> Prefix of B videos, tokens (B,G,T), lengths (B,G), real (B,G) bool: chosen and rejected of a
     pair are neighbours; a group with fewer pairs than the largest is filled up with rows that are not real."""
-    heads, tails = [], []
-    for group in groups:
-        clip = group[0]["clip"]
-        prompts = [processor.prompt_ids(reward_prompt(p["question"], stories.get(clip)), clip is not None,
-                                        args.max_prompt_tokens) for p in group]
-        shared = os.path.commonprefix(prompts)  # video and narrative; of one pair, the question as well
-        heads.append(shared)
-        tails.append([prompt[len(shared) :] + processor.answer_ids(p[k], args.max_answer_tokens)
-                      for prompt, p in zip(prompts, group) for k in ("chosen", "rejected")])
-    G = max(map(len, tails))
-    flat = [tail for row in tails for tail in row + [[processor.tokenizer.eos_token_id]] * (G - len(row))]
-    tokens = processor.pad(flat, "right")[0].view(len(groups), G, -1).to(device)
-    lengths = torch.tensor([len(tail) for tail in flat], device=device).view(-1, G)
-    real = torch.arange(G, device=device) < torch.tensor([[len(row)] for row in tails], device=device)
-    videos = [group[0]["clip"] for group in groups if group[0]["clip"]]
-    features = cache(videos) if videos else (None, None)
-    prefix = Prefix(*(x if x is None else x.to(device) for x in (*processor.pad(heads, "left"), *features)))
-    return prefix, tokens, lengths, real
+    clips = [group[0]["clip"] for group in groups]
+    rows = [[(p["question"], stories.get(clip), p[k]) for p in group for k in ("chosen", "rejected")]
+            for group, clip in zip(groups, clips)]
+    return reward_batch(rows, clips, processor, cache, device, args.answer_first, args.max_prompt_tokens,
+                        args.max_answer_tokens)
 
 
 def measure(rewards, pairs):

@@ -12,6 +12,7 @@ for s in $SEEDS; do
   echo "rm_clips1_s$s $r clips1 --clips 1"
   echo "rm_nocontext_s$s $r nocontext --oracle judge --narrative False"
   echo "rm_videoonly_s$s $r videoonly --narrative False"
+  echo "rm_answerlast_s$s $r answerlast --answer_first False"
   echo "rm_weakbase_s$s $r weakbase --base runs/sft/policy_s$s/final"
   echo "rm_share50_s$s $r share50 --share 0.5"
   echo "rm_share25_s$s $r share25 --share 0.25"

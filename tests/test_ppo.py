@@ -251,7 +251,8 @@ def reward_model(policy):
     save_model(adapter, processor, folder / "adapter")
     save_model(load_model(folder / "adapter")[0].merge_and_unload(), processor, folder / "final")
     for name in ("adapter", "final"):
-        (folder / name / "reward_model.json").write_text('{"narrative_clips": 0, "narrative_model": ""}')
+        about = dict(narrative_clips=0, narrative_model="", answer_first=True)
+        (folder / name / "reward_model.json").write_text(json.dumps(about))
     return folder / "final"
 
 

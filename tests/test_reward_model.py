@@ -16,7 +16,7 @@ from test_video_llm import lively, with_head
 
 import reward_model
 from data import Clip, FeatureCache, read_records
-from preferences import read_preferences, reward_prompt, write_preferences
+from preferences import read_preferences, reward_batch, reward_prompt, write_preferences
 from reward_model import bradley_terry, centring_term, choose_pairs, normalise_head, read_rewards, split_by_video
 from video_llm import Prefix, add_lora, load_model, token_scores
 
@@ -95,7 +95,8 @@ def test_held_out_pairs_share_no_video():
 
 
 # --- rewards against the slow way ------------------------------------------------------------------------------------
-def test_packed_pairs_are_rewarded_as_if_alone(world, policy, tmp_path):
+@pytest.mark.parametrize("answer_first", [True, False])
+def test_packed_pairs_are_rewarded_as_if_alone(world, policy, tmp_path, answer_first):
     """Whatever stands beside a pair, in its group or its batch, on either side of its padding."""
     model, processor = load_model(policy)
     model, cache = with_head(lively(model)), FeatureCache(model, processor, tmp_path)
@@ -105,18 +106,56 @@ def test_packed_pairs_are_rewarded_as_if_alone(world, policy, tmp_path):
     said = ["red", "a red circle moves left", "moves down", "three shapes"]
     pairs = [dict(clip=r["clip"], question=r["question"], chosen=said[k % 4], rejected=said[(k + 1) % 3])
              for c in clips for k, r in enumerate([r for r in records if r["clip"] == c][: 2 + clips.index(c)])]
-    args = SimpleNamespace(max_prompt_tokens=200, max_answer_tokens=20)
+    args = SimpleNamespace(max_prompt_tokens=200, max_answer_tokens=20, answer_first=answer_first)
     groups = reward_model.by_video(pairs, 3)
     assert [len(g) for g in groups] == [2, 3, 3, 1]
     prefix, tokens, lengths, real = reward_model.collate(groups, stories, processor, cache, "cpu", args)
     rewards = read_rewards(token_scores(model, prefix, tokens, lengths), lengths)[real].view(-1, 2)
     for p, both in zip([p for g in groups for p in g], rewards):
         for answer, reward in zip((p["chosen"], p["rejected"]), both):
-            alone = Prefix.build(processor, cache, [reward_prompt(p["question"], stories.get(p["clip"]))], [p["clip"]])
-            ids = torch.tensor(processor.answer_ids(answer))
-            one = token_scores(model, alone, ids.view(1, 1, -1), torch.tensor([[len(ids)]]))
-            torch.testing.assert_close(one[0, -1], reward, rtol=1e-5, atol=1e-5)
+            one = reward_alone(model, processor, cache, p["clip"], p["question"], stories.get(p["clip"]), answer,
+                               answer_first)
+            torch.testing.assert_close(one, reward, rtol=1e-5, atol=1e-5)
     assert rewards.std() > 0.1 and prefix.input_ids.shape[1] > 20
+
+
+@pytest.mark.parametrize("question", ["which colour?", [{"role": "user", "content": "who?"},
+                         {"role": "assistant", "content": "a cat"}, {"role": "user", "content": "which colour?"}]])
+def test_the_answer_stands_before_the_last_question(question):
+    said = reward_prompt(question, "A cat sits.", "red")
+    first = "A cat sits.\nResponse 1: red\nWhich response is better?\nwhich colour?"
+    if isinstance(question, str):
+        assert said == first and reward_prompt(question) == question
+    else:
+        assert said[0]["content"] == "A cat sits.\nwho?" and said[1] == question[1]
+        assert said[2]["content"] == "Response 1: red\nWhich response is better?\nwhich colour?"
+        assert reward_prompt(question) == question
+
+
+def test_a_batch_of_texts_with_and_without_answers_cut(policy):
+    """The answer is cut at its own limit; equal answers are rows of equal tokens."""
+    processor = load_model(policy)[1]
+    rows = [[("what is it?", None, "a b c d e f"), ("what is it?", None, "a b c d e f")], [("who?", "A cat.", "")]]
+    for answer_first in (True, False):
+        prefix, tokens, lengths, real = reward_batch(rows, [None, None], processor, None, "cpu", answer_first, 40, 3)
+        assert real.tolist() == [[True, True], [True, False]] and lengths[0].tolist() == [1, 1]
+        assert tokens[0, 0, 0] == tokens[0, 1, 0] and prefix.video_features is None
+        text = processor.tokenizer.decode([*prefix.input_ids[0], *tokens[0, 0, :1]])
+        cut = processor.tokenizer.decode(processor.answer_ids("a b c d e f", 3))
+        assert cut in text and f"{cut} {'abcdef'[3 - ('a' not in cut)]}" not in text
+    whole = processor.prompt_ids(reward_prompt("who?", "A cat.", ""), video=False)
+    prefix, tokens, lengths, _ = reward_batch(rows[1:], [None], processor, None, "cpu", True)
+    assert prefix.input_ids[0].tolist() + tokens[0, 0].tolist() == whole and lengths.tolist() == [[1]]
+
+
+def reward_alone(model, processor, cache, clip, question, narrative, answer, answer_first):
+    """One text, one forward pass, nothing packed and nothing padded."""
+    if answer_first:
+        ids = processor.prompt_ids(reward_prompt(question, narrative, answer))
+    else:
+        ids = processor.prompt_ids(reward_prompt(question, narrative)) + processor.answer_ids(answer)
+    prefix = Prefix(torch.tensor([ids[:-1]]), torch.ones(1, len(ids) - 1, dtype=torch.long), *cache([clip]))
+    return token_scores(model, prefix, torch.tensor([[ids[-1:]]]), torch.tensor([[1]]))[0, 0]
 
 
 # --- the script ------------------------------------------------------------------------------------------------------
@@ -216,8 +255,8 @@ def test_preferences_of_ones_own(world, pairs_file, policy, monkeypatch):
     train, held = split_by_video(pairs, 0.3, 0)
     assert about["pairs"] == math.ceil(len(train) / 2) and about["held_out_pairs"] == len(held)
     model, processor = load_model(world / "runs/reward_model/own_s0/final")
-    cache, args = FeatureCache(model, processor, world / "cache"), SimpleNamespace(max_prompt_tokens=99,
-                                                                                 max_answer_tokens=99)
+    cache = FeatureCache(model, processor, world / "cache")
+    args = SimpleNamespace(max_prompt_tokens=99, max_answer_tokens=99, answer_first=True)
     half = reward_model.random.Random("0 share").sample(train, about["pairs"])
     _, *rest = got = reward_model.collate([[p] for p in half], {}, processor, cache, "cpu", args)
     with torch.no_grad():
