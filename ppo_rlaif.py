@@ -21,8 +21,8 @@ Differs  D1  masks. In the released code of [V] the score stands at the last *te
              the start. [V] multiplies by 10 (--reward_scale 10). kl_coef and the value's clip range then mean the same
              for every oracle.
          D4  G answers to a question, so that video and question are encoded once for all (video_llm.packed). [V]: one.
-         D5  a value model that starts from a reward model reads its prompt, narrative included: a critic may know more
-             of the video than the policy, as long as nothing the policy does changes it. [V]: narratives for the judge.
+         D5  a value model that starts from a reward model reads its narrative before the question: a critic may know
+             more of the video than the policy, as long as nothing the policy does changes it. [V]: for the judge alone.
          D6  `tiny` trains all weights, so policy, reference and value model (and reward model) are networks of their
              own. With --lora_r they are adapters of *one* base network: policy adapter, value adapter, reference =
              adapters off, and the reward model's adapter, where it has the same base: four roles, one set of weights.
