@@ -315,23 +315,25 @@ class RewardModelOracle:
         try:
             about = json.loads(Path(model_dir, "reward_model.json").read_text())
             clips, model = int(about["narrative_clips"]), str(about["narrative_model"])
-            self.answer_first = bool(about["answer_first"])
+            self.narrative, self.answer_first, self.guided = clips > 0, about["answer_first"], about["guided"]
         except (ValueError, LookupError, TypeError) as e:
-            raise DataError(f"{model_dir}/reward_model.json: no narrative_clips, narrative_model and answer_first "
-                            f"({e!r})") from None
-        if clips:  # it reads the narratives of this model before the question
-            self.teller = JudgeOracle(model, cache_dir, True, device, clips=clips)
+            raise DataError(f"{model_dir}/reward_model.json: no narrative_clips, narrative_model, answer_first and "
+                            f"guided ({e!r})") from None
+        if self.narrative or self.guided:  # it reads this model's narratives and answers
+            self.teller = JudgeOracle(model, cache_dir, True, device, clips=max(clips, 1))
 
     @torch.no_grad()
     def score(self, videos, questions, answers):
         """-> rewards (B,G), ok (B,). [D2] Of equal answers one is read."""
-        stories = self.teller.narratives(videos) if self.teller else [None] * len(videos)
-        rows = [[(q, story, a) for a in group] for q, story, group in zip(questions, stories, answers)]
+        stories = self.teller.narratives(videos) if self.narrative else [None] * len(videos)
+        owns = self.teller.answer(videos, questions) if self.guided else [None] * len(videos)
+        rows = [[(q, story, a, own) for a in group]
+                for q, story, own, group in zip(questions, stories, owns, answers)]
         rewards = []
         for n in range(0, len(videos), self.rows):
             some = slice(n, n + self.rows)
-            prefix, tokens, lengths, _ = reward_batch(rows[some], videos[some], self.processor, self.cache, self.device,
-                                                      self.answer_first)
+            prefix, tokens, lengths = reward_batch(rows[some], videos[some], self.processor, self.cache, self.device,
+                                                   self.answer_first)
             values = token_scores(self.model, prefix, tokens, lengths).view(tokens.shape)  # (B,G,T)
             rewards.append(values.gather(-1, lengths.unsqueeze(-1) - 1).squeeze(-1).cpu())
         same = torch.tensor(one_of_equals(answers))

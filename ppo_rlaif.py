@@ -29,6 +29,10 @@ Differs  D1  masks. In the released code of [V] the score stands at the last *te
          D7  early stop: every --eval_steps steps *another* oracle than the one that gives the reward compares greedy
              answers with those of the start (--stop_oracle); final/ is the best of these policies. Not in [V].
          D8  rates, KL and schedule are ours, tuned on the embedded world; --preset paper has those of [V]'s script.
+         D9  scores are centred within the G answers to a question (--center_scores). Bradley-Terry fixes rewards only
+             up to a constant for every question, so what a reward model says of one question beside another is noise;
+             left in, PPO pushes up *all* answers to questions that score high, until they are one. A value model can
+             take it out, but has to learn it first. Of centred scores it expects 0, and so it starts (head zero, I12).
 
 The implementation details of PPO for language models: what, from where, and where in this file (grep for the tag).
  rollout I1  sample at temperature 1, all log-probabilities at the temperature of sampling [N]            step 1
@@ -94,9 +98,10 @@ WORLD = "data/moving_shapes"
 class Args(OracleArgs):  # --oracle_model, --reward_model, --api_...: oracle.py, api_oracle.py
     PRESETS = {"paper": dict(  # RLAIF/scripts/train_rl_model.sh of [V]; no annotation: this is not a flag
         prompts_per_step=256, G=1, mini_batches=2, ppo_epochs=2, lr=3e-5, value_lr=3e-5, schedule="cosine",
-        warmup_steps=5, value_warmup=0, kl_coef=0.1, target_kl=0.0, reward_scale=10.0, missing_eos_penalty=8.0,
-        length_penalty=10.0, clip_range=0.2, value_clip_range=0.2, gamma=1.0, lam=1.0, temperature=1.0, adam_eps=1e-8,
-        max_new_tokens=896, lora_r=64, lora_alpha=16, quantize="nf4", micro_batch_size=8, stop_oracle="")}
+        warmup_steps=5, value_warmup=0, kl_coef=0.1, target_kl=0.0, center_scores=False, reward_scale=10.0,
+        missing_eos_penalty=8.0, length_penalty=10.0, clip_range=0.2, value_clip_range=0.2, gamma=1.0, lam=1.0,
+        temperature=1.0, adam_eps=1e-8, max_new_tokens=896, lora_r=64, lora_alpha=16, quantize="nf4",
+        micro_batch_size=8, stop_oracle="")}
     # -- the algorithm
     preset: str = HfArg(default="", help="paper: defaults of VLM-RLAIF's script, QLoRA included; other flags still win")
     oracle: str = HfArg(default="reward_model", help="whose score is the reward: reward_model | judge | context | api: "
@@ -105,6 +110,7 @@ class Args(OracleArgs):  # --oracle_model, --reward_model, --api_...: oracle.py,
     kl_coef: float = HfArg(default=0.05, help="weight of the per-token KL to the start, in the reward (I7)")
     target_kl: float = HfArg(default=0.0, help="nats per answer that the adaptive controller aims at (I10); 0: fixed")
     kl_horizon: int = HfArg(default=10000, help="answers in which the controller corrects a KL off by its clip (I10)")
+    center_scores: bool = HfArg(default=True, help="score less the mean of the question's G answers (D9)")
     reward_scale: float = HfArg(default=0.0, help="factor on the scores; 0: normalised on the first batch (D3)")
     missing_eos_penalty: float = HfArg(default=1.0, help="taken off the score of an answer without EOS (I9)")
     length_penalty: float = HfArg(default=0.0, help="taken off the score times length / --max_new_tokens (I9)")
@@ -167,6 +173,8 @@ class Args(OracleArgs):  # --oracle_model, --reward_model, --api_...: oracle.py,
         for flag in ("gamma", "lam"):
             if not 0 <= getattr(self, flag) <= 1:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must lie between 0 and 1")
+        if self.center_scores and self.G < 2:
+            raise ValueError(f"--G {self.G}: --center_scores needs two answers to a question (or False)")
         if self.clip_range >= 1:
             raise ValueError(f"--clip_range {self.clip_range}: must be below 1")
         for divisor, what in ((harness.world_size(), "processes"), (self.mini_batches, "--mini_batches")):
@@ -189,6 +197,11 @@ class Args(OracleArgs):  # --oracle_model, --reward_model, --api_...: oracle.py,
 # ---------------------------------------------------------------------------------------------------------------
 # Equations: tensors in, tensors out. N answers, T tokens; mask (N,T) 1 on real tokens; everything is 0 behind them
 # ---------------------------------------------------------------------------------------------------------------
+def centered(scores):
+    """[D9] Scores (B,G) less the mean of their group: what is left is how an answer compares with its neighbours."""
+    return scores - scores.mean(-1, keepdim=True)
+
+
 def shaped_scores(scores, ended, lengths, missing_eos_penalty, length_penalty, max_length):
     """[I9] The oracle's scores less what an answer pays for not ending and for its length. All (B,G) -> (B,G)."""
     return scores - missing_eos_penalty * (~ended).float() - length_penalty * lengths / max_length
@@ -316,13 +329,15 @@ def main(args):
         if args.random_reward:
             scores = random_scores(answers, mine, step, args.seed)
         scores, ok = scores.float().to(device), ok.to(device)
+        relative = centered(scores) if args.center_scores else scores  # D9
         if state["normal"] is None:  # I8, D3: from the first batch, for good
-            state["normal"] = normal_of(scores, ok, args.reward_scale)
-            if args.value_model != "sft":
-                roles.rescale_head(*state["normal"])
+            state["normal"] = normal_of(relative, ok, args.reward_scale)
+            if args.value_model != "sft":  # what is expected of centred scores is 0, whatever the question
+                mean, gain = state["normal"]
+                roles.rescale_head(mean, 0.0 if args.center_scores else gain)
         mean, gain = state["normal"]
         ended = tokens.gather(-1, (lengths - 1).unsqueeze(-1)).squeeze(-1) == eos  # (B,G)
-        shaped = shaped_scores((scores - mean) * gain, ended, lengths, args.missing_eos_penalty, args.length_penalty,
+        shaped = shaped_scores((relative - mean) * gain, ended, lengths, args.missing_eos_penalty, args.length_penalty,
                                args.max_new_tokens)  # (B,G)
         clock.append(time.time())
 

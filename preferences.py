@@ -34,10 +34,11 @@ EXTRA = ("margin", "scores", "source", "sources", "narrative")  # kept as they a
 # ---------------------------------------------------------------------------------------------------------------
 # What a reward model reads
 # ---------------------------------------------------------------------------------------------------------------
-def reward_prompt(question, narrative=None, answer=None):
+def reward_prompt(question, narrative=None, answer=None, own=None):
     """The narrative, where the reward model is trained with one, then the question; with `answer`, the answer between
-    them, in the words of the judge's task (oracle.judge_prompt), which has two."""
-    said = [] if answer is None else [f"Response 1: {answer}", "Which response is better?"]
+    them, beside the judge's `own` answer if there is one: the judge's task, word for word (oracle.judge_prompt)."""
+    said = [f"Response {k}: {text}" for k, text in ((1, answer), (2, own)) if text is not None]
+    said += ["Which response is better?"] * bool(said)
     if isinstance(question, str):
         return "\n".join([*[narrative] * bool(narrative), *said, question])
     turns = [*question[:-1], {**question[-1], "content": "\n".join([*said, question[-1]["content"]])}]
@@ -45,22 +46,22 @@ def reward_prompt(question, narrative=None, answer=None):
 
 
 def reward_batch(rows, clips, processor, cache, device, answer_first, max_prompt_tokens=None, max_answer_tokens=None):
-    """rows[b] = [(question, narrative, answer), ...], all about clips[b] (None: text only).
+    """rows[b] = [(question, narrative, answer, judge's own answer or None), ...], about clips[b] (None: text only).
 
     -> Prefix of what the texts of a row have in common (video and narrative, at least), tokens (B,G,T) and lengths
-    (B,G) of what differs, real (B,G) bool: shorter rows are filled up with texts that are not real. The reward stands
-    at a text's last token: of the prompt where the answer comes before the question, else of the answer (EOS).
+    (B,G) of what differs; rows with fewer texts than the longest are filled up with an EOS each. The reward stands at a
+    text's last token: of the prompt where the answer comes before the question, else of the answer (EOS).
     """
     heads, tails = [], []
     for row, clip in zip(rows, clips):
         texts = []
-        for question, narrative, answer in row:
+        for question, narrative, answer, own in row:
             ids = processor.answer_ids(answer, max_answer_tokens)
             if answer_first:
                 if ids[-1] != processor.tokenizer.eos_token_id:  # cut
                     answer = processor.tokenizer.decode(ids)
                 longest = max_prompt_tokens and max_prompt_tokens + len(ids)
-                ids = processor.prompt_ids(reward_prompt(question, narrative, answer), clip is not None, longest)
+                ids = processor.prompt_ids(reward_prompt(question, narrative, answer, own), clip is not None, longest)
             else:
                 asked = reward_prompt(question, narrative)
                 ids = processor.prompt_ids(asked, clip is not None, max_prompt_tokens) + ids
@@ -72,11 +73,10 @@ def reward_batch(rows, clips, processor, cache, device, answer_first, max_prompt
     flat = [tail for row in tails for tail in row + [[processor.tokenizer.eos_token_id]] * (G - len(row))]
     tokens = processor.pad(flat, "right")[0].view(len(rows), G, -1).to(device)
     lengths = torch.tensor([len(tail) for tail in flat], device=device).view(-1, G)
-    real = torch.arange(G, device=device) < torch.tensor([[len(row)] for row in tails], device=device)
     videos = [clip for clip in clips if clip]
     features = cache(videos) if videos else (None, None)
     prefix = Prefix(*(x if x is None else x.to(device) for x in (*processor.pad(heads, "left"), *features)))
-    return prefix, tokens, lengths, real
+    return prefix, tokens, lengths
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Run      python reward_model.py                                  collect prefere
          torchrun --nproc_per_node=4 reward_model.py              the same on four processes
          python reward_model.py --stage collect --oracle judge    the preference file alone; here without a narrative
          python reward_model.py --oracle reference --name truth   ground-truth preferences: an upper bound, not RLAIF
-         python reward_model.py --preferences my.json --video_root videos --base my_sft --narrative False --name mine
+         python reward_model.py --preferences my.json --base my_sft --narrative False --guided False --name mine
 Papers   [V] VLM-RLAIF arXiv:2402.03746, Sec. 3.1      [BT] Bradley and Terry 1952, as in InstructGPT arXiv:2203.02155
          [C] centring: Eisenstein et al. arXiv:2312.09244, as in TRL      [N] normalising: arXiv:1909.08593
 Makes    runs/reward_model/<name>_s<seed>/final: what `oracle.py --oracle reward_model` and `ppo_rlaif.py` read, and
@@ -29,6 +29,12 @@ Differs  D1  the two answers compared are the first two *different* ones of --sa
              the weights of the head, so that PPO's KL weight means the same whatever the reward model; [V] multiplies
              the reward by 10.
          D9  `tiny` trains all weights; [V]: LoRA r = 64, alpha = 16, learning rate 2e-5, one epoch, 40k pairs.
+         D10  the judge's own answer to the question stands beside the one to be rewarded (--guided), so that the prompt
+             is the judge's task word for word. A scalar that is read where the network has only just made up its mind
+             has no layer left to compare that with an answer; with both in the prompt it has all of them. References
+             of a judge's own making: Zheng et al. arXiv:2306.05685, Sec. 3.4. `--guided False`: a row of the ablation.
+         D11  the head has a learning rate of its own: it starts from zero, and at the rate of weights that know
+             something it would spend most of a short training on growing. [V]: one rate for all.
 
 One thing makes it fast: the pairs about one video share one prefix, video and narrative (`packed` in video_llm.py).
 
@@ -61,6 +67,7 @@ from video_llm import Prefix, add_lora, add_scalar_head, generate, load_model, t
 
 WORLD = "data/moving_shapes"
 ORACLES = ("context", "judge", "reference")
+SIDES = ("chosen", "rejected")
 MEASURES = ("accuracy", "margin", "reward", "truth_accuracy", "oracle_accuracy")
 COLLECTED_WITH = ("model", "data", "video_root", "oracle", "oracle_model", "clips", "prompts", "samples", "temperature",
                   "max_new_tokens", "min_margin", "seed")  # the flags that decide what a preference file holds
@@ -73,13 +80,14 @@ class Args:
     oracle: str = HfArg(default="context", help="context: a judge that knows the narrative [V]; judge: without it; "
                         "reference: token F1 with the label, not RLAIF")
     clips: int = HfArg(default=3, help="parts the video is cut into for the narrative [V: 3]")
-    prompts: int = HfArg(default=7200, help="questions to collect two answers for [V: 40k]")
-    samples: int = HfArg(default=4, help="answers drawn to find two different ones (D1)")
+    prompts: int = HfArg(default=10000, help="questions to collect answers to [V: 40k]")
+    samples: int = HfArg(default=4, help="answers drawn to a question; the different ones are compared (D1) [V: 2]")
     temperature: float = HfArg(default=1.0, help="sampling temperature [V: 1.0]")
     max_new_tokens: int = HfArg(default=16, help="longest sampled answer, EOS included")
     min_margin: float = HfArg(default=0.1, help="drop pairs with |P - 1/2| below this (D2)")
     # -- the reward model
     narrative: bool = HfArg(default=True, help="the reward model reads the narrative before the question (D4)")
+    guided: bool = HfArg(default=True, help="the judge's own answer stands beside the one to be rewarded (D10)")
     answer_first: bool = HfArg(default=True, help="the answer stands before the question, not behind it (D3)")
     centring: float = HfArg(default=0.01, help="weight of the centring term [V: 1e-3] (D6)")
     lora_r: int = HfArg(default=0, help="LoRA rank on the decoder [V: 64]; 0 trains all weights but CLIP's (D9)")
@@ -88,9 +96,10 @@ class Args:
     # -- budget
     epochs: float = HfArg(default=4.0, help="passes over the pairs [V: 1]")
     prompts_per_step: int = HfArg(default=16, help="videos per optimizer step, over all processes")
-    pack: int = HfArg(default=4, help="pairs about one video that share its prefix, at most")
+    pack: int = HfArg(default=8, help="pairs about one video that share its prefix, at most")
     micro_batch_size: int = HfArg(default=4, help="videos (times --pack pairs) per forward pass and process")
     lr: float = HfArg(default=5e-4, help="peak learning rate; short warm-up, then linear to zero [V: 2e-5]")
+    head_lr: float = HfArg(default=1e-2, help="peak learning rate of the scalar head, which starts from zero (D11)")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay [V: 0]")
     share: float = HfArg(default=1.0, help="train on this share of the training pairs, drawn by --seed [V Fig. 5]")
     eval_share: float = HfArg(default=0.15, help="share of the videos held out (D7)")
@@ -122,7 +131,9 @@ class Args:
                          max_prompt_tokens=1, max_answer_tokens=1)
         if not (0 < self.eval_share < 1 and 0 < self.share <= 1 and self.min_margin < 0.5):
             raise ValueError("--eval_share must lie between 0 and 1, --share in (0, 1], --min_margin below 0.5")
-        harness.above_zero(self, "epochs", "lr", "temperature")
+        if self.guided and not self.answer_first:
+            raise ValueError("--answer_first False: the judge's task ends with the question; add --guided False")
+        harness.above_zero(self, "epochs", "lr", "head_lr", "temperature")
         harness.check_training(self, batch="prompts_per_step")
         if self.stage == "collect" and "," in self.preferences:
             raise ValueError(f"--preferences {self.preferences}: --stage collect writes one file")
@@ -167,7 +178,7 @@ def lr_at(step, steps, lr):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Collect: two answers, the judge's choice                                                            [V Sec. 3.1]
+# Collect: answers, the judge's choices                                                               [V Sec. 3.1]
 # ---------------------------------------------------------------------------------------------------------------
 def collect(args, rank, world, device):
     """Write args.preferences. Beside it grows <file>.answers.jsonl: a first row with the flags, then one row for each
@@ -207,7 +218,7 @@ def collect(args, rank, world, device):
 
 
 def ask(batch, indices, policy, processor, cache, oracle, device, args):
-    """Two different answers to each question [D1] and the oracle's choice between them. -> rows."""
+    """The different answers among --samples draws and the oracle's choice in each pair of them [D1]. -> rows."""
     clips, questions = [r["clip"] for r in batch], [r["question"] for r in batch]
     prefix = Prefix.build(processor, cache, questions, clips, device, args.max_prompt_tokens)
     draw = lambda i: np.random.default_rng([args.seed, i]).random((args.samples, args.max_new_tokens))
@@ -216,15 +227,17 @@ def ask(batch, indices, policy, processor, cache, oracle, device, args):
     tokens, lengths, _ = generate(policy, prefix, uniforms, eos, args.temperature)  # (B,samples,T)
     distinct = [list({normalize(a): a for a in reversed(group)}.values())[::-1]  # the first of each kind, in order
                 for group in processor.decode_answers(tokens, lengths)]
-    two = [(d + d)[:2] for d in distinct]  # of one kind only: the answer twice, which is no pair
+    K = max(map(len, distinct))
+    groups = [(d * K)[:K] for d in distinct]  # filled up with copies, which are not compared
     if isinstance(oracle, ReferenceOracle):
-        p = 0.5 + oracle.score(clips, questions, two)[0].diff(dim=-1).squeeze(-1) / -2  # (B,)
-        stories = [None] * len(batch)
+        scores, stories = oracle.score(clips, questions, groups)[0], [None] * len(batch)  # (B,K)
+        prefers = 0.5 + (scores.unsqueeze(2) - scores.unsqueeze(1)) / 2  # (B,K,K)
     else:
-        p = oracle.preferences(clips, questions, two)[:, 0, 1]  # (B,) both orders averaged
+        prefers = oracle.preferences(clips, questions, groups)  # (B,K,K) both orders averaged
         stories = oracle.narratives(clips) if oracle.narrative else [None] * len(batch)
-    return [dict(id=r["id"], answers=pair, p=round(float(q), 6), narrative=story)
-            for r, pair, q, story in zip(batch, two, p, stories)]
+    return [dict(id=r["id"], answers=d, narrative=story,
+                 p=[[i, j, round(float(p[i, j]), 6)] for j in range(len(d)) for i in range(j)])
+            for r, d, p, story in zip(batch, distinct, prefers, stories)]
 
 
 def choose_pairs(rows, records, min_margin):
@@ -232,24 +245,24 @@ def choose_pairs(rows, records, min_margin):
     pairs, right = [], {"all": [], "kept": []}
     counts = dict(asked=len(rows), same_answer=0, near_tie=0, empty_chosen=0)
     for row, record in zip(rows, records):
-        (a, b), p = row["answers"], row["p"]
-        if normalize(a) == normalize(b):
-            counts["same_answer"] += 1
-            continue
-        drop = abs(p - 0.5) < max(min_margin, 1e-6)
-        counts["near_tie"] += drop
-        truth = [is_correct(x, record["answer"]) for x in (a, b)] if record["answer"] else [False, False]
-        if truth[0] != truth[1]:
-            vote = 0.5 if abs(p - 0.5) < 1e-6 else float((p > 0.5) == truth[0])
-            for which in ["all"] + ["kept"] * (not drop):
-                right[which].append(vote)
-        chosen, rejected = (a, b) if p > 0.5 else (b, a)
-        if not drop and not chosen:
-            counts["empty_chosen"] += 1  # nobody learns to say nothing
-        elif not drop:
-            pairs.append(dict(id=row["id"], clip=record["clip"], question=record["question"], chosen=chosen,
-                              rejected=rejected, place=1 if p > 0.5 else 2, margin=round(abs(p - 0.5), 6),
-                              answer=record["answer"], task_type=record["task_type"], narrative=row["narrative"]))
+        counts["same_answer"] += len(row["answers"]) == 1
+        for i, j, p in row["p"]:
+            a, b = row["answers"][i], row["answers"][j]
+            drop = abs(p - 0.5) < max(min_margin, 1e-6)
+            counts["near_tie"] += drop
+            truth = [is_correct(x, record["answer"]) for x in (a, b)] if record["answer"] else [False, False]
+            if truth[0] != truth[1]:
+                vote = 0.5 if abs(p - 0.5) < 1e-6 else float((p > 0.5) == truth[0])
+                for which in ["all"] + ["kept"] * (not drop):
+                    right[which].append(vote)
+            chosen, rejected = (a, b) if p > 0.5 else (b, a)
+            if not drop and not chosen:
+                counts["empty_chosen"] += 1  # nobody learns to say nothing
+            elif not drop:
+                pairs.append(dict(id=f"{row['id']} {i}-{j}", clip=record["clip"], question=record["question"],
+                                  chosen=chosen, rejected=rejected, place=1 if p > 0.5 else 2,
+                                  margin=round(abs(p - 0.5), 6), answer=record["answer"],
+                                  task_type=record["task_type"], narrative=row["narrative"]))
     for which, votes in right.items():
         counts[f"one_right_{which}"] = len(votes)
         counts[f"oracle_accuracy_{which}"] = round(sum(votes) / len(votes), 4) if votes else None
@@ -319,8 +332,11 @@ def main(args):
     words = unwrap(model).get_output_embeddings().weight
     if words is not unwrap(model).get_input_embeddings().weight:
         words.requires_grad_(False)  # no word is predicted here
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    params, body = list(trained.values()), [p for n, p in trained.items() if "score_head" not in n]
+    head = [p for n, p in trained.items() if "score_head" in n]
+    optimizer = torch.optim.AdamW([dict(params=body), dict(params=head)], betas=(0.9, 0.98),
+                                  weight_decay=args.weight_decay)
     start = harness.load_trainer(checkpoint, optimizer) if checkpoint else 0
     cache = FeatureCache(unwrap(model), processor, args.cache)
     broken = harness.prepare_videos(cache, [p["clip"] for p in pairs if p["clip"]], folder, rank, world)
@@ -330,7 +346,7 @@ def main(args):
     if len(groups) < args.prompts_per_step or len(held_groups) < world:
         sys.exit(f"{args.preferences}: {len(train)} pairs to train on and {len(held)} held out are too few")
     steps = math.ceil(args.epochs * len(groups) / args.prompts_per_step)
-    stories = tell(args, train + held, rank, world, device)
+    stories, owns = tell(args, train + held, rank, world, device)
     if rank == 0:
         print("\n".join(report_lines(report)))
         print(f"{len(train)} pairs to train on, {len(held)} on other videos to measure; {len(broken)} broken videos")
@@ -338,9 +354,9 @@ def main(args):
     log = harness.Log(folder, steps, start, rank)
 
     def rewards_of(m, some):  # groups of pairs -> (n,2), and the pairs in the order of the rows
-        prefix, tokens, lengths, real = collate(some, stories, processor, cache, device, args)
+        prefix, tokens, lengths, places = collate(some, stories, owns, processor, cache, device, args)
         rewards = read_rewards(token_scores(m, prefix, tokens, lengths), lengths)  # (B,G)
-        return rewards[real].view(-1, 2), [p for group in some for p in group]
+        return rewards.view(-1)[places], [p for group in some for p in group]
 
     for step in range(start, steps):
         # 2. Rewards of the answers behind one prefix per video, Bradley-Terry and centring        [BT, C; D3, D6]
@@ -349,8 +365,8 @@ def main(args):
         n_pairs = sum(map(len, batch))
         mine = batch[rank::world]
         micros = [mine[i : i + args.micro_batch_size] for i in range(0, len(mine), args.micro_batch_size)]
-        for g in optimizer.param_groups:
-            g["lr"] = lr_at(step, steps, args.lr)
+        for g, peak in zip(optimizer.param_groups, (args.lr, args.head_lr)):  # D11
+            g["lr"] = lr_at(step, steps, peak)
         for k, micro in enumerate(micros):
             with harness.no_sync(ddp, when=k < len(micros) - 1):
                 rewards, pairs = rewards_of(ddp, micro)  # (n,2)
@@ -384,7 +400,7 @@ def main(args):
             harness.save_checkpoint(folder, f"checkpoint-{step + 1}", model, processor, optimizer, step + 1)
 
     # 5. Normalise (D8) and say how the model is to be used
-    mine, rewards = groups[rank::world], torch.zeros(0, dtype=torch.float64)
+    mine, rewards = groups[:1000][rank::world], torch.zeros(0, dtype=torch.float64)  # enough for two numbers
     with torch.no_grad():
         for i in range(0, len(mine), args.micro_batch_size):
             part = rewards_of(model, mine[i : i + args.micro_batch_size])[0]
@@ -393,10 +409,10 @@ def main(args):
     n, total, squares = harness.all_sum(sums).tolist()
     mean, std = total / n, math.sqrt(max(squares / n - (total / n) ** 2, 1e-12))
     normalise_head(unwrap(model).score_head, mean, std)
-    about = dict(narrative_clips=args.clips if args.narrative else 0, narrative_model=args.oracle_model,
-                 answer_first=args.answer_first, mean=mean, std=std, pairs=len(train), held_out_pairs=len(held),
-                 **{k: row[k] for k in row if "eval/" in k})
-    harness.finish(folder, model, processor, rank, about={"reward_model.json": about})
+    settings = dict(narrative_clips=args.clips if args.narrative else 0, narrative_model=args.oracle_model,
+                    answer_first=args.answer_first, guided=args.guided, mean=mean, std=std, pairs=len(train),
+                    held_out_pairs=len(held), **{k: row[k] for k in row if "eval/" in k})
+    harness.finish(folder, model, processor, rank, about={"reward_model.json": settings})
 
 
 def split_by_video(pairs, share, seed):
@@ -408,15 +424,27 @@ def split_by_video(pairs, share, seed):
 
 
 def tell(args, pairs, rank, world, device):
-    """{clip: narrative} where the reward model reads narratives, told by the judge's model and cached on disk."""
-    if not args.narrative:
-        return {}
-    with harness.one_line_errors(OSError):
-        oracle = JudgeOracle(args.oracle_model, args.cache, True, str(device), clips=args.clips)
-    clips = sorted({p["clip"] for p in pairs if p["clip"]}, key=str)
-    oracle.narratives(clips[rank::world])
-    harness.barrier()
-    return dict(zip(clips, oracle.narratives(clips)))
+    """-> {clip: narrative}, {id: the judge's own answer}: what the reward model reads beside the answers, empty where
+    it does not. Narratives are cached on disk."""
+    stories, owns = {}, {}
+    if args.narrative or args.guided:
+        with harness.one_line_errors(OSError):
+            oracle = JudgeOracle(args.oracle_model, args.cache, True, str(device), clips=args.clips)
+    if args.narrative:
+        clips = sorted({p["clip"] for p in pairs if p["clip"]}, key=str)
+        oracle.narratives(clips[rank::world])
+        harness.barrier()
+        stories = dict(zip(clips, oracle.narratives(clips)))
+    if args.guided:
+        asked = {about(p): p for p in pairs if p["clip"]}
+        mine = sorted(asked)[rank::world]
+        said = oracle.answer([asked[k]["clip"] for k in mine], [asked[k]["question"] for k in mine])
+        owns = {k: v for part in harness.all_gather(dict(zip(mine, said))) for k, v in part.items()}
+    return stories, owns
+
+
+def about(pair):
+    return f"{pair['clip']} {pair['question']}"
 
 
 def by_video(pairs, pack):
@@ -432,14 +460,20 @@ def group_size(group):
     return len(group), max(len(f"{p['question']} {p['chosen']} {p['rejected']}") for p in group)
 
 
-def collate(groups, stories, processor, cache, device, args):
-    """Groups of pairs -> Prefix of B videos, tokens (B,G,T), lengths (B,G), real (B,G) bool: chosen and rejected of a
-    pair are neighbours; a group with fewer pairs than the largest is filled up with rows that are not real."""
-    clips = [group[0]["clip"] for group in groups]
-    rows = [[(p["question"], stories.get(clip), p[k]) for p in group for k in ("chosen", "rejected")]
-            for group, clip in zip(groups, clips)]
-    return reward_batch(rows, clips, processor, cache, device, args.answer_first, args.max_prompt_tokens,
-                        args.max_answer_tokens)
+def collate(groups, stories, owns, processor, cache, device, args):
+    """Groups of n pairs in all -> Prefix of B videos, tokens (B,G,T), lengths (B,G) of their different answers, and
+    where each pair's are among these B*G: (n,2), chosen first."""
+    clips, rows, places = [group[0]["clip"] for group in groups], [], []
+    for b, group in enumerate(groups):
+        key = lambda p, side: (str(p["question"]), p[side])
+        texts = {key(p, side): (p["question"], stories.get(clips[b]), p[side], owns.get(about(p)))
+                 for p in group for side in SIDES}
+        rows.append(list(texts.values()))  # an answer that is in several pairs is read once
+        places += [[b, *(list(texts).index(key(p, side)) for side in SIDES)] for p in group]
+    prefix, tokens, lengths = reward_batch(rows, clips, processor, cache, device, args.answer_first,
+                                           args.max_prompt_tokens, args.max_answer_tokens)
+    places = torch.tensor(places, device=device)
+    return prefix, tokens, lengths, places[:, :1] * lengths.shape[1] + places[:, 1:]
 
 
 def measure(rewards, pairs):

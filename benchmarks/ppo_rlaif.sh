@@ -14,7 +14,7 @@ for s in $SEEDS; do
   sft_continued $s
 done | side_by_side
 for s in $SEEDS; do
-  echo "rm_weak_s$s $PY reward_model.py --seed $s --resume --name weak --narrative False --share 0.1"
+  echo "rm_weak_s$s $PY reward_model.py --seed $s --resume --name weak --narrative False --guided False --share 0.1"
 done | side_by_side
 
 # 150 steps x 48 questions x 5 answers = 36,000 sampled answers each

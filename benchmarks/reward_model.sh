@@ -10,9 +10,10 @@ done | side_by_side
 for s in $SEEDS; do
   r="$PY reward_model.py --seed $s --resume --name"
   echo "rm_clips1_s$s $r clips1 --clips 1"
-  echo "rm_nocontext_s$s $r nocontext --oracle judge --narrative False"
-  echo "rm_videoonly_s$s $r videoonly --narrative False"
-  echo "rm_answerlast_s$s $r answerlast --answer_first False"
+  echo "rm_nocontext_s$s $r nocontext --oracle judge --narrative False --guided False"
+  echo "rm_videoonly_s$s $r videoonly --narrative False --guided False"
+  echo "rm_unguided_s$s $r unguided --guided False"
+  echo "rm_answerlast_s$s $r answerlast --guided False --answer_first False"
   echo "rm_weakbase_s$s $r weakbase --base runs/sft/policy_s$s/final"
   echo "rm_share50_s$s $r share50 --share 0.5"
   echo "rm_share25_s$s $r share25 --share 0.25"

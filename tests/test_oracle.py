@@ -308,13 +308,13 @@ def rewarding(policy, tmp_path_factory):
             p.data += 0.7 * torch.randn(p.shape, generator=generator) * p[0].numel() ** -0.5
     save_model(model, processor, folder)
     (folder / "reward_model.json").write_text(json.dumps(dict(narrative_clips=0, narrative_model=str(policy),
-                                                               answer_first=True)))
+                                                               answer_first=True, guided=False)))
     return folder
 
 
-def reward(judge, clip, question, story, answer, answer_first):
+def reward(judge, clip, question, story, answer, answer_first, own):
     if answer_first:
-        ids = judge.processor.prompt_ids(reward_prompt(question, story, answer))
+        ids = judge.processor.prompt_ids(reward_prompt(question, story, answer, own))
     else:
         ids = judge.processor.prompt_ids(reward_prompt(question, story)) + judge.processor.answer_ids(answer)
     features, frame_mask = judge.cache([clip])
@@ -324,18 +324,24 @@ def reward(judge, clip, question, story, answer, answer_first):
                            frame_mask=frame_mask, scores=True).logits[0, -1, 0].item()
 
 
-@pytest.mark.parametrize("parts, answer_first", [(0, False), (0, True), (2, False), (2, True)])
-def test_rewards_are_read_at_the_end_of_the_text(rewarding, policy, clips, tmp_path, parts, answer_first, monkeypatch):
+@pytest.mark.parametrize("parts, answer_first, guided", [(0, False, False), (0, True, True), (2, False, False),
+                                                         (2, True, False), (2, True, True)])
+def test_rewards_are_read_at_the_end_of_the_text(rewarding, policy, clips, tmp_path, parts, answer_first, guided,
+                                                 monkeypatch):
     about = rewarding / "reward_model.json"
-    about.write_text(json.dumps(dict(narrative_clips=parts, narrative_model=str(policy), answer_first=answer_first)))
+    about.write_text(json.dumps(dict(narrative_clips=parts, narrative_model=str(policy), answer_first=answer_first,
+                                guided=guided)))
     judge = RewardModelOracle(rewarding, tmp_path)
     if parts:
         assert judge.teller.clips == parts
         monkeypatch.setattr(judge.teller, "narratives", lambda videos: [f"story {clips.index(v)}" for v in videos])
+    if guided:
+        monkeypatch.setattr(judge.teller, "answer", lambda videos, questions: [f"own {q}" for q in questions])
     scores, ok = judge.score(clips, QUESTIONS, ANSWERS)
     stories = [f"story {b}" if parts else None for b in range(3)]
-    single = torch.tensor([[reward(judge, clips[b], QUESTIONS[b], stories[b], a, answer_first) for a in ANSWERS[b]]
-                           for b in range(3)])
+    owns = [f"own {q}" if guided else None for q in QUESTIONS]
+    single = torch.tensor([[reward(judge, clips[b], QUESTIONS[b], stories[b], a, answer_first, owns[b])
+                            for a in ANSWERS[b]] for b in range(3)])
     single[0, 2] = single[0, 0]  # "The red circle.": the plain one stands for both
     torch.testing.assert_close(scores, single, rtol=0, atol=1e-4)
     assert ok.all() and scores[1].std() > 1e-3 and scores[0, 0] == scores[0, 2]
@@ -347,7 +353,7 @@ def test_what_is_no_reward_model_is_refused(rewarding, policy, tmp_path):
     with pytest.raises(DataError, match="scalar head"):
         RewardModelOracle(policy, tmp_path)
     about = rewarding / "reward_model.json"
-    for text in ("{", "[]", '{"narrative_clips": 3, "narrative_model": "y"}',
+    for text in ("{", "[]", '{"narrative_clips": 3, "narrative_model": "y", "answer_first": true}',
                  '{"narrative_clips": "x", "narrative_model": "y"}'):
         about.write_text(text)
         with pytest.raises(DataError, match="reward_model.json") as e:

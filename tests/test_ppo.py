@@ -27,6 +27,7 @@ from ppo_rlaif import (
     Args,
     Validation,
     by_length,
+    centered,
     gae,
     lr_at,
     moments,
@@ -170,6 +171,11 @@ def test_schedules():
     near([lr_at(s, args, 2.0) for s in (0, 50, 75)], [0.4, 1.0, 2 * 0.5 * (1 - math.cos(math.pi / 4))])
 
 
+def test_centred_scores_compare_the_answers_to_one_question():
+    near(centered(t([[3.0, 1.0, 2.0], [0.0, 0.0, 0.0]])), [[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
+    near(centered(t([[3.0, 1.0, 2.0]]) + 50), [[1.0, -1.0, 0.0]])  # what Bradley-Terry leaves open changes nothing
+
+
 def test_scores_are_normalised_once_over_what_could_be_scored():
     scores, ok = t([[1.0, 3.0], [100.0, 100.0], [5.0, 7.0]]), t([True, False, True])
     mean, gain = normal_of(scores, ok, 0.0)
@@ -219,7 +225,8 @@ def test_preset_paper_is_the_published_script_and_flags_still_win(monkeypatch):
     assert (ours.lr, ours.lora_r, ours.kl_coef) == (default.lr, 8, 0.1)  # even where it is the other default
 
 
-BAD = ["--G 0", "--steps 0", "--oracle god", "--oracle reference,god", "--stop_oracle god", "--preset best", "--lr 0",
+BAD = ["--G 0", "--G 1", "--steps 0", "--oracle god", "--oracle reference,god", "--stop_oracle god", "--preset best",
+       "--lr 0",
        "--oracle judge --stop_oracle judge", "--quantize nf4", "--quantize int8 --lora_r 4", "--gamma 1.5", "--lam -1",
        "--prompts_per_step 7", "--mini_batches 5", "--ppo_epochs 0", "--clip_range 1", "--clip_range 0", "--lora_r -1",
        "--value_clip_range 0", "--kl_coef -1", "--target_kl 6 --kl_coef 0", "--schedule step", "--adam_eps 0",
@@ -251,7 +258,7 @@ def reward_model(policy):
     save_model(adapter, processor, folder / "adapter")
     save_model(load_model(folder / "adapter")[0].merge_and_unload(), processor, folder / "final")
     for name in ("adapter", "final"):
-        about = dict(narrative_clips=0, narrative_model="", answer_first=True)
+        about = dict(narrative_clips=0, narrative_model="", answer_first=False, guided=False)
         (folder / name / "reward_model.json").write_text(json.dumps(about))
     return folder / "final"
 
@@ -334,7 +341,8 @@ def test_the_gradient_of_a_step(world, policy, monkeypatch):
     ok = t([True, True, False, True])
     monkeypatch.setattr(ppo_rlaif, "generate", generate)
     monkeypatch.setattr(ppo_rlaif, "Roles", Lively)
-    monkeypatch.setattr("oracle.ReferenceOracle.score", lambda *_: (t([[3.0, 1.0, 2.0]] * 4), ok))
+    scores = t([[3.0, 1.0, 2.0], [-7.0, -9.0, -8.0], [3.0, 1.0, 2.0], [13.0, 11.0, 12.0]])  # D9: a constant each
+    monkeypatch.setattr("oracle.ReferenceOracle.score", lambda *_: (scores, ok))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop_there)
     flags = ["--mini_batches", "1", "--ppo_epochs", "1", "--temperature", "0.7", "--kl_coef", "0.3", "--gamma", "0.9",
              "--lam", "0.8", "--missing_eos_penalty", "2", "--length_penalty", "0.5", "--name", "gradient"]
@@ -390,7 +398,8 @@ def test_pad_may_be_eos(world, policy, monkeypatch):
 
 
 def test_the_value_model_starts_from_the_reward_model(world, policy, reward_model, monkeypatch):
-    """Its head is rescaled with the scores: at an answer's end it says the normalised score of the first batch."""
+    """Its head is rescaled with the scores: at an answer's end it says the normalised score of the first batch; of
+    centred scores it expects nothing yet."""
     seen = {}
 
     def score(self, clips, questions, answers):
@@ -406,8 +415,12 @@ def test_the_value_model_starts_from_the_reward_model(world, policy, reward_mode
     original, rescale = RewardModelOracle.score, Roles.rescale_head
     monkeypatch.setattr(RewardModelOracle, "score", score)
     monkeypatch.setattr(Roles, "rescale_head", stop_there)
+    flags = [*SHORT, "--oracle", "reward_model", "--reward_model", reward_model]
     with pytest.raises(SystemExit, match="enough"):
-        main_of(monkeypatch, world, *SHORT, "--oracle", "reward_model", "--reward_model", reward_model, "--name", "rm")
+        main_of(monkeypatch, world, *flags, "--name", "rm_centred")
+    assert not seen["roles"].value.score_head.weight.any() and not seen["roles"].value.score_head.bias.any()
+    with pytest.raises(SystemExit, match="enough"):
+        main_of(monkeypatch, world, *flags, "--center_scores", "False", "--name", "rm")
     roles, (scores, _), (mean, gain) = seen["roles"], seen["scores"], seen["normal"]
     near(((scores - mean) * gain).mean(), 0.0, 1e-5)
     near(((scores - mean) * gain).std(unbiased=False), 1.0, 1e-5)
@@ -440,7 +453,7 @@ def test_lora_is_one_network_in_four_roles(world, policy, reward_model, monkeypa
     folder = world / f"runs/ppo_rlaif/{name}_s0"
     first, second = rows(folder)
     assert first["objective/kl"] == 0 != second["objective/kl"]
-    assert first["objective/score"] != second["objective/score"] and first["val/value"] != 0
+    assert first["objective/score"] != second["objective/score"] and second["val/value"] != 0
     changed = moved(policy, folder)
     assert changed and all(n.startswith("language_model.") and n.endswith("proj.weight") for n in changed)
     assert {p.name for p in (folder / "adapter").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}

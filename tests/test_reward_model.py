@@ -16,8 +16,17 @@ from test_video_llm import lively, with_head
 
 import reward_model
 from data import Clip, FeatureCache, read_records
+from oracle import judge_prompt
 from preferences import read_preferences, reward_batch, reward_prompt, write_preferences
-from reward_model import bradley_terry, centring_term, choose_pairs, normalise_head, read_rewards, split_by_video
+from reward_model import (
+    about,
+    bradley_terry,
+    centring_term,
+    choose_pairs,
+    normalise_head,
+    read_rewards,
+    split_by_video,
+)
 from video_llm import Prefix, add_lora, load_model, token_scores
 
 JUDGE = "runs/sft/policy_s0/final"  # in the miniature world one model answers, judges and starts
@@ -69,17 +78,22 @@ def test_normalised_rewards(policy, lora):
 # --- which pairs -----------------------------------------------------------------------------------------------------
 def test_choose_pairs():
     record = lambda k: dict(clip=Clip(f"{k}.mp4"), question="which?", answer="red", task_type=None)
-    row = lambda k, a, b, p: dict(id=str(k), answers=[a, b], p=p, narrative=None)
-    cases = [("red", "blue", 0.9), ("blue", "red", 0.2), ("blue", "red", 0.9), ("red", "the red.", 0.5),
-             ("blue", "green", 0.61), ("red", "blue", 0.55), ("red", "blue", 0.5), ("", "blue", 0.8),
-             ("blue", "", 0.8)]
-    pairs, counts = choose_pairs([row(k, *c) for k, c in enumerate(cases)], [record(k) for k in range(9)], 0.1)
+    row = lambda k, a, b, p: dict(id=str(k), answers=[a, b], p=[[0, 1, p]], narrative=None)
+    cases = [("red", "blue", 0.9), ("blue", "red", 0.2), ("blue", "red", 0.9), ("blue", "green", 0.61),
+             ("red", "blue", 0.55), ("red", "blue", 0.5), ("", "blue", 0.8), ("blue", "", 0.8)]
+    rows = [row(k, *c) for k, c in enumerate(cases)] + [dict(id="8", answers=["red"], p=[], narrative=None)]
+    three = dict(answers=["red", "blue", "green"], p=[[0, 1, 0.7], [0, 2, 0.5], [1, 2, 0.1]])
+    rows.append(dict(id="9", narrative="x", **three))
+    pairs, counts = choose_pairs(rows, [record(k) for k in range(10)], 0.1)
     assert [(p["id"], p["chosen"], p["rejected"], p["place"]) for p in pairs] == [
-        ("0", "red", "blue", 1), ("1", "red", "blue", 2), ("2", "blue", "red", 1), ("4", "blue", "green", 1),
-        ("8", "blue", "", 1)]
-    assert [p["margin"] for p in pairs] == pytest.approx([0.4, 0.3, 0.4, 0.11, 0.3])
-    assert counts == dict(asked=9, same_answer=1, near_tie=2, empty_chosen=1, one_right_all=5, one_right_kept=3,
-                          oracle_accuracy_all=0.7, oracle_accuracy_kept=round(2 / 3, 4))
+        ("0 0-1", "red", "blue", 1), ("1 0-1", "red", "blue", 2), ("2 0-1", "blue", "red", 1),
+        ("3 0-1", "blue", "green", 1), ("7 0-1", "blue", "", 1), ("9 0-1", "red", "blue", 1),
+        ("9 1-2", "green", "blue", 2)]
+    assert [p["margin"] for p in pairs] == pytest.approx([0.4, 0.3, 0.4, 0.11, 0.3, 0.2, 0.4])
+    assert pairs[-1]["narrative"] == "x" and str(pairs[-1]["clip"].path) == "9.mp4"
+    # one right: 0, 1, 2 (wrong), 4 and 5 (dropped, 5 a draw), 9's first and second (a draw, dropped)
+    assert counts == dict(asked=10, same_answer=1, near_tie=3, empty_chosen=1, one_right_all=7, one_right_kept=4,
+                          oracle_accuracy_all=round(5 / 7, 4), oracle_accuracy_kept=0.75)
     pairs, counts = choose_pairs([row(0, "red", "blue", 0.5)], [record(0)], 0)
     assert not pairs and counts["near_tie"] == 1  # a margin of zero asks for a choice all the same
 
@@ -95,8 +109,8 @@ def test_held_out_pairs_share_no_video():
 
 
 # --- rewards against the slow way ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("answer_first", [True, False])
-def test_packed_pairs_are_rewarded_as_if_alone(world, policy, tmp_path, answer_first):
+@pytest.mark.parametrize("answer_first, guided", [(True, True), (True, False), (False, False)])
+def test_packed_pairs_are_rewarded_as_if_alone(world, policy, tmp_path, answer_first, guided):
     """Whatever stands beside a pair, in its group or its batch, on either side of its padding."""
     model, processor = load_model(policy)
     model, cache = with_head(lively(model)), FeatureCache(model, processor, tmp_path)
@@ -108,50 +122,57 @@ def test_packed_pairs_are_rewarded_as_if_alone(world, policy, tmp_path, answer_f
              for c in clips for k, r in enumerate([r for r in records if r["clip"] == c][: 2 + clips.index(c)])]
     args = SimpleNamespace(max_prompt_tokens=200, max_answer_tokens=20, answer_first=answer_first)
     groups = reward_model.by_video(pairs, 3)
-    assert [len(g) for g in groups] == [2, 3, 3, 1]
-    prefix, tokens, lengths, real = reward_model.collate(groups, stories, processor, cache, "cpu", args)
-    rewards = read_rewards(token_scores(model, prefix, tokens, lengths), lengths)[real].view(-1, 2)
+    pairs += [dict(groups[-1][0], chosen=c, rejected=r) for c, r in (said[:2], said[1:3], said[2::-2])]
+    groups = reward_model.by_video(pairs, 4)
+    assert [len(g) for g in groups] == [2, 3, 4, 3]
+    owns = {about(p): f"own {k}" for k, p in enumerate(pairs)} if guided else {}
+    prefix, tokens, lengths, places = reward_model.collate(groups, stories, owns, processor, cache, "cpu", args)
+    assert places.shape == (12, 2) and len(places[-3:].unique()) == 3  # an answer in several pairs is read once
+    rewards = read_rewards(token_scores(model, prefix, tokens, lengths), lengths).view(-1)[places]
     for p, both in zip([p for g in groups for p in g], rewards):
         for answer, reward in zip((p["chosen"], p["rejected"]), both):
             one = reward_alone(model, processor, cache, p["clip"], p["question"], stories.get(p["clip"]), answer,
-                               answer_first)
-            torch.testing.assert_close(one, reward, rtol=1e-5, atol=1e-5)
+                               answer_first, owns.get(about(p)))
+            torch.testing.assert_close(one, reward, rtol=1e-4, atol=1e-4)
     assert rewards.std() > 0.1 and prefix.input_ids.shape[1] > 20
 
 
 @pytest.mark.parametrize("question", ["which colour?", [{"role": "user", "content": "who?"},
                          {"role": "assistant", "content": "a cat"}, {"role": "user", "content": "which colour?"}]])
 def test_the_answer_stands_before_the_last_question(question):
-    said = reward_prompt(question, "A cat sits.", "red")
-    first = "A cat sits.\nResponse 1: red\nWhich response is better?\nwhich colour?"
+    said = reward_prompt(question, "A cat sits.", "red", "blue")
+    first = "A cat sits.\nResponse 1: red\nResponse 2: blue\nWhich response is better?\nwhich colour?"
     if isinstance(question, str):
         assert said == first and reward_prompt(question) == question
+        assert said == "".join(judge_prompt(question, "red", "blue", "A cat sits."))  # the judge's task, word for word
+        assert reward_prompt(question, None, "red") == first.split("\n", 1)[1].replace("Response 2: blue\n", "")
     else:
         assert said[0]["content"] == "A cat sits.\nwho?" and said[1] == question[1]
-        assert said[2]["content"] == "Response 1: red\nWhich response is better?\nwhich colour?"
+        assert said[2]["content"] == "Response 1: red\nResponse 2: blue\nWhich response is better?\nwhich colour?"
         assert reward_prompt(question) == question
 
 
 def test_a_batch_of_texts_with_and_without_answers_cut(policy):
     """The answer is cut at its own limit; equal answers are rows of equal tokens."""
     processor = load_model(policy)[1]
-    rows = [[("what is it?", None, "a b c d e f"), ("what is it?", None, "a b c d e f")], [("who?", "A cat.", "")]]
+    long = ("what is it?", None, "a b c d e f", None)
+    rows = [[long, long], [("who?", "A cat.", "", None)]]
     for answer_first in (True, False):
-        prefix, tokens, lengths, real = reward_batch(rows, [None, None], processor, None, "cpu", answer_first, 40, 3)
-        assert real.tolist() == [[True, True], [True, False]] and lengths[0].tolist() == [1, 1]
+        prefix, tokens, lengths = reward_batch(rows, [None, None], processor, None, "cpu", answer_first, 40, 3)
+        assert lengths[0].tolist() == [1, 1] and lengths[1, 1] == 1
         assert tokens[0, 0, 0] == tokens[0, 1, 0] and prefix.video_features is None
         text = processor.tokenizer.decode([*prefix.input_ids[0], *tokens[0, 0, :1]])
         cut = processor.tokenizer.decode(processor.answer_ids("a b c d e f", 3))
         assert cut in text and f"{cut} {'abcdef'[3 - ('a' not in cut)]}" not in text
     whole = processor.prompt_ids(reward_prompt("who?", "A cat.", ""), video=False)
-    prefix, tokens, lengths, _ = reward_batch(rows[1:], [None], processor, None, "cpu", True)
+    prefix, tokens, lengths = reward_batch(rows[1:], [None], processor, None, "cpu", True)
     assert prefix.input_ids[0].tolist() + tokens[0, 0].tolist() == whole and lengths.tolist() == [[1]]
 
 
-def reward_alone(model, processor, cache, clip, question, narrative, answer, answer_first):
+def reward_alone(model, processor, cache, clip, question, narrative, answer, answer_first, own=None):
     """One text, one forward pass, nothing packed and nothing padded."""
     if answer_first:
-        ids = processor.prompt_ids(reward_prompt(question, narrative, answer))
+        ids = processor.prompt_ids(reward_prompt(question, narrative, answer, own))
     else:
         ids = processor.prompt_ids(reward_prompt(question, narrative)) + processor.answer_ids(answer)
     prefix = Prefix(torch.tensor([ids[:-1]]), torch.ones(1, len(ids) - 1, dtype=torch.long), *cache([clip]))
@@ -171,18 +192,27 @@ def pairs_file(world, policy):
     return world / "runs/pairs/whole.json"
 
 
+def assert_same_answers(a, b):
+    assert a | {"p": 0} == b | {"p": 0} and torch.tensor(a["p"]).allclose(torch.tensor(b["p"]), atol=1e-5)
+
+
 def test_collect(world, pairs_file, monkeypatch):
     lines, written = collected(pairs_file.parent, "whole")
     pairs, report = read_preferences([str(pairs_file)])
     told = json.loads((pairs_file.parent / "whole.report.json").read_text())
     assert len(lines) == 61 and told["counts"]["asked"] == 60 and not report["skipped"]
     counts = told["counts"]
-    assert len(written) == len(pairs) == 60 - counts["same_answer"] - counts["near_tie"] - counts["empty_chosen"] > 20
+    compared = sum(len(line["p"]) for line in lines[1:])
+    assert len(written) == len(pairs) == compared - counts["near_tie"] - counts["empty_chosen"] > 40
+    assert counts["same_answer"] == sum(len(line["answers"]) == 1 for line in lines[1:])
     assert {r["preference"] for r in written} == {1, 2} and all(r["narrative"] for r in written)
     asked = {line["id"]: line for line in lines[1:]}
     for row in written:  # the preferred output is the one the judge gave more than a half
-        assert (asked[row["id"]]["p"] > 0.5) == (row["preference"] == 1)
-        assert [row["output_1"]["value"], row["output_2"]["value"]] == asked[row["id"]]["answers"]
+        name, _, places = row["id"].rpartition(" ")
+        i, j = map(int, places.split("-"))
+        p = next(p for a, b, p in asked[name]["p"] if (a, b) == (i, j))
+        assert (p > 0.5) == (row["preference"] == 1)
+        assert [row[f"output_{k}"]["value"] for k in (1, 2)] == [asked[name]["answers"][k] for k in (i, j)]
     labelled = json.loads((world / "runs/sft/policy_s0/labelled_clips.json").read_text())
     assert not {Path(r["video"]).name for r in written} & {Path(c).name for c in labelled}
 
@@ -198,7 +228,7 @@ def test_collect(world, pairs_file, monkeypatch):
     assert (pairs_file.parent / "half.answers.jsonl").read_text().splitlines()[:41] == whole[:41]
     for a, b in zip(*(collected(pairs_file.parent, name)[0][1:] for name in ("half", "whole"))):
         # the judge's batches differ by where the collection began: the last digit of P, nothing else
-        assert b | {"p": 0} == a | {"p": 0} and a["p"] == pytest.approx(b["p"], abs=1e-5)
+        assert_same_answers(a, b)
     assert [r["id"] for r in json.loads(half.read_text())] == [r["id"] for r in written]
 
 
@@ -210,7 +240,7 @@ def test_two_processes_collect_and_train_as_one(world, pairs_file, monkeypatch):
     lines = [collected(f, n)[0][1:] for f, n in (
         (pairs_file.parent, "whole"), (world / "runs/reward_model/preferences", "context_c3_s0"))]
     for a, b in zip(*lines):
-        assert a | {"p": 0} == b | {"p": 0} and a["p"] == pytest.approx(b["p"], abs=1e-5)
+        assert_same_answers(a, b)
     one, two = (world / f"runs/reward_model/{name}_s0" for name in ("one", "two"))
     assert len(rows(one)) == len(rows(two)) > 5
     for a, b in zip(rows(one)[:4], rows(two)):
@@ -249,8 +279,8 @@ def test_preferences_of_ones_own(world, pairs_file, policy, monkeypatch):
     """TRL's shape, another folder, no narrative; the rewards of the training answers have mean 0 and deviation 1."""
     pairs, _ = read_preferences([str(pairs_file)])
     write_preferences(world / "own/prefs.json", pairs, "trl")
-    main_of(monkeypatch, world, *TRAIN, "--preferences", "own/prefs.json", "--narrative", "False", "--name", "own",
-            "--share", "0.5", "--epochs", "4")
+    main_of(monkeypatch, world, *TRAIN, "--preferences", "own/prefs.json", "--narrative", "False", "--guided", "False",
+            "--name", "own", "--share", "0.5", "--epochs", "4")
     about = check_final(world / "runs/reward_model/own_s0/final", 0)
     train, held = split_by_video(pairs, 0.3, 0)
     assert about["pairs"] == math.ceil(len(train) / 2) and about["held_out_pairs"] == len(held)
@@ -258,7 +288,7 @@ def test_preferences_of_ones_own(world, pairs_file, policy, monkeypatch):
     cache = FeatureCache(model, processor, world / "cache")
     args = SimpleNamespace(max_prompt_tokens=99, max_answer_tokens=99, answer_first=True)
     half = reward_model.random.Random("0 share").sample(train, about["pairs"])
-    _, *rest = got = reward_model.collate([[p] for p in half], {}, processor, cache, "cpu", args)
+    _, *rest = got = reward_model.collate([[p] for p in half], {}, {}, processor, cache, "cpu", args)
     with torch.no_grad():
         rewards = read_rewards(token_scores(model, got[0], *rest[:2]), rest[1])
     assert rewards.mean().abs() < 1e-3 and rewards.std(correction=0) == pytest.approx(1, abs=1e-3)
@@ -268,7 +298,7 @@ def test_preferences_of_ones_own(world, pairs_file, policy, monkeypatch):
     (["--stage", "both"], "--stage both"), (["--oracle", "api"], "--oracle api"), (["--samples", "1"], "--samples 1"),
     (["--share", "0"], "--share"), (["--eval_share", "1"], "--eval_share"), (["--min_margin", "0.5"], "--min_margin"),
     (["--quantize", "nf4"], "--lora_r"), (["--prompts_per_step", "3"], "--micro_batch_size"),
-    (["--clips", "0"], "--clips 0"),
+    (["--clips", "0"], "--clips 0"), (["--answer_first", "False"], "--guided False"),
     (["--stage", "collect", "--preferences", "a.json,b.json"], "one file")])
 def test_bad_flags(world, policy, monkeypatch, capfd, flags, said):
     with pytest.raises(SystemExit) as stop:
