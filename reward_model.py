@@ -362,7 +362,7 @@ def main(args):
 
         # 3. Update
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        harness.stop_if_not_finite(grad_norm, folder, step, [[str(p["question"]), p["chosen"]] for p in pairs])
+        harness.stop_if_not_finite(grad_norm, log, folder, step, [[str(p["question"]), p["chosen"]] for p in pairs])
         optimizer.step()
         optimizer.zero_grad()
         log.add("policy/grad_norm", grad_norm)
@@ -378,8 +378,7 @@ def main(args):
                 for key in MEASURES:
                     log.add(f"eval/{key}", *measured[key])
         row = log.step(step, show=["losses/bradley_terry", "rm/accuracy", "eval/accuracy", "eval/truth_accuracy"])
-        if rank == 0 and (step + 1) % args.save_steps == 0 and step + 1 < steps:
-            harness.save_checkpoint(folder, f"checkpoint-{step + 1}", model, processor, optimizer, step + 1)
+        harness.checkpoint(log, folder, step + 1, steps, args.save_steps, model, processor, optimizer)
 
     # 5. Normalise (D8) and say how the model is to be used
     mine, rewards = groups[rank::world], torch.zeros(0, dtype=torch.float64)

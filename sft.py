@@ -214,14 +214,13 @@ def main(args):
         # 6. Update
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         asked = [[str(r["question"]), r["answer"]] for g in groups for r in g]
-        harness.stop_if_not_finite(grad_norm, folder, step, asked)
+        harness.stop_if_not_finite(grad_norm, log, folder, step, asked)
         optimizer.step()
         optimizer.zero_grad()
         log.add("policy/grad_norm", grad_norm)
         log.add("charts/lr", lr_at(step, args))
         log.step(step, show=["losses/sft", *(f"losses/{k}" for k in KINDS), "policy/grad_norm"])
-        if rank == 0 and (step + 1) % args.save_steps == 0 and step + 1 < args.steps:
-            harness.save_checkpoint(folder, f"checkpoint-{step + 1}", model, processor, optimizer, step + 1)
+        harness.checkpoint(log, folder, step + 1, args.steps, args.save_steps, model, processor, optimizer)
     harness.finish(folder, model, processor, rank)
 
 
