@@ -32,7 +32,7 @@ BLACK = 24  # of 255; a picture without a brighter dot
 class Args:
     videos: str = HfArg(default="", help="a folder, or one file")
     num_frames: int = HfArg(default=8, help="frames to read of each")
-    time_limit: float = HfArg(default=60.0, help="seconds of the processor for one file; ten times as much by the clock")
+    time_limit: float = HfArg(default=60.0, help="seconds of the processor for one file, by the clock ten times that")
     memory_gib: float = HfArg(default=4.0, help="memory for one file")
     workers: int = HfArg(default=os.cpu_count(), help="files at the same time")
     out: str = HfArg(default="", help="write {file: why it is refused} into this JSON file")

@@ -85,10 +85,10 @@ _reading = threading.local()  # of the video that this thread reads: .until, .la
 
 @contextlib.contextmanager
 def _watched(name):
-    """Limits the time for a video: SLOW seconds and a tenth of one per packet, at most SLOWEST, of the processor's time,
-    so that a busy machine changes nothing. Between two packets or frames that is a VideoError. A decoder that gives no
-    sign of life for STALL seconds cannot be stopped from within its process: a line names the video and the process
-    ends, so that nobody waits for it in vain."""
+    """Limits the processor's time for a video: SLOW seconds and a tenth of one per packet, at most SLOWEST; so a busy
+    machine changes nothing. Between two packets or frames that is a VideoError. A decoder that gives no sign of life
+    for STALL seconds cannot be stopped from within its process: a line names the video and the process ends, so that
+    nobody waits for it in vain."""
     over, now, beats = threading.Event(), time.thread_time(), [0]
     _reading.until, _reading.last, _reading.beats = now + SLOW, now + SLOWEST, beats
 
@@ -200,6 +200,8 @@ def _scan(path):
                     raise VideoError(f"cut off after {len(packets)} of {max(stream.frames, len(packets) + 1)} frames")
                 # Edit lists mark packets as discard: the decoder needs them, but they are not part of the video.
                 packets.append((packet.pts, packet.is_keyframe, not packet.is_discard))
+        if container.format.name == "gif" and not _tail(path).endswith(b";"):  # it marks its end
+            raise VideoError(f"cut off after {len(packets)} frames")
         shown = [pts for pts, _, is_shown in packets if is_shown]
         if not shown:
             raise VideoError("no frames")
@@ -215,6 +217,12 @@ def _scan(path):
             covered = max(end * float(container.streams[index].time_base) for index, end in ends.items())
             _check_covered(covered, container.duration / av.time_base, gap)
         return packets, base, rate, (ends[stream.index] - min(shown)) * base
+
+
+def _tail(path):
+    with open(path, "rb") as f:
+        f.seek(max(0, os.path.getsize(path) - 64))
+        return f.read().rstrip(b"\0\r\n ")
 
 
 def _check_covered(covered, promised, gap):
