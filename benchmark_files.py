@@ -191,7 +191,7 @@ def qa_rows(file, value, benchmark):
         elif benchmark == "cvrr_es":
             groups["dimension"] = Path(file).stem
             given = given or f"{Path(file).stem}_{len(rows)}"
-        elif question and benchmark != "mmaip_v":
+        elif question.strip() and benchmark != "mmaip_v":
             word = question.split()[0].lower()
             groups["first word"] = word if word in ("what", "who", "how", "when", "where") else "other"
         rows.append(row_of(given or f"{video}_{seen[video] - 1}", video, question.strip(), answer, record,
@@ -463,7 +463,10 @@ def find_videos(rows, roots, folder):
     find, aliases, missing = video_finder([p for p in places if os.path.isdir(p)]), mapping(folder), Counter()
     for row in rows:
         names = row["names"] + [aliases[n] for n in row["names"] if n in aliases]
-        path = next(filter(None, map(find, names)), None)
+        try:
+            path = next(filter(None, map(find, names)), None)
+        except DataError as e:  # a name that leaves the folder
+            raise DataError(f"question {row['id']}: {e}") from e
         row["clip"] = path and Clip(path)
         missing[row["video"]] += path is None
     return {name: n for name, n in missing.items() if n}
@@ -478,7 +481,9 @@ def mapping(folder):
                 raise DataError(f"{file} record {n}: no two names: {line[:60]!r}")
             out[pair[0]], out[pair[1]] = pair[1], pair[0]
     for file in glob.glob(os.path.join(folder, "map_vid*.json")):  # NExT-QA: video -> folder/video
-        out |= load(file)
+        if not isinstance(names := load(file), dict) or not all(isinstance(name, str) for name in names.values()):
+            raise DataError(f"{file}: not one object of names")
+        out |= names
     return out
 
 

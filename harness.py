@@ -58,15 +58,15 @@ def parse_args(cls):
 
 
 def at_least(args, **low):
-    """ValueError with one line for a flag below its least value, or NaN, which is below and above nothing."""
+    """ValueError with one line for a flag below its least value, or NaN or infinite, which is no value."""
     for flag, least in low.items():
-        if not getattr(args, flag) >= least:
+        if not least <= getattr(args, flag) < math.inf:
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least {least}")
 
 
 def above_zero(args, *flags):
     for flag in flags:
-        if not getattr(args, flag) > 0:
+        if not 0 < getattr(args, flag) < math.inf:
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be above 0")
 
 
@@ -74,6 +74,11 @@ def check_training(args, batch=None):
     """What the training scripts refuse alike. batch: the flag of the global batch, where micro-batches must fill it."""
     if args.quantize not in ("none", "nf4") or args.quantize == "nf4" and not args.lora_r:
         raise ValueError(f"--quantize {args.quantize}: choose none, or nf4 with --lora_r")
+    if not re.fullmatch(r"\w[\w.+-]*", args.name):
+        raise ValueError(f"--name {args.name}: letters, digits and . _ + - make a name")
+    at_least(args, seed=0, lora_alpha=1)
+    if args.lora_alpha != type(args).lora_alpha and not args.lora_r:
+        raise ValueError("--lora_alpha: does nothing without --lora_r")
     world, size = world_size(), batch and getattr(args, batch)
     if batch and size % (world * args.micro_batch_size):
         raise ValueError(f"--{batch} {size} must be a multiple of processes x --micro_batch_size "

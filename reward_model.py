@@ -116,7 +116,7 @@ class Args:
         if self.oracle not in ORACLES:
             raise ValueError(f"--oracle {self.oracle}: choose one of {', '.join(ORACLES)}")
         harness.at_least(self, clips=1, prompts=2, samples=2, max_new_tokens=1, min_margin=0, centring=0, lora_r=0,
-                         prompts_per_step=1, pack=1, micro_batch_size=1, eval_steps=1, save_steps=1,
+                         weight_decay=0, prompts_per_step=1, pack=1, micro_batch_size=1, eval_steps=1, save_steps=1,
                          max_prompt_tokens=1, max_answer_tokens=1)
         if not (0 < self.eval_share < 1 and 0 < self.share <= 1 and self.min_margin < 0.5):
             raise ValueError("--eval_share must lie between 0 and 1, --share in (0, 1], --min_margin below 0.5")
@@ -264,6 +264,7 @@ def flags_of(args):
 
 def open_answers(file, args, rank):
     """-> how many questions are answered already. A last row cut by a kill is taken off; other flags are refused."""
+    harness.own(file.with_suffix(".lock"), rank)
     rows = answers_file(file).read_text().splitlines() if answers_file(file).exists() else []
     if rows and not rows[-1].endswith("}"):
         rows = rows[:-1]

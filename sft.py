@@ -88,7 +88,10 @@ class Args:
             if not 0 <= getattr(self, flag) <= 1:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must lie between 0 and 1")
         harness.at_least(self, steps=1, batch_size=1, pack=1, micro_batch_size=1, save_steps=1, num_frames=1,
-                         max_prompt_tokens=1, max_answer_tokens=1, num_clips=0, lora_r=0)
+                         max_prompt_tokens=1, max_answer_tokens=1, num_clips=0, lora_r=0, weight_decay=0)
+        composed = [f for f in ("clip", "qformer", "llm", "num_frames") if getattr(self, f) != getattr(Args, f)]
+        if self.model and composed:
+            raise ValueError(f"--{composed[0]}: does nothing with --model, which is a whole model already")
         harness.check_training(self, batch="batch_size")
         harness.above_zero(self, "lr")
 

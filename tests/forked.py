@@ -86,6 +86,11 @@ class Forked:
     def said(self, rank=0):
         return Path(f"{self.log}.{rank}").read_text()
 
+    def line(self, words, rank=0):
+        """The one line of what it said that has these words."""
+        (line,) = [line for line in self.said(rank).splitlines() if words in line]
+        return line
+
     def close(self):
         self.server.stdin.close()
         self.server.wait()

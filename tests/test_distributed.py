@@ -81,7 +81,7 @@ def test_a_signal_stops_all_ranks_at_the_same_step(world, policy, forked, tmp_pa
     assert forked.wait() == [143, 143], forked.said()
     (saved,) = (place / FOLDER).glob("checkpoint-*")
     assert saved.name == f"checkpoint-{steps_done(place / FOLDER)}"
-    line = forked.said().splitlines()[-1]
+    line = forked.line("continue with")
     again = f"torchrun --nproc_per_node=2 {' '.join(GRPO)} --resume"
     assert line.endswith(f"{saved.name} is written; continue with: {again}")
     assert forked.run(place, *GRPO, "--resume", world=2) == [0, 0], forked.said(1)

@@ -125,7 +125,7 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(world, policy, fo
     assert until(lambda: steps_done(folder) == 4)
     os.kill(pid, number)
     assert forked.wait() == [128 + number], forked.said()
-    line = forked.said().splitlines()[-1]
+    line = forked.line("continue with")
     (saved,) = [p.name for p in folder.glob("checkpoint-*")]
     assert int(saved.split("-")[1]) == steps_done(folder) and f"{saved} is written; continue with: python " in line
     command = shlex.split(line.split("continue with: python ")[1])
@@ -141,7 +141,7 @@ def test_a_signal_during_set_up_ends_at_once(world, policy, forked, tmp_path):
     assert until(lambda: (place / "runs/grpo_rank/x_s0/args.json").exists())
     os.kill(pid, signal.SIGTERM)
     assert forked.wait() == [143] and "Traceback" not in forked.said()
-    assert forked.said().splitlines()[-1].endswith("--resume")
+    assert forked.line("ended at once").endswith("--resume")
 
 
 def test_the_command_that_continues(monkeypatch):
@@ -183,8 +183,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(world, policy, forked, whole, sm
             f"            os.posix_fallocate(f.fileno(), 0, shutil.disk_usage('{small_disk}').free - 200_000)\n"
             "    save(folder, name, *rest, **more)\nharness.save_checkpoint = full")
     assert forked.run(place, *SCRIPTS[name][0], plant=fill) == [1]
-    said = [line for line in forked.said().splitlines() if not line.startswith(("step", "video features"))]
-    assert "no room on the disk" in said[-1] and said[-1].endswith("--resume") and "Traceback" not in forked.said()
+    assert forked.line("no room on the disk").endswith("--resume") and "Traceback" not in forked.said()
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-3"]
     (small_disk / "filler").unlink()
     assert forked.run(place, *SCRIPTS[name][0], "--resume") == [0], forked.said()
