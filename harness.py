@@ -36,7 +36,7 @@ from video_llm import merged, save_model
 
 ROOT = Path(__file__).resolve().parent
 PATIENCE = timedelta(days=2)  # for what may take long on one process while the others wait: a prerequisite, videos
-STEP = timedelta(minutes=15)  # for what all processes do at about the same time
+STEP = timedelta(minutes=30)  # for what all processes do at about the same time
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KL_WARNING = 10.0  # nats: so far from its start a policy says something else altogether
 

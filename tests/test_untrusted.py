@@ -1,5 +1,6 @@
 """Files of others: models are safetensors and JSON. A pickle in their place is refused, and never run."""
 
+import ast
 import pickle
 import re
 import shutil
@@ -31,7 +32,8 @@ def sprung(tmp_path):
 
 def test_the_trap_works(tmp_path, monkeypatch):
     set_trap(tmp_path, ["a.pt"], tmp_path, monkeypatch)
-    torch.load(tmp_path / "a.pt", weights_only=False).close()
+    with open(tmp_path / "a.pt", "rb") as f:
+        pickle.load(f).close()
     assert sprung(tmp_path)
 
 
@@ -79,10 +81,10 @@ def test_the_optimizer_comes_back_bit_for_bit(tmp_path):
             optimizer.step()
             optimizer.zero_grad()
 
+    others, other = made()
     params, optimizer = made()
     train(params, optimizer, 3)
     harness.save_trainer(tmp_path / "trainer.safetensors", optimizer, 3)
-    others, other = made()
     for p, q in zip(others, params):
         p.data.copy_(q.data)
     train(params, optimizer, 2)
@@ -111,7 +113,9 @@ def test_no_code_of_others_and_no_pickle_is_ever_loaded():
     files = [*REPO.glob("*.py"), *(REPO / "benchmarks").glob("*.py")]
     text = {file.name: file.read_text() for file in files}
     assert len(text) > 20
+    forbidden = {"torch.load", "torch.save", "np.load", "np.save", "yaml.load", "eval", "exec"}
     for name, source in text.items():
         assert "trust_remote_code" not in source and "weights_only=False" not in source, name
         assert not re.search(r"^\s*(import|from) (pickle|dill|cloudpickle|joblib)\b", source, re.M), name
-        assert not re.search(r"torch\.(load|save)\(|np\.load\(|(?<![.\w])(eval|exec)\(|yaml\.load", source), name
+        called = {ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
+        assert not called & forbidden, name
