@@ -25,6 +25,7 @@ import harness
 TRAIN = ["--data", "data/moving_shapes/train.json"]
 RL = [*TRAIN, "--oracle", "reference", "--G", "3", "--max_new_tokens", "6", "--eval_questions", "4",
       "--eval_steps", "5"]
+START = "runs/sft/policy_s0/final"
 SCRIPTS = {  # flags, run folder
     "sft": (["sft.py", *TRAIN, "--steps", "14", "--save_steps", "3", "--batch_size", "4", "--micro_batch_size", "4",
              "--name", "x"], "runs/sft/x"),
@@ -32,9 +33,11 @@ SCRIPTS = {  # flags, run folder
                    "--prompts_per_step", "4", "--micro_batch_size", "4"], "runs/grpo_rank/x_s0"),
     "ppo_rlaif": (["ppo_rlaif.py", *RL, "--random_reward", "--steps", "14", "--save_steps", "3", "--name", "x",
                    "--prompts_per_step", "4", "--micro_batch_size", "4", "--value_warmup", "0"], "runs/ppo_rlaif/x_s0"),
-    "reward_model": (["reward_model.py", *TRAIN, "--oracle", "reference", "--narrative", "false", "--prompts", "60",
-                      "--base", "runs/sft/policy_s0/final", "--epochs", "8", "--prompts_per_step", "4", "--save_steps",
-                      "3", "--eval_steps", "5", "--name", "x"], "runs/reward_model/x_s0"),
+    "reward_model": (["reward_model.py", *TRAIN, "--oracle", "judge", "--oracle_model", START, "--base", START,
+                      "--narrative", "false", "--prompts", "60", "--max_new_tokens", "6", "--min_margin", "0",
+                      "--eval_share", "0.3", "--epochs", "12", "--prompts_per_step", "4", "--micro_batch_size", "4",
+                      "--pack", "3", "--save_steps", "3", "--eval_steps", "5", "--name", "x"],
+                     "runs/reward_model/x_s0"),
     "dpo_iter_w2s": (["dpo_iter_w2s.py", *SELF, "--steps", "7", "--name", "x"], "runs/dpo_iter_w2s/x_s0"),
 }  # fmt: skip
 
