@@ -311,10 +311,13 @@ def caption_rows(file, value, benchmark):
     rows, listed = [], Path(file).with_name("test_list.txt")
     wanted = {line.strip() for line in load(listed)} if listed.exists() else None
     if isinstance(value, dict) and isinstance(value.get("sentences"), list):
-        test = [v["video_id"] for v in value.get("videos", []) if v.get("split") == "test"]
         said_in = {}
-        for sentence in value["sentences"]:
-            said_in.setdefault(sentence["video_id"], []).append(sentence["caption"])
+        try:
+            test = [v["video_id"] for v in value.get("videos", []) if v.get("split") == "test"]
+            for sentence in value["sentences"]:
+                said_in.setdefault(sentence["video_id"], []).append(sentence["caption"])
+        except (AttributeError, LookupError, TypeError) as e:
+            raise DataError(f"{file}: a video or sentence without its video_id or caption ({e})") from e
         value = {video: said_in[video] for video in test or said_in if video in said_in}
     for place, key, r in records_of(file, value):
         r = {"video_id": key, "gt": r} if key and isinstance(r, list) else r

@@ -39,8 +39,8 @@ def failing(server, monkeypatch):  # noqa: F811
 
     def act(body):
         with server.lock:
-            failure = rng.random() < 0.3 and rng.choice(FAILURES)
-            if failure:
+            if rng.random() < 0.3:
+                failure = FAILURES[sum(server.failed.values()) % len(FAILURES)]  # each in turn
                 server.failed[str(failure)] += 1
                 return failure
             server.paid[json.dumps(body, sort_keys=True)] += 1
