@@ -40,8 +40,8 @@ class Args:
     def __post_init__(self):
         harness.at_least(self, num_frames=1, workers=1)
         harness.above_zero(self, "time_limit", "memory_gib")
-        if not os.path.exists(self.videos):
-            raise ValueError(f"--videos {self.videos}: no such file or folder")
+        if not self.videos:
+            raise ValueError("--videos: a folder, or one file")
 
 
 def examine(path, num_frames):
@@ -128,6 +128,8 @@ def video_paths(place):
 
 
 def main(args):
+    if not os.path.exists(args.videos):
+        sys.exit(f"check_videos.py: --videos {args.videos}: no such file or folder")
     paths = video_paths(args.videos)
     if not paths:
         sys.exit(f"--videos {args.videos}: no file there has the extension of a video")

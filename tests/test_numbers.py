@@ -35,7 +35,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(world, policy,
     assert forked.run(place, *SCRIPTS[name][0], plant=f"what = '{LOSSES[name]}'\n{plant}") == [1], forked.said()
     said = forked.said().splitlines()
     stop = [line for line in said if "weights untouched" in line]
-    assert len(stop) == 1 and "Traceback" not in forked.said() and said.count("STEP") == 3
+    assert len(stop) == 1 and "Traceback" not in forked.said() and forked.said().count("STEP") == 3
     (batch,) = folder.glob("not_finite_step*.json")
     assert str(batch.relative_to(place)) in stop[0] and json.loads(batch.read_text())
     assert steps_done(folder) <= 3 and not (folder / "final").exists()

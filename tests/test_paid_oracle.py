@@ -20,6 +20,7 @@ FAILURES = [dict(status=500, says=f"cannot serve {SECRET}"), dict(status=503), d
             dict(status=403, says=f"{SECRET} may not"), dict(status=413), "CUT", "HALF", "HALF JSON", "LIST", "EMPTY",
             "the first answer is the best", '{"ranking": [1, 1, 1]}', '{"ranking": [7]}', '{"ranking": "1 2 3"}', "{}",
             '```json\n{"ranking": [', f"your key is {SECRET}", ""]  # fmt: skip
+random.Random(1).shuffle(FAILURES)
 FLAGS = [*GRPO, "--steps", "12", "--oracle", "api", "--api_model", "judge-1", "--api_frames", "1", "--api_size", "16",
          "--api_retries", "2", "--api_timeout", "20", "--api_concurrency", "4"]
 

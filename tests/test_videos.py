@@ -197,7 +197,7 @@ def test_the_checker_names_what_is_refused(tmp_path, monkeypatch, capsys):
     assert not stop.value.code
 
 
-@pytest.mark.parametrize("flags", ["", "--videos nowhere", "--videos . --num_frames 0", "--videos . --time_limit 0",
+@pytest.mark.parametrize("flags", ["", "--videos . --num_frames 0", "--videos . --time_limit 0",
                                    "--videos . --workers 0", "--videos . --memory_gib nan", "--video ."])
 def test_flags_of_the_checker(tmp_path, monkeypatch, capsys, flags):
     with pytest.raises(SystemExit) as stop:
@@ -207,5 +207,6 @@ def test_flags_of_the_checker(tmp_path, monkeypatch, capsys, flags):
 
 
 def test_an_empty_folder_is_said(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="no file there has the extension"):
-        main_of(monkeypatch, tmp_path, "check_videos.py", "--videos", ".")
+    for place, words in ((".", "no file there has the extension"), ("nowhere", "nowhere: no such file or folder")):
+        with pytest.raises(SystemExit, match=words):
+            main_of(monkeypatch, tmp_path, "check_videos.py", "--videos", place)
