@@ -1,6 +1,7 @@
 # make demo    from nothing to a table 'SFT | SFT continued | GRPO_rank' and a plot (about 19 minutes on two cores)
 # make test    the tests (about 5 minutes on two cores)
-# Both make .venv when it is not there; everything is resumable, what is finished is not done again.
+# make test-slow   the long ones: every script killed twenty times, a thousand damaged videos (minutes)
+# All make .venv when it is not there; everything is resumable, what is finished is not done again.
 
 PYTHON ?= python3
 PROCS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
@@ -10,7 +11,7 @@ DIST = $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(if $(filte
 WORLD = data/moving_shapes
 POLICY = --data $(WORLD)/train.json --num_clips 40 --batch_size 16
 
-.PHONY: demo test
+.PHONY: demo test test-slow
 
 .venv/done: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -19,6 +20,9 @@ POLICY = --data $(WORLD)/train.json --num_clips 40 --batch_size 16
 
 test: .venv/done
 	$(PY) -m pytest -n 2 --dist loadfile
+
+test-slow: .venv/done
+	$(PY) -m pytest -n 2 --dist loadfile -m slow
 
 demo: export OMP_NUM_THREADS = 1
 demo: .venv/done

@@ -191,7 +191,7 @@ def qa_rows(file, value, benchmark):
         elif benchmark == "cvrr_es":
             groups["dimension"] = Path(file).stem
             given = given or f"{Path(file).stem}_{len(rows)}"
-        elif question and benchmark != "mmaip_v":
+        elif question.strip() and benchmark != "mmaip_v":
             word = question.split()[0].lower()
             groups["first word"] = word if word in ("what", "who", "how", "when", "where") else "other"
         rows.append(row_of(given or f"{video}_{seen[video] - 1}", video, question.strip(), answer, record,
@@ -311,10 +311,13 @@ def caption_rows(file, value, benchmark):
     rows, listed = [], Path(file).with_name("test_list.txt")
     wanted = {line.strip() for line in load(listed)} if listed.exists() else None
     if isinstance(value, dict) and isinstance(value.get("sentences"), list):
-        test = [v["video_id"] for v in value.get("videos", []) if v.get("split") == "test"]
         said_in = {}
-        for sentence in value["sentences"]:
-            said_in.setdefault(sentence["video_id"], []).append(sentence["caption"])
+        try:
+            test = [v["video_id"] for v in value.get("videos", []) if v.get("split") == "test"]
+            for sentence in value["sentences"]:
+                said_in.setdefault(sentence["video_id"], []).append(sentence["caption"])
+        except (AttributeError, LookupError, TypeError) as e:
+            raise DataError(f"{file}: a video or sentence without its video_id or caption ({e})") from e
         value = {video: said_in[video] for video in test or said_in if video in said_in}
     for place, key, r in records_of(file, value):
         r = {"video_id": key, "gt": r} if key and isinstance(r, list) else r
@@ -463,7 +466,10 @@ def find_videos(rows, roots, folder):
     find, aliases, missing = video_finder([p for p in places if os.path.isdir(p)]), mapping(folder), Counter()
     for row in rows:
         names = row["names"] + [aliases[n] for n in row["names"] if n in aliases]
-        path = next(filter(None, map(find, names)), None)
+        try:
+            path = next(filter(None, map(find, names)), None)
+        except DataError as e:  # a name that leaves the folder
+            raise DataError(f"question {row['id']}: {e}") from e
         row["clip"] = path and Clip(path)
         missing[row["video"]] += path is None
     return {name: n for name, n in missing.items() if n}
@@ -478,7 +484,9 @@ def mapping(folder):
                 raise DataError(f"{file} record {n}: no two names: {line[:60]!r}")
             out[pair[0]], out[pair[1]] = pair[1], pair[0]
     for file in glob.glob(os.path.join(folder, "map_vid*.json")):  # NExT-QA: video -> folder/video
-        out |= load(file)
+        if not isinstance(names := load(file), dict) or not all(isinstance(name, str) for name in names.values()):
+            raise DataError(f"{file}: not one object of names")
+        out |= names
     return out
 
 

@@ -1,4 +1,4 @@
-"""Files of the user: frames out of videos, records out of annotation files. What is broken is refused with one line."""
+"""Files of the user: records out of annotation files, features of videos. What is broken is refused with one line."""
 
 import contextlib
 import functools
@@ -10,250 +10,13 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import av
-import numpy as np
 import torch
-from av.stream import Disposition
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-av.logging.set_level(None)  # ffmpeg's own messages stay off stderr; what goes wrong is said by VideoError
-WHOLE = 1000  # videos of up to so many frames are always decoded as a whole, so that damage anywhere is found
-
-
-class VideoError(Exception):
-    """One line that names the file and says why it, or the asked part of it, cannot be read."""
-
-
-def read_frames(video, num_frames, start=None, end=None, sampling="linspace"):
-    """Read ``num_frames`` frames spread evenly over the time of a video.
-
-    ``video`` is a video file, a list of image files (the frames of one video), or a folder of jpg / png images in
-    natural order; images count as one per second. ``start`` and ``end`` are seconds after the first frame.
-
-    ``linspace``: the frames shown at ``num_frames`` times from the first to the last frame (or start to end), both
-    included; at a constant frame rate exactly the frames ``np.linspace(0, N - 1, num_frames).astype(int)``.
-    ``midpoint``: the middles of ``num_frames`` equal segments; at a constant rate exactly those of Video-ChatGPT.
-
-    Returns the frames, uint8 (F, H, W, 3) RGB and upright, and their times, float (F,) seconds after the first frame.
-    F is always ``num_frames``: a video of fewer frames repeats some. Whatever is wrong with a file is a VideoError.
-    Of more than ``WHOLE`` frames only the needed parts are decoded, so damage elsewhere can go unnoticed.
-    """
-    if num_frames < 1 or sampling not in ("linspace", "midpoint"):
-        raise ValueError(f"num_frames must be at least 1, sampling linspace or midpoint: {num_frames}, {sampling!r}")
-    is_list = isinstance(video, (list, tuple))
-    name, images = ("list of images", video) if is_list else (video, None)
-    try:
-        if not is_list and os.path.isdir(video):
-            files = [f for f in os.listdir(video) if re.fullmatch(r"[^.].*\.(jpe?g|png)", f, re.I | re.S)]
-            files.sort(key=lambda f: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", f)])  # 2 before 10
-            images = [os.path.join(video, f) for f in files]
-        if images is None:
-            return _read_video(video, num_frames, start, end, sampling)
-        if not images:
-            raise VideoError("no images")
-        ranks = _choose(np.arange(len(images)), 1.0, len(images), num_frames, start, end, sampling)
-        out = None
-        for rank in np.unique(ranks):
-            name = images[rank]
-            out = _store(out, _decode_all(name, np.zeros(1, int), 1)[0][0], ranks == rank)
-        return out, ranks.astype(float)
-    except Exception as exc:  # besides FFmpegError, PyAV raises OSError, ValueError, MemoryError, UnicodeError, ...
-        raise _video_error(name, exc) from exc
-
-
-def clip_seconds(clip):
-    """(start, end) of a clip in seconds; of the whole video where it has none. Raises VideoError."""
-    end = clip.end
-    try:
-        if end is None:
-            still = isinstance(clip.path, tuple) or os.path.isdir(clip.path)
-            end = float(len(video_files(clip.path))) if still else _scan(clip.path)[3]
-    except Exception as exc:
-        raise _video_error(clip.path, exc) from exc
-    return clip.start or 0.0, end
-
-
-def video_files(path):
-    """The files that a video's content lies in: itself, or its images."""
-    if isinstance(path, (list, tuple)):
-        return list(path)
-    if os.path.isdir(path):
-        return sorted(os.path.join(path, f) for f in os.listdir(path))
-    return [path]
-
-
-def _video_error(name, exc):
-    words = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-    reason = words if isinstance(exc, VideoError) else f"cannot be read ({words})"
-    # File names may hold line breaks and bytes that are no text; the message is one printable line all the same.
-    return VideoError(" ".join(f"{name}: {reason}".split()).encode("utf-8", "backslashreplace").decode())
-
-
-def _read_video(path, num_frames, start, end, sampling):
-    """Choose frames by the time stamps of the packets, which cost no decoding, then decode what these frames need."""
-    packets, base, rate, length = _scan(path)
-    # The stamps of the shown frames in display order. Raw streams have none: there frames are numbered.
-    ticks = [pts for pts, _, shown in packets if shown]
-    stamped = None not in ticks
-    ticks, base = (np.sort(ticks), base) if stamped else (np.arange(len(ticks)), 1 / rate)
-    ranks = _choose(ticks, base, length, num_frames, start, end, sampling)
-    out = None
-    if len(packets) > WHOLE and len({pts for pts, _, _ in packets} - {None}) == len(packets):
-        out = _decode_seeking(path, packets, ticks[ranks])
-    if out is None:
-        out, seen = _decode_all(path, ranks, len(ticks))
-        seen = np.sort(seen) if stamped and None not in seen else np.arange(len(seen))
-        if not np.array_equal(seen, ticks):
-            # Not one frame per packet (fields, or frames whose references are missing at the start): as long as the
-            # frames cover the time, they are the video. The choice is made anew among them.
-            _check_covered((seen[-1] - seen[0]) * base, (ticks[-1] - ticks[0]) * base, 0)
-            ticks, ranks = seen, _choose(seen, base, length, num_frames, start, end, sampling)
-            out, _ = _decode_all(path, ranks, len(ticks))
-    return out, (ticks[ranks] - ticks[0]) * base
-
-
-def _choose(ticks, base, length, num_frames, start, end, sampling):
-    """Numbers (in display order) of the frames to take. ``ticks`` are of ``base`` seconds, ``length`` is in seconds."""
-    start, end = 0 if start is None else start, length if end is None else end
-    if not 0 <= start <= end <= length + 0.1:  # a tenth of a second of grace for rounded annotations
-        raise VideoError(f"no range of {start} to {end} s in a video of {length:.2f} s")
-    # Clocks round: 30 frames a second show as steps of 33 and 34 ms. Stamps that lie within one tick of a straight
-    # line are a constant rate, and time is counted in whole frames: no rounding then makes a target miss its frame.
-    count = np.arange(len(ticks))
-    step = (ticks[-1] - ticks[0]) / max(len(ticks) - 1, 1)
-    constant = step > 0 and np.abs(ticks[0] + step * count - ticks).max() <= min(1, step / 3)
-    clock, unit = (count, base * step) if constant else (ticks - ticks[0], base)
-    first, last = np.minimum(np.round(np.array([start, end]) / unit, 6), clock[-1])
-    targets = np.linspace(first, last, num_frames)
-    if sampling == "midpoint":  # segments go from frame to frame; of these the middle
-        edges = np.rint(np.interp(np.linspace(first, last, num_frames + 1), clock, count)).astype(int)
-        targets = (clock[edges[:-1]] + clock[edges[1:]]) / 2
-    return np.interp(targets, clock, count).astype(int)  # the last frame that is not later than the target
-
-
-def _open(path):
-    """A container (closed by ``with``) and its video stream: the one marked default, else the first."""
-    if not os.path.isfile(path):  # a pipe or a device could hang
-        raise VideoError("no such file")
-    # "file:" keeps a name like "a:b.mp4" from being taken for an address, the whitelist keeps playlists off the net.
-    container = av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"}, metadata_errors="ignore")
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]  # no cover pictures
-    if not streams:
-        container.close()
-        raise VideoError("no video stream")
-    return container, next((s for s in streams if s.disposition & Disposition.default), streams[0])
-
-
-def _scan(path):
-    """Read the packets without decoding. Returns (pts, is key, is shown) of each in file order, the seconds per tick,
-    the frame rate and the length in seconds. Refuses a file that holds clearly less than its header promises."""
-    packets, ends = [], {}  # the last tick of every stream
-    container, stream = _open(path)
-    with container:
-        base, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 25)
-        for packet in container.demux():
-            if packet.size and packet.pts is not None:
-                end = packet.pts + (packet.duration or 0)
-                ends[packet.stream_index] = max(ends.get(packet.stream_index, end), end)
-            if packet.size and packet.stream_index == stream.index:
-                if packet.is_corrupt:  # the file ends within it
-                    raise VideoError(f"cut off after {len(packets)} of {max(stream.frames, len(packets) + 1)} frames")
-                # Edit lists mark packets as discard: the decoder needs them, but they are not part of the video.
-                packets.append((packet.pts, packet.is_keyframe, not packet.is_discard))
-        shown = [pts for pts, _, is_shown in packets if is_shown]
-        if not shown:
-            raise VideoError("no frames")
-        if None in [pts for pts, _, _ in packets]:
-            return packets, base, rate, len(shown) / rate
-        # mp4 and avi tell the number of frames (hidden ones included) and the length of the stream, mkv and webm only
-        # the length of the file, which may be that of its sound. Compared is the time, which suits any frame rate.
-        stamps = np.sort([pts for pts, _, _ in packets])
-        gap = np.diff(stamps).max(initial=0) * base
-        covered = (ends[stream.index] - stamps[0]) * base
-        _check_covered(covered, max(stream.frames / rate, (stream.duration or 0) * base), gap)
-        if stream.duration is None and container.duration is not None:
-            covered = max(end * float(container.streams[index].time_base) for index, end in ends.items())
-            _check_covered(covered, container.duration / av.time_base, gap)
-        return packets, base, rate, (ends[stream.index] - min(shown)) * base
-
-
-def _check_covered(covered, promised, gap):
-    """Refuse a video that ends clearly too early. How long the last frame lasts is often a guess, so as much as the
-    longest frame (``gap``), a quarter of a second, or a twentieth may be missing."""
-    if promised - covered > max(gap, 0.25, promised / 20):
-        raise VideoError(f"cut off, only {max(covered, 0):.2f} of {promised:.2f} s are there")
-
-
-def _decode_all(path, ranks, total):
-    """Decode the whole video. Returns the frames numbered ``ranks`` in the order in which the decoder gives them, which
-    is the display order even where the stamps are wrong, and the stamps of all frames."""
-    out, seen = None, []
-    container, stream = _open(path)
-    with container:
-        try:
-            for frame in container.decode(stream):
-                if len(seen) in ranks:
-                    out = _store(out, frame, ranks == len(seen))
-                seen.append(frame.pts)
-        except av.error.FFmpegError as exc:
-            raise VideoError(f"broken after {len(seen)} of {total} frames") from exc
-    if not seen:
-        raise VideoError("no frame can be decoded")
-    return out, seen
-
-
-def _decode_seeking(path, packets, wanted):
-    """Decode only from the key frame before each wanted stamp. Returns the frames, or None where decoding everything
-    costs about the same, or anything is odd: then _decode_all has the word, on errors as well."""
-    place = {pts: i for i, (pts, _, _) in enumerate(packets)}
-    keys = [i for i, (_, is_key, _) in enumerate(packets) if is_key]
-    runs = {}  # wanted stamps by their key frame
-    for pts in np.unique(wanted).tolist():
-        # A frame that follows a key frame in the file but is shown before it needs the key frame before that.
-        key = max((k for k in keys if k <= place[pts] and packets[k][0] <= pts), default=0)
-        runs.setdefault(key, []).append(pts)
-    if sum(max(place[pts] for pts in run) - key + 1 for key, run in runs.items()) > 0.75 * len(packets):
-        return None
-    out, found, left = None, [], len(packets)
-    try:
-        container, stream = _open(path)
-        with container:
-            for key, run in runs.items():
-                container.seek(packets[key][0], stream=stream)
-                last = -np.inf
-                for number, packet in enumerate(container.demux(stream)):
-                    left -= 1
-                    if number == 0 and (not packet.is_keyframe or place.get(packet.pts, key + 1) > key) or left < 0:
-                        return None  # seeking leads to somewhere else, or always far back
-                    for frame in packet.decode():
-                        if frame.pts is None or frame.pts <= last:
-                            return None  # stamps that run backwards name no frames
-                        last = frame.pts
-                        if last in run:
-                            found.append(last)
-                            out = _store(out, frame, wanted == last)
-                    if last >= run[-1]:
-                        break
-    except (VideoError, av.error.FFmpegError):
-        return None
-    return out if found == np.unique(wanted).tolist() else None
-
-
-def _store(out, frame, places):
-    """Put a frame, upright and RGB, at ``places`` of the output. That is made with the first: nothing is held twice."""
-    if isinstance(frame, av.VideoFrame):
-        if frame.is_corrupt:
-            raise VideoError("damaged, a frame can be decoded only in part")
-        # rotation is by how many degrees counterclockwise the picture is to be turned, which is how rot90 turns.
-        frame = np.rot90(frame.to_ndarray(format="rgb24", threads=1), round(frame.rotation / 90))
-    if out is None:
-        out = np.empty((len(places), *frame.shape), np.uint8)
-    if out.shape[1:] != frame.shape:
-        raise VideoError(f"frames of different sizes, {out.shape[1:3]} and {frame.shape[:2]}")
-    out[places] = frame
-    return out
-
+from frames import VideoError, read_frames, video_files
+from frames import clip_seconds as clip_seconds
 
 # ---------------------------------------------------------------------------------------------------------------
 # Annotation files
@@ -320,7 +83,7 @@ def read_rows(files, video_root, parse):
                 count, examples = skipped.get(reason, {"count": 0, "examples": []}).values()
                 skipped[reason] = {"count": count + 1, "examples": (examples + [example])[:5]}
                 continue
-            base = f"{os.path.basename(file)} {place}" if given is None else str(given)
+            base = f"{os.path.basename(file)} {place}" if given is None else _line(given)
             for record in found:
                 uses[base] += 1
                 name = base if uses[base] == 1 else f"{base}#{uses[base]}"
@@ -346,6 +109,11 @@ def _line(value, limit=300):
     """Any value as one printable line of limited length."""
     line = " ".join(str(value).split()).encode("utf-8", "backslashreplace").decode()
     return line if len(line) <= limit else line[:limit - 3] + "..."
+
+
+def is_text(value):
+    """A string that can be written: half a surrogate pair, which JSON allows, is refused; no tokenizer takes it."""
+    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
 def _load(file):
@@ -382,7 +150,7 @@ def parse_turns(row, find):
     # Rows with two answers to compare (output_1, output_2) have turns too; the last is one to be replaced by them.
     if not isinstance(said, list) or not all(isinstance(turn, dict) for turn in said) or "output_1" in row:
         raise DataError(f"no question and answer: the keys are {', '.join(row)}")
-    if not isinstance(row.get("task_type"), str | None):
+    if not is_text(row.get("task_type", "")) and row["task_type"] is not None:
         raise DataError(f"task_type is no text: {row['task_type']}")
     named, turns, opening, needs_video = {"video": [], "image": []}, [], "", "q" in row
     for key in ("video", "videos", "video_id", "image", "images"):
@@ -415,8 +183,8 @@ def _text(content, named):
             name = part.get(kind) or []
             named[kind] = named[kind] + (name if isinstance(name, list) else [name])
             text += f"<{kind}>"
-        elif kind == "text" and isinstance(part.get("text"), str) and not re.search(r"[\ud800-\udfff]", part["text"]):
-            text += part["text"]  # half a surrogate pair is refused: no tokenizer takes it
+        elif kind == "text" and is_text(part.get("text")):
+            text += part["text"]
         else:
             raise DataError(f"no text in a turn: {part}")
     return text
@@ -516,9 +284,11 @@ class FeatureCache:
         if key in self.memory:
             return self.memory[key]
         file = self.folder / key[:2] / f"{key}.safetensors"
+        features = None
         if file.exists():
-            features = load_file(file)["features"]
-        else:
+            with contextlib.suppress(SafetensorError, KeyError):  # damaged on the disk: made again
+                features = load_file(file)["features"]
+        if features is None:
             frames, _ = read_frames(clip.path, num_frames, clip.start, clip.end, self.processor.sampling)
             pixels = self.processor.image_processor(images=list(frames), return_tensors="pt")["pixel_values"]
             features = self.model.encode_frames(pixels.to(self.model.vision_tower.device)).cpu().contiguous()

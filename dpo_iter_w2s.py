@@ -302,7 +302,7 @@ def main(args):
                 log_pairs(log, loss, rewards, logps, lengths)
             grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
             asked = [[str(p["question"]), p["chosen"], p["rejected"]] for p in mine]
-            harness.stop_if_not_finite(grad_norm, folder, step, asked)
+            harness.stop_if_not_finite(grad_norm, log, folder, step, asked)
             optimizer.step()
             optimizer.zero_grad()
             log.add("policy/grad_norm", grad_norm)
@@ -310,8 +310,7 @@ def main(args):
             log.add("charts/iteration", k)
             log.add("time/update_s", time.time() - began)
             log.step(step, show=["losses/dpo", "rewards/accuracies", "rewards/margins", "eval/accuracy", "eval/len"])
-            if rank == 0 and (step + 1) % args.save_steps == 0 and step + 1 < k * args.steps:
-                harness.save_checkpoint(folder, f"checkpoint-{step + 1}", model, processor, optimizer, step + 1)
+            harness.checkpoint(log, folder, step + 1, k * args.steps, args.save_steps, model, processor, optimizer)
         if rank == 0 and not trained:
             harness.save_checkpoint(stage(k), "theta", model, processor)
 

@@ -279,7 +279,7 @@ def main(args):
                 log_update(log, logprobs, old_logprobs[k], J, kl, entropy, A, mask, args)
             grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
             asked = [{"question": str(q), "answers": a} for q, a in zip(questions, answers)]
-            harness.stop_if_not_finite(grad_norm, folder, step, asked)
+            harness.stop_if_not_finite(grad_norm, log, folder, step, asked)
             optimizer.step()
             optimizer.zero_grad()
             log.add("policy/grad_norm", grad_norm)
@@ -294,8 +294,7 @@ def main(args):
         log.step(step, show=["objective/score", "objective/kl", "policy/entropy", "rank/tied_groups", "rollout/len"])
         if rank == 0 and step % 25 == 0:
             write_samples(folder, step, batch, answers, oracle_ranks, advantages)
-        if rank == 0 and (step + 1) % args.save_steps == 0 and step + 1 < args.steps:
-            harness.save_checkpoint(folder, f"checkpoint-{step + 1}", model, processor, optimizer, step + 1)
+        harness.checkpoint(log, folder, step + 1, args.steps, args.save_steps, model, processor, optimizer)
     harness.finish(folder, model, processor, rank)
 
 

@@ -6,10 +6,16 @@ x.py` differ only in what `setup_dist` returns.
 
 import argparse
 import contextlib
+import errno
+import fcntl
 import json
+import math
 import os
+import re
 import resource
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +26,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from transformers import HfArgumentParser
@@ -27,6 +35,10 @@ from transformers import HfArgumentParser
 from video_llm import merged, save_model
 
 ROOT = Path(__file__).resolve().parent
+PATIENCE = timedelta(days=2)  # for what may take long on one process while the others wait: a prerequisite, videos
+STEP = timedelta(minutes=30)  # for what all processes do at about the same time
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+KL_WARNING = 10.0  # nats: so far from its start a policy says something else altogether
 
 
 def parse_args(cls):
@@ -38,6 +50,7 @@ def parse_args(cls):
         first.error = parser.error
         first.add_argument("--preset")
         parser.set_defaults(**cls.PRESETS.get(first.parse_known_args()[0].preset, {}))
+    Stop.resumes = any(f.name == "resume" for f in fields(cls))
     try:
         return parser.parse_args_into_dataclasses()[0]
     except ValueError as e:  # raised by __post_init__
@@ -45,15 +58,15 @@ def parse_args(cls):
 
 
 def at_least(args, **low):
-    """ValueError with one line for a flag below its least value, or NaN, which is below and above nothing."""
+    """ValueError with one line for a flag below its least value, or NaN or infinite, which is no value."""
     for flag, least in low.items():
-        if not getattr(args, flag) >= least:
+        if not least <= getattr(args, flag) < math.inf:
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least {least}")
 
 
 def above_zero(args, *flags):
     for flag in flags:
-        if not getattr(args, flag) > 0:
+        if not 0 < getattr(args, flag) < math.inf:
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be above 0")
 
 
@@ -61,6 +74,11 @@ def check_training(args, batch=None):
     """What the training scripts refuse alike. batch: the flag of the global batch, where micro-batches must fill it."""
     if args.quantize not in ("none", "nf4") or args.quantize == "nf4" and not args.lora_r:
         raise ValueError(f"--quantize {args.quantize}: choose none, or nf4 with --lora_r")
+    if not re.fullmatch(r"\w[\w.+-]*", args.name):
+        raise ValueError(f"--name {args.name}: letters, digits and . _ + - make a name")
+    at_least(args, seed=0, lora_alpha=1)
+    if args.lora_alpha != type(args).lora_alpha and not args.lora_r:
+        raise ValueError("--lora_alpha: does nothing without --lora_r")
     world, size = world_size(), batch and getattr(args, batch)
     if batch and size % (world * args.micro_batch_size):
         raise ValueError(f"--{batch} {size} must be a multiple of processes x --micro_batch_size "
@@ -77,18 +95,112 @@ def one_line_errors(*kinds):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Being stopped: SIGTERM and Ctrl-C
+# ---------------------------------------------------------------------------------------------------------------
+class Stop:
+    """In the middle of training a signal is noted, and `checkpoint` acts on it at the end of the step, on all processes
+    together; before that, nothing would be saved and it ends the script at once. So does a second one, three seconds
+    later or more: torchrun repeats the Ctrl-C of a terminal within milliseconds."""
+
+    asked, training, since, resumes = 0, False, 0.0, False  # asked: number of the signal; resumes: there is --resume
+
+    @classmethod
+    def watch(cls):
+        cls.asked, cls.training = 0, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, cls.note)
+
+    @classmethod
+    def note(cls, number, frame):
+        if not cls.training or cls.asked and time.monotonic() - cls.since > 3:
+            say(f"{signal.Signals(number).name}: ended at once; continue with: {resume_command()}")
+            sys.exit(128 + number)
+        if not cls.asked:
+            cls.asked, cls.since = number, time.monotonic()
+            say(f"{signal.Signals(number).name}: a checkpoint is written at the end of this step")
+
+
+def say(line):
+    """One line on stderr, of the first process; in one piece, also out of a signal handler."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"{line}\n".encode())
+
+
+def resume_command():
+    """What continues this run: the command line as it was given, with --resume."""
+    words = re.sub(r" --resume(?:[= ](?!-)\S+)?(?= |$)", "", shlex.join(sys.argv)) + " --resume" * Stop.resumes
+    launcher = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if world_size() > 1 else "python"
+    return f"{launcher} {words}"
+
+
+def one_line_if_full(kind, error, trace):
+    """sys.excepthook: a full disk is no fault of the program. Also the libraries' errors that are no OSError."""
+    if getattr(error, "errno", None) in FULL or any(f"(os error {n})" in str(error) for n in FULL):
+        say(f"no room on the disk ({' '.join(str(error).split())}); the last checkpoint is whole: make room, then "
+                f"continue with: {resume_command()}")
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One at a time: locks that end with the process that holds them, however it ends
+# ---------------------------------------------------------------------------------------------------------------
+HELD = {}  # lock file -> open file
+
+
+def lock(path, wait=False):
+    """Take the lock `path`. -> False where another process has it; with `wait` it is waited for."""
+    path = Path(path).resolve()
+    if path in HELD:
+        return True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        say(f"{path}: this file system has no locks ({e.strerror}); see to it that no second run writes there")
+    HELD[path] = file
+    return True
+
+
+def own(path, rank=0):
+    """The lock `path` for this run, held by its first process; where another run holds it, all of this one's end."""
+    if not all_gather(lock(path) if rank == 0 else None)[0]:
+        say(f"{Path(path).parent} is in use: another run is writing there now ({path} is locked)")
+        sys.exit(1)
+
+
+def unlock():
+    while HELD:
+        HELD.popitem()[1].close()
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Processes
 # ---------------------------------------------------------------------------------------------------------------
+PATIENT = None  # the group of all processes that waits longer
+
+
 def setup_dist():
-    """-> rank, world size, device, from torchrun's environment; one process without it initialises nothing."""
+    """-> rank, world size, device, from torchrun's environment; one process without it initialises nothing.
+
+    A process that dies takes the others with it: their next message to it fails. One that hangs in a video ends itself
+    (data.py), one that hangs elsewhere is given up after STEP, or where waiting is usual after PATIENCE."""
+    Stop.watch()
+    sys.excepthook = one_line_if_full
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
     if world > 1:
         torch.set_num_threads(1)  # several processes with several threads each would fight for the cores
-        # the long timeout covers the building of a missing prerequisite, during which the other ranks wait
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=3))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=STEP)
+        global PATIENT
+        PATIENT = dist.new_group(backend="gloo", timeout=PATIENCE)
     return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
@@ -104,16 +216,17 @@ def all_sum(x):
 
 
 def barrier():
+    """Wait for all processes, however long one of them takes."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=PATIENT)
 
 
 def all_gather(thing):
-    """[thing of rank 0, thing of rank 1, ...] for any picklable thing of our own processes."""
+    """[thing of rank 0, thing of rank 1, ...] for any picklable thing of our own processes, once all have it."""
     if not dist.is_initialized():
         return [thing]
     out = [None] * dist.get_world_size()
-    dist.all_gather_object(out, thing)
+    dist.all_gather_object(out, thing, group=PATIENT)
     return out
 
 
@@ -141,15 +254,32 @@ def sum_gradients(params):
 
 
 def build_if_missing(path, command, duration, rank):
-    """A missing piece of the *embedded* default is built by the script that makes it: on rank 0, the others wait."""
+    """A missing piece of the *embedded* default is built by the script that makes it: on rank 0, the others wait; so
+    does another run that misses the same piece."""
     if rank == 0 and not Path(path).exists():
-        print(f"{path} is missing: `python {' '.join(command)}` makes it ({duration} on two CPU cores)", flush=True)
-        # the child is one process of its own, not a member of this torchrun job
-        ours = ("TORCHELASTIC", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "OMP_")
-        env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-        if subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], env=env).returncode:
-            sys.exit(f"building {path} failed; its own message stands above")
+        building = Path("runs/.building", str(path).replace("/", "_"))
+        if not lock(building):
+            print(f"{path} is missing; another process makes it: waiting", flush=True)
+            lock(building, wait=True)
+        if not Path(path).exists():
+            print(f"{path} is missing: `python {' '.join(command)}` makes it ({duration} on two CPU cores)", flush=True)
+            run_script(path, command)
+        HELD.pop(building.resolve()).close()
     barrier()
+
+
+def run_script(path, command):
+    # the child is one process of its own, not a member of this torchrun job
+    ours = ("TORCHELASTIC", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "OMP_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    with subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], env=env) as child:
+        try:
+            child.wait()
+        except SystemExit:  # a signal: the child writes its checkpoint
+            child.terminate()
+            raise
+    if child.returncode:
+        sys.exit(f"building {path} failed; its own message stands above")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -165,9 +295,10 @@ def open_run(folder, args, rank):
     """Create the run folder, or find where to continue. -> checkpoint to resume from (Path) or None.
 
     Without --resume a folder in use is refused. With it, changed flags are refused, a finished run ends the script,
-    and a folder that does not exist yet is simply a new run.
+    and a folder that does not exist yet is simply a new run. A folder that another run is writing to is refused always.
     """
     folder = Path(folder)
+    own(folder / "lock", rank)
     flags = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name not in ("resume", "stage")}
     last = None
     if (folder / "args.json").exists():
@@ -180,32 +311,47 @@ def open_run(folder, args, rank):
         if (folder / "final").exists():
             print(f"{folder} is finished") if rank == 0 else None
             sys.exit(0)
-        steps = sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*[0-9]"))
+        steps = sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*[0-9]"))  # no *.tmp
         last = folder / f"checkpoint-{steps[-1]}" if steps else None
     all_gather(None)  # every rank has looked before rank 0 writes
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for half in folder.glob("*.tmp"):  # what a killed run left behind
-            shutil.rmtree(half)
+            shutil.rmtree(half) if half.is_dir() else half.unlink()
         about = dict(args=flags, git_commit=git_commit(), torch=torch.__version__, command=" ".join(sys.argv),
                      world_size=world_size())
-        (folder / "args.json").write_text(json.dumps(about, indent=2))
+        write(folder / "args.json", json.dumps(about, indent=2))
     return last
 
 
+def write(file, text):
+    """A text file that is there as a whole or, after a kill, as it was."""
+    aside = file.with_name(f"{file.name}.tmp")
+    aside.write_text(text)
+    os.replace(aside, file)
+
+
 def save_checkpoint(folder, name, model, processor, optimizer=None, step=None, about=(), beside=()):
-    """Write `folder/name` aside and rename it: a kill leaves the old checkpoint or the new one, never half of one.
+    """Write `folder/name` aside and rename it: a kill or a full disk leaves the old checkpoint, never half of one.
     about: {file name: what to write there as JSON}, where a model needs to say how it is to be used;
     beside: {folder name: (model, processor)}, further networks without which one cannot continue."""
     folder = Path(folder)
     aside = folder / f"{name}.tmp"
-    save_model(getattr(model, "module", model), processor, aside)
-    if optimizer is not None:
-        torch.save(dict(optimizer=optimizer.state_dict(), step=step, rng=torch.get_rng_state()), aside / "trainer.pt")
-    for file, content in dict(about).items():
-        (aside / file).write_text(json.dumps(content, indent=2))
-    for name_beside, (other, its_processor) in dict(beside).items():
-        save_model(other, its_processor, aside / name_beside)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        save_model(getattr(model, "module", model), processor, aside)
+        if optimizer is not None:
+            save_trainer(aside / "trainer.safetensors", optimizer, step)
+        for file, content in dict(about).items():
+            (aside / file).write_text(json.dumps(content, indent=2))
+        for name_beside, (other, its_processor) in dict(beside).items():
+            save_model(other, its_processor, aside / name_beside)
+        for file in [f for f in aside.rglob("*") if f.is_file()]:  # on the disk, before the old one goes
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)  # room again for what comes after a full disk
+        raise
     shutil.rmtree(folder / name, ignore_errors=True)  # half of a finish that was killed
     os.replace(aside, folder / name)
     for old in folder.glob("checkpoint-*[0-9]"):
@@ -213,12 +359,44 @@ def save_checkpoint(folder, name, model, processor, optimizer=None, step=None, a
             shutil.rmtree(old)
 
 
+def checkpoint(log, folder, step, steps, every, model, processor, optimizer, **more):
+    """The end of a training step: write checkpoint-<step> where it is due, `every` so many, but not behind the last of
+    `steps`. After a signal write it now and end the script, all processes together; a run at its end is finished."""
+    stop = log.stop and step < log.steps
+    if stop or step < steps and step % every == 0:
+        if log.rank == 0:
+            save_checkpoint(folder, f"checkpoint-{step}", model, processor, optimizer, step, **more)
+    if stop:
+        barrier()  # the first process has written it
+        say(f"{signal.Signals(log.stop).name}: {folder}/checkpoint-{step} is written; continue with: "
+            f"{resume_command()}")
+        sys.exit(128 + log.stop)
+    Stop.training = step < steps or step == log.steps  # not so where answers are collected between the iterations
+
+
+def save_trainer(file, optimizer, step):
+    """Optimizer state, RNG and step as safetensors: nothing in a checkpoint is a pickle."""
+    state = optimizer.state_dict()
+    tensors = {f"{i}.{k}": v.contiguous() for i, of in state["state"].items() for k, v in of.items()}
+    about = dict(step=step, param_groups=state["param_groups"])
+    save_file({**tensors, "rng": torch.get_rng_state()}, file, metadata={"trainer": json.dumps(about)})
+
+
 def load_trainer(checkpoint, optimizer):
     """Optimizer and RNG of a checkpoint -> the step to continue with."""
-    state = torch.load(checkpoint / "trainer.pt", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    return state["step"]
+    file = Path(checkpoint, "trainer.safetensors")
+    try:
+        with safe_open(file, "pt") as f:
+            about, tensors = json.loads(f.metadata()["trainer"]), {k: f.get_tensor(k) for k in f.keys()}
+    except Exception as e:  # no such file, another format, damaged
+        sys.exit(f"{file} cannot be read ({' '.join(str(e).split())}); remove {checkpoint} to begin anew")
+    torch.set_rng_state(tensors.pop("rng"))
+    state = {}
+    for name, value in tensors.items():
+        i, key = name.split(".")
+        state.setdefault(int(i), {})[key] = value
+    optimizer.load_state_dict(dict(state=state, param_groups=about["param_groups"]))
+    return about["step"]
 
 
 class Log:
@@ -231,24 +409,29 @@ class Log:
 
     def __init__(self, folder, steps, first_step, rank):
         self.steps, self.first, self.rank, self.sums = steps, first_step, rank, {}
+        self.stop, self.not_finite, self.warned = 0, None, False
         self.began = self.last = time.time()
         if rank == 0:
             self.file = Path(folder, "metrics.jsonl")
             for file in Path(folder).glob("*.jsonl"):  # the steps behind the checkpoint are done again
                 rows = file.read_text().splitlines()
                 kept = [r for r in rows if r.endswith("}") and json.loads(r)["step"] < first_step]
-                file.write_text("".join(r + "\n" for r in kept))
+                write(file, "".join(r + "\n" for r in kept))
             self.board = SummaryWriter(folder, purge_step=first_step)
 
     def add(self, key, total, count=1):
-        old = self.sums.get(key, (0.0, 0.0))
+        Stop.training, old = True, self.sums.get(key, (0.0, 0.0))
         self.sums[key] = (old[0] + float(total), old[1] + float(count))
+        if key.startswith("losses/") and not math.isfinite(self.sums[key][0]):
+            self.not_finite = self.not_finite or key
 
     def step(self, step, show):
         """Reduce, write, print the keys of `show`, and start the next step. -> the row."""
         keys = sorted(self.sums)
-        sums = all_sum(torch.tensor([self.sums[k] for k in keys], dtype=torch.float64))
-        row = {k: total / count for k, (total, count) in zip(keys, sums.tolist()) if count}  # nothing counted: no row
+        stop = [(float(Stop.asked == s), 0.0) for s in (signal.SIGTERM, signal.SIGINT)]  # in the same message
+        sums = all_sum(torch.tensor([self.sums[k] for k in keys] + stop, dtype=torch.float64)).tolist()
+        self.stop = signal.SIGTERM if sums[-2][0] else signal.SIGINT if sums[-1][0] else 0
+        row = {k: total / count for k, (total, count) in zip(keys, sums) if count}  # nothing counted: no row
         self.sums = {}
         if self.rank == 0:
             now = time.time()
@@ -257,7 +440,7 @@ class Log:
             for k, v in row.items():
                 self.board.add_scalar(k, v, step)
             done = min(step + 1, self.steps)  # a row behind the last step: a last evaluation
-            eta = int((now - self.began) / (done - self.first) * (self.steps - done))
+            eta = int((now - self.began) / max(1, done - self.first) * (self.steps - done))
             line = (f"step {done:0{len(str(self.steps))}d}/{self.steps} {100 * done // self.steps:3d}% | "
                     + " ".join(f"{k.split('/')[-1]} {row[k]:.3f}" for k in show if k in row)
                     + f" | {now - self.last:.2f}s | eta {eta // 60}m{eta % 60:02d}s")
@@ -265,6 +448,10 @@ class Log:
             if tty or due:  # a terminal sees every step on one line, a log file twenty lines
                 print(("\r" if tty else "") + line, end="" if tty and done < self.steps else "\n", flush=True)
             self.last = now
+            if row.get("objective/kl", 0) > KL_WARNING and not self.warned:
+                self.warned = True
+                print(f"\nwarning: step {done}: the KL to the start is {row['objective/kl']:.3g} nats: lower --lr, or "
+                      "raise the weight of the KL; said once", file=sys.stderr, flush=True)
         return row
 
 
@@ -283,12 +470,14 @@ def prepare_videos(cache, clips, folder, rank, world):
     return broken
 
 
-def stop_if_not_finite(grad_norm, folder, step, batch):
-    """A NaN or infinite gradient ends the run *before* it reaches the weights; the batch is written out."""
-    if not torch.isfinite(grad_norm):
-        bad = Path(folder, f"not_finite_step{step}.json")
+def stop_if_not_finite(grad_norm, log, folder, step, batch):
+    """A NaN or infinite loss or gradient ends the run *before* it reaches the weights; the batch is written out."""
+    if log.not_finite or not torch.isfinite(grad_norm):
+        what = f"{log.not_finite} is not finite" if log.not_finite else f"the gradient is {float(grad_norm)}"
+        which = f"_rank{log.rank}" if world_size() > 1 else ""
+        bad = Path(folder, f"not_finite_step{step}{which}.json")
         bad.write_text(json.dumps(batch, indent=2))
-        sys.exit(f"step {step}: the gradient is {float(grad_norm)}; weights untouched, the batch is in {bad}")
+        sys.exit(f"step {step}{which.replace('_', ', ')}: {what}; weights untouched, the batch is in {bad}")
 
 
 def finish(folder, model, processor, rank, about=()):
@@ -307,5 +496,5 @@ def finish(folder, model, processor, rank, about=()):
         save_checkpoint(folder, "final", model, processor, about=about)
         print(f"done: {folder}/final")
     if dist.is_initialized():
-        dist.barrier()
+        barrier()
         dist.destroy_process_group()

@@ -60,8 +60,7 @@ class Args:
     workers: int = HfArg(default=os.cpu_count(), help="processes that render; the result does not depend on it")
 
     def __post_init__(self):
-        if self.clips < 1 or self.workers < 1:
-            raise ValueError("--clips and --workers must be at least 1")
+        harness.at_least(self, clips=1, workers=1, seed=0)
 
 
 # --- the scene: what happens in one clip ---------------------------------------------------------------------------
@@ -508,6 +507,7 @@ def write_benchmarks(out, seed):
 def build(args):
     """Make the whole set aside, then rename it: `args.out` is complete or not there."""
     out, made_with = Path(args.out), {"clips": args.clips, "seed": args.seed}
+    harness.own(out.with_name(f"{out.name}.lock"))
     if out.exists() and any(out.iterdir()):
         found = json.loads((out / "args.json").read_text()) if (out / "args.json").exists() else "something else"
         if found != made_with:

@@ -477,8 +477,7 @@ class Args(OracleArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.G < 2 or self.questions < 1:
-            raise ValueError("--G must be at least 2, --questions at least 1")
+        harness.at_least(self, G=2, questions=1, seed=0)
 
 
 def agreement(args):

@@ -406,7 +406,7 @@ def main(args):
                     harness.sum_gradients(params)
                     grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)  # I19
                     asked = [{"question": str(q), "answers": a} for q, a in zip(questions, answers)]
-                    harness.stop_if_not_finite(grad_norm, folder, step, asked)
+                    harness.stop_if_not_finite(grad_norm, log, folder, step, asked)
                     if name == "policy":
                         log.add("policy/grad_norm", grad_norm)
                     else:
@@ -438,11 +438,10 @@ def main(args):
                                             args.prompts_per_step * args.G, args.kl_horizon)
         if rank == 0 and step % 25 == 0:
             write_samples(folder, step, batch, answers, scores, kl, advantages.view(B, G, T)[..., 0])
-        if rank == 0 and (step + 1) % args.save_steps == 0 and step + 1 < args.steps:
-            # adapters are saved with the policy, a value network of its own beside it
-            beside = {} if roles.adapters else {"value": (roles.value, roles.value_processor)}
-            harness.save_checkpoint(folder, f"checkpoint-{step + 1}", roles.policy, processor, optimizer, step + 1,
-                                    about={"ppo.json": state}, beside=beside)
+        # adapters are saved with the policy, a value network of its own beside it
+        beside = {} if roles.adapters else {"value": (roles.value, roles.value_processor)}
+        harness.checkpoint(log, folder, step + 1, args.steps, args.save_steps, roles.policy, processor, optimizer,
+                           about={"ppo.json": state}, beside=beside)
     roles.only_policy(Path(folder, "best.safetensors") if args.stop_oracle else None)
     harness.finish(folder, roles.policy, processor, rank)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from data import ROLES, DataError, parse_turns, read_rows
+from data import ROLES, DataError, is_text, parse_turns, read_rows
 from video_llm import Prefix
 
 EXTRA = ("margin", "scores", "source", "sources", "narrative")  # kept as they are where a row has them
@@ -122,7 +122,7 @@ def parse_pair(row, find):
     turns, clip = parse_turns(whole(chosen), find)
     question = turns[0]["content"] if len(turns) == 2 else turns[:-1]
     label = row.get("answer")
-    if not isinstance(label, str | None):
+    if label is not None and not is_text(label):
         raise DataError(f"answer is no text: {label}")
     return [dict(clip=clip, question=question, chosen=turns[-1]["content"], rejected=other[-1]["content"], answer=label,
                  task_type=row.get("task_type"), **{k: row[k] for k in EXTRA if k in row})]

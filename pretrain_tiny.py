@@ -19,6 +19,7 @@ and friends. Trained on the clips of the `pretrain` split alone: no policy, RL r
 import copy
 import json
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,8 @@ class Args:
     seed: int = HfArg(default=0, help="initialisation and order of the data")
 
     def __post_init__(self):
-        if min(self.steps, self.text_steps, self.batch_size) < 1 or self.lr <= 0:
-            raise ValueError("--steps, --text_steps and --batch_size must be at least 1, --lr above 0")
+        harness.at_least(self, steps=1, text_steps=1, batch_size=1, seed=0)
+        harness.above_zero(self, "lr")
 
 
 def make_tokenizer(texts):
@@ -126,6 +127,8 @@ def optimize(params, args, steps, loss_of, title):
         for g in optimizer.param_groups:
             g["lr"] = args.lr * min((step + 1) / 50, (steps - step) / steps)
         loss = loss_of(step)
+        if not torch.isfinite(loss):
+            sys.exit(f"{title}, step {step}: the loss is {loss.item()}; nothing is written")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
@@ -136,6 +139,7 @@ def optimize(params, args, steps, loss_of, title):
 def main(args):
     harness.build_if_missing(f"{args.data}/clips.json", ["moving_shapes.py", "--out", args.data], "under a minute", 0)
     hub, aside, began = Path(args.data, "hub"), Path(args.data, "hub.tmp"), time.time()
+    harness.own(Path(args.data, "hub.lock"))
     if hub.exists():
         print(f"{hub} is there already; delete it to make it again")
         return

@@ -127,7 +127,7 @@ class Args:
         if self.oracle not in ORACLES:
             raise ValueError(f"--oracle {self.oracle}: choose one of {', '.join(ORACLES)}")
         harness.at_least(self, clips=1, prompts=2, samples=2, max_new_tokens=1, min_margin=0, centring=0, lora_r=0,
-                         prompts_per_step=1, pack=1, micro_batch_size=1, eval_steps=1, save_steps=1,
+                         weight_decay=0, prompts_per_step=1, pack=1, micro_batch_size=1, eval_steps=1, save_steps=1,
                          max_prompt_tokens=1, max_answer_tokens=1)
         if not (0 < self.eval_share < 1 and 0 < self.share <= 1 and self.min_margin < 0.5):
             raise ValueError("--eval_share must lie between 0 and 1, --share in (0, 1], --min_margin below 0.5")
@@ -279,6 +279,7 @@ def flags_of(args):
 
 def open_answers(file, args, rank):
     """-> how many questions are answered already. A last row cut by a kill is taken off; other flags are refused."""
+    harness.own(file.with_suffix(".lock"), rank)
     rows = answers_file(file).read_text().splitlines() if answers_file(file).exists() else []
     if rows and not rows[-1].endswith("}"):
         rows = rows[:-1]
@@ -380,7 +381,7 @@ def main(args):
 
         # 3. Update
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        harness.stop_if_not_finite(grad_norm, folder, step, [[str(p["question"]), p["chosen"]] for p in pairs])
+        harness.stop_if_not_finite(grad_norm, log, folder, step, [[str(p["question"]), p["chosen"]] for p in pairs])
         optimizer.step()
         optimizer.zero_grad()
         log.add("policy/grad_norm", grad_norm)
@@ -396,8 +397,7 @@ def main(args):
                 for key in MEASURES:
                     log.add(f"eval/{key}", *measured[key])
         row = log.step(step, show=["losses/bradley_terry", "rm/accuracy", "eval/accuracy", "eval/truth_accuracy"])
-        if rank == 0 and (step + 1) % args.save_steps == 0 and step + 1 < steps:
-            harness.save_checkpoint(folder, f"checkpoint-{step + 1}", model, processor, optimizer, step + 1)
+        harness.checkpoint(log, folder, step + 1, steps, args.save_steps, model, processor, optimizer)
 
     # 5. Normalise (D8) and say how the model is to be used
     mine, rewards = groups[:1000][rank::world], torch.zeros(0, dtype=torch.float64)  # enough for two numbers

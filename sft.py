@@ -88,7 +88,10 @@ class Args:
             if not 0 <= getattr(self, flag) <= 1:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must lie between 0 and 1")
         harness.at_least(self, steps=1, batch_size=1, pack=1, micro_batch_size=1, save_steps=1, num_frames=1,
-                         max_prompt_tokens=1, max_answer_tokens=1, num_clips=0, lora_r=0)
+                         max_prompt_tokens=1, max_answer_tokens=1, num_clips=0, lora_r=0, weight_decay=0)
+        composed = [f for f in ("clip", "qformer", "llm", "num_frames") if getattr(self, f) != getattr(Args, f)]
+        if self.model and composed:
+            raise ValueError(f"--{composed[0]}: does nothing with --model, which is a whole model already")
         harness.check_training(self, batch="batch_size")
         harness.above_zero(self, "lr")
 
@@ -214,14 +217,13 @@ def main(args):
         # 6. Update
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         asked = [[str(r["question"]), r["answer"]] for g in groups for r in g]
-        harness.stop_if_not_finite(grad_norm, folder, step, asked)
+        harness.stop_if_not_finite(grad_norm, log, folder, step, asked)
         optimizer.step()
         optimizer.zero_grad()
         log.add("policy/grad_norm", grad_norm)
         log.add("charts/lr", lr_at(step, args))
         log.step(step, show=["losses/sft", *(f"losses/{k}" for k in KINDS), "policy/grad_norm"])
-        if rank == 0 and (step + 1) % args.save_steps == 0 and step + 1 < args.steps:
-            harness.save_checkpoint(folder, f"checkpoint-{step + 1}", model, processor, optimizer, step + 1)
+        harness.checkpoint(log, folder, step + 1, args.steps, args.save_steps, model, processor, optimizer)
     harness.finish(folder, model, processor, rank)
 
 

@@ -389,14 +389,14 @@ def load_model(path, quantize="none", dtype=torch.float32, device="cpu"):
     tests/test_quantize.py compares the gradient after a rollout.
     """
     path = Path(path)
+    if not list(path.glob("*.safetensors")) or not list(path.glob("*config.json")):
+        raise FileNotFoundError(f"{path}: no model there (config.json or safetensors missing; pickles are not read)")
     if (path / "adapter_config.json").exists():
         config = json.loads((path / "adapter_config.json").read_text())
         model, processor = load_model(config["base_model_name_or_path"], quantize, dtype, device)
         if "score_head" in (config["modules_to_save"] or []):
             add_scalar_head(model)  # the base is an SFT model, its head comes with the adapter
         return PeftModel.from_pretrained(model, path, is_trainable=True), processor
-    if not (path / "config.json").exists():
-        raise FileNotFoundError(f"{path}: no model there (config.json is missing)")
     if quantize == "none":
         model = VideoLLM.from_pretrained(path, dtype=dtype).to(device)
     else:

@@ -1,6 +1,7 @@
 """A script run inside this process, as from the command line: that saves importing torch each time."""
 
 import importlib
+import signal
 import sys
 
 import harness
@@ -11,7 +12,11 @@ def main_of(monkeypatch, cwd, script, *flags):
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
     module = importlib.import_module(script.removesuffix(".py"))
-    if hasattr(module, "HfArgumentParser"):  # it reads its flags itself
-        module.main()
-    else:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
         module.main(harness.parse_args(module.Args))
+    finally:  # what the end of a process undoes
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        sys.excepthook = sys.__excepthook__
+        harness.unlock()

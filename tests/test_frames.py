@@ -7,8 +7,8 @@ import av
 import numpy as np
 import pytest
 
-import data as frames
-from data import VideoError, read_frames
+import frames
+from frames import VideoError, read_frames
 
 
 def write(path, numbers, codec="libx264", stamps=None, rotation=None, pix_fmt="yuv420p", size=(88, 48), **options):
@@ -240,7 +240,7 @@ def test_errors_of_any_kind(tmp_path, monkeypatch):
 def test_nothing_on_stderr(tmp_path):
     for name, (data, _) in broken(tmp_path).items():
         (tmp_path / name).write_bytes(data)
-    code = ("import sys, data as frames\nfor path in sys.argv[1:]:\n try: frames.read_frames(path, 4)\n"
+    code = ("import sys, frames\nfor path in sys.argv[1:]:\n try: frames.read_frames(path, 4)\n"
             " except frames.VideoError as error: print(error)")
     names = [str(tmp_path / name) for name in broken(tmp_path)]
     done = subprocess.run([sys.executable, "-c", code, *names], cwd=os.path.dirname(os.path.abspath(frames.__file__)),

@@ -56,7 +56,7 @@ def test_killed_and_resumed_equals_uninterrupted(world, policy, monkeypatch, com
     saved = [p for p in broken.glob("checkpoint-*") if p.suffix != ".tmp"]
     assert len(saved) == 1 and saved[0].name in ("checkpoint-3", "checkpoint-6", "checkpoint-9")
     shutil.copytree(saved[0], broken / "checkpoint-13.tmp")  # and half of a checkpoint that a kill left behind
-    (broken / "checkpoint-13.tmp/trainer.pt").write_bytes(b"half")
+    (broken / "checkpoint-13.tmp/trainer.safetensors").write_bytes(b"half")
     with open(broken / "metrics.jsonl", "a") as f:
         f.write('{"step": 9, "losses/sf')  # and half of a row
     main_of(monkeypatch, world, *command, "--name", f"{lora}broken", "--resume")

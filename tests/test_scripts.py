@@ -313,22 +313,32 @@ def test_oracle_demo(script, world, policy):
 
 # --- what is wrong is said in one line -----------------------------------------------------------------------------
 BAD_FLAGS = {
-    "moving_shapes": ["--clips none", "--clip 5", "--clips -5", "--workers 0"],
-    "pretrain_tiny": ["--steps two", "--step 2", "--steps -1", "--batch_size 0", "--lr -1", "--seed x"],
+    "moving_shapes": ["--clips none", "--clip 5", "--clips -5", "--workers 0", "--seed -1"],
+    "pretrain_tiny": ["--steps two", "--step 2", "--steps -1", "--batch_size 0", "--lr -1", "--seed x", "--seed -1",
+                      "--lr nan", "--lr inf", "--text_steps 0"],
     "sft": ["--steps 0", "--steps", "--stepz 2", "--step 2", "--batch_size 3 --micro_batch_size 2", "--lr 0",
             "--curriculum easy", "--easy_share 1.5", "--judge_share -1", "--quantize nf4", "--lora_r -1", "--pack 0",
             "--quantize int8 --lora_r 4", "--lr zero", "--resume maybe", "--num_clips -1", "stray", "--seed 1.5",
-            "--max_answer_tokens 0", "--micro_batch_size 0", "--batch_size 0", "--micro_batch_size -2"],
+            "--max_answer_tokens 0", "--micro_batch_size 0", "--batch_size 0", "--micro_batch_size -2",
+            "--model m --clip c", "--model m --num_frames 4", "--lora_alpha 4", "--lora_r 4 --lora_alpha 0",
+            "--seed -1", "--name ../x", "--name a/b", "--weight_decay -1", "--lr inf", "--lr nan", "--warmup nan"],
     "grpo_rank": ["--G 1", "--G five", "--g 5", "--steps 0", "--advantage best", "--oracle god", "--clip_range 0",
                   "--clip_range 1", "--temperature 0", "--lr -1", "--beta -0.1", "--beta nan", "--quantize nf4",
                   "--lora_r -1", "--prompts_per_step 7", "--prompts_per_step 0", "--prompts_per_rank 8",
                   "--micro_batch_size 0", "--inner_epochs 0", "--eval_questions -1", "--resume --unknown",
-                  "--scale_advantages perhaps"],
+                  "--scale_advantages perhaps", "--beta inf", "--seed -1", "--name ..", "--lora_alpha 4",
+                  "--eval_steps 0"],
     "oracle": ["--G 0", "--G one", "--oracle god", "--questions -1", "--checkpoints x", "--oracle api",
                "--oracle api --api_url host:1/v1 --api_model m", "--oracle judge,judge", "--api_mode best",
                "--api_frames -1", "--api_size 0", "--api_concurrency 0", "--api_timeout 0", "--api_retries -1",
-               "--api_max_tokens 0", "--demo perhaps", "--oracle api --api_url https://me:pw@host --api_model m"],
-    "evaluate": ["--runs", "--runs nowhere", "--run x", ""],
+               "--api_max_tokens 0", "--demo perhaps", "--oracle api --api_url https://me:pw@host --api_model m",
+               "--seed -1", "--questions 0"],
+    "evaluate": ["--runs", "--runs nowhere", "--run x", "", "--checkpoint nowhere", "--runs a --checkpoint b",
+                 "--predictions nowhere.json --benchmark msvd_qa", "--compare nowhere", "--batch_size 0",
+                 "--judge api --runs a"],
+    "reward_model": ["--stage both", "--epochs 0", "--epochs nan", "--seed -1", "--lora_alpha 4", "--name a/b"],
+    "ppo_rlaif": ["--gamma nan", "--lr inf", "--seed -1", "--lora_alpha 4", "--name .hidden"],
+    "dpo_iter_w2s": ["--beta 0", "--beta inf", "--seed -1", "--lora_alpha 4", "--name a/b", "--stage some"],
 }  # fmt: skip
 
 @pytest.mark.parametrize("name, flags", [
@@ -385,7 +395,8 @@ def test_two_runs_into_one_folder_are_refused(script, world, name, flags, folder
     (folder / "args.json").write_text('{"args": {}}')
     done = script(name, *flags, "--name", "busy")
     assert done.code == 1 and done.err.count("\n") == 1 and "in use" in done.err and "--resume" in done.err
-    assert (folder / "args.json").read_text() == '{"args": {}}' and len(list(folder.iterdir())) == 1
+    assert (folder / "args.json").read_text() == '{"args": {}}'
+    assert {file.name for file in folder.iterdir()} == {"args.json", "lock"}
     done = script(name, *flags, "--name", "busy", "--resume")  # started with other flags
     assert done.code == 1 and done.err.count("\n") == 1 and "same flags" in done.err
 

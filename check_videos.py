@@ -1,0 +1,156 @@
+"""Which videos of a folder can be read? Every file decodes to the right number of frames, or one line says why not.
+
+Run      python check_videos.py --videos my_videos                  exit code 1 where a file is refused
+         python check_videos.py --videos my_videos --out broken.json
+
+The training scripts leave out what is refused here, and list it in `broken_videos.json`. They decode in their own
+process; here each file is decoded in a process of its own kind, with a limit on time and memory, so that a file which
+crashes or hangs the decoder is named as well. Found are files with the extension of a video, in all sub-folders.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from transformers.hf_argparser import HfArg
+
+import harness
+from data import EXTENSIONS
+from frames import VideoError, read_frames
+
+MORE = (".3gp", ".264", ".flv", ".h264", ".m4v", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".wmv")
+BLACK = 24  # of 255; a picture without a brighter dot
+
+
+@dataclass
+class Args:
+    videos: str = HfArg(default="", help="a folder, or one file")
+    num_frames: int = HfArg(default=8, help="frames to read of each")
+    time_limit: float = HfArg(default=60.0, help="seconds of the processor for one file, by the clock ten times that")
+    memory_gib: float = HfArg(default=4.0, help="memory for one file")
+    workers: int = HfArg(default=os.cpu_count(), help="files at the same time")
+    out: str = HfArg(default="", help="write {file: why it is refused} into this JSON file")
+
+    def __post_init__(self):
+        harness.at_least(self, num_frames=1, workers=1)
+        harness.above_zero(self, "time_limit", "memory_gib")
+        if not self.videos:
+            raise ValueError("--videos: a folder, or one file")
+
+
+def examine(path, num_frames):
+    """-> (why it is refused or "", all frames are black)."""
+    try:
+        frames, times = read_frames(path, num_frames)
+    except VideoError as e:
+        return str(e), False
+    if len(frames) != num_frames or len(times) != num_frames:
+        return f"{path}: {len(frames)} frames instead of {num_frames}", False
+    return "", bool(frames.max() < BLACK)
+
+
+def work(pipe, function, memory_gib):
+    """The life of a worker: a path comes in, what `function` says of it goes out."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    limit = now + int(memory_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    while True:
+        pipe.send(function(*pipe.recv()))
+
+
+class Worker:
+    def __init__(self, function, memory_gib):
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.process = multiprocessing.get_context("fork").Process(
+            target=work, args=(theirs, function, memory_gib), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def give(self, *job):
+        self.job, self.since, self.before = job, time.monotonic(), self.used()
+        self.pipe.send(job)
+
+    def used(self):
+        """Seconds of the processor since the process began."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def end(self):
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+        return self.process.exitcode
+
+
+def in_workers(jobs, function, workers, time_limit, memory_gib):
+    """function(*job) of every job in processes that may crash or hang. -> (job, result, seconds), as they are ready; a
+    result is a string where there is none of the function's own."""
+    jobs, idle, busy = list(jobs)[::-1], [], []
+    try:
+        while jobs or busy:
+            while jobs and len(busy) < workers:
+                busy.append(idle.pop() if idle else Worker(function, memory_gib))
+                busy[-1].give(*jobs.pop())
+            ready = wait([w.pipe for w in busy], timeout=0.2)
+            for w in list(busy):
+                seconds = time.monotonic() - w.since
+                if w.pipe in ready:
+                    try:
+                        result = w.pipe.recv()
+                        idle.append(w)
+                    except EOFError:
+                        w.process.join()
+                        result = f"{w.job[0]}: crashes the decoder (exit code {w.end()})"
+                elif max(w.used() - w.before, seconds / 10) > time_limit:
+                    w.end()
+                    result = f"{w.job[0]}: not done after {time_limit:g} s"
+                else:
+                    continue
+                busy.remove(w)
+                yield w.job, result, seconds
+    finally:
+        for w in busy + idle:
+            w.end()
+
+
+def video_paths(place):
+    """The videos of a folder and its sub-folders; a file is itself."""
+    if os.path.isfile(place):
+        return [place]
+    return sorted(os.path.join(folder, file) for folder, _, files in os.walk(place) for file in files
+                  if file.lower().endswith(EXTENSIONS + MORE))
+
+
+def main(args):
+    if not os.path.exists(args.videos):
+        sys.exit(f"check_videos.py: --videos {args.videos}: no such file or folder")
+    paths = video_paths(args.videos)
+    if not paths:
+        sys.exit(f"--videos {args.videos}: no file there has the extension of a video")
+    refused, black, slowest = {}, 0, (0.0, "")
+    jobs = [(path, args.num_frames) for path in paths]
+    for (path, _), result, seconds in in_workers(jobs, examine, args.workers, args.time_limit, args.memory_gib):
+        why, is_black = (result, False) if isinstance(result, str) else result
+        slowest = max(slowest, (seconds, path))
+        if why:
+            refused[path] = why
+            print(f"refused: {why}", flush=True)
+        elif is_black:
+            black += 1
+            print(f"black: {path}: no frame shows anything", flush=True)
+    print(f"{len(paths)} files: {len(paths) - len(refused)} can be read, {black} of them are black; "
+          f"{len(refused)} refused; the slowest took {slowest[0]:.1f} s: {slowest[1]}")
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        harness.write(Path(args.out), json.dumps(dict(sorted(refused.items())), indent=1) + "\n")
+    sys.exit(1 if refused else 0)
+
+
+if __name__ == "__main__":
+    main(harness.parse_args(Args))

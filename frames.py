@@ -1,0 +1,306 @@
+"""Frames out of any video. What is broken is refused with one line; `check_videos.py` does that for a whole folder."""
+
+import contextlib
+import os
+import re
+import threading
+import time
+
+import av
+import numpy as np
+from av.stream import Disposition
+
+av.logging.set_level(None)  # ffmpeg's own messages stay off stderr; what goes wrong is said by VideoError
+SLOW, SLOWEST, STALL = 30.0, 600.0, 30.0  # seconds: see _watched
+PIXELS, BYTES = 2**26, 2**32  # of one frame, 8192 x 8192; of all frames read of a video
+WHOLE = 1000  # videos of up to so many frames are always decoded as a whole, so that damage anywhere is found
+
+
+class VideoError(Exception):
+    """One line that names the file and says why it, or the asked part of it, cannot be read."""
+
+
+def read_frames(video, num_frames, start=None, end=None, sampling="linspace"):
+    """Read ``num_frames`` frames spread evenly over the time of a video.
+
+    ``video`` is a video file, a list of image files (the frames of one video), or a folder of jpg / png images in
+    natural order; images count as one per second. ``start`` and ``end`` are seconds after the first frame.
+
+    ``linspace``: the frames shown at ``num_frames`` times from the first to the last frame (or start to end), both
+    included; at a constant frame rate exactly the frames ``np.linspace(0, N - 1, num_frames).astype(int)``.
+    ``midpoint``: the middles of ``num_frames`` equal segments; at a constant rate exactly those of Video-ChatGPT.
+
+    Returns the frames, uint8 (F, H, W, 3) RGB and upright, and their times, float (F,) seconds after the first frame.
+    F is always ``num_frames``: a video of fewer frames repeats some. Whatever is wrong with a file is a VideoError.
+    Of more than ``WHOLE`` frames only the needed parts are decoded, so damage elsewhere can go unnoticed.
+    """
+    if num_frames < 1 or sampling not in ("linspace", "midpoint"):
+        raise ValueError(f"num_frames must be at least 1, sampling linspace or midpoint: {num_frames}, {sampling!r}")
+    is_list = isinstance(video, (list, tuple))
+    name, images = ("list of images", video) if is_list else (video, None)
+    try:
+        if not is_list and os.path.isdir(video):
+            files = [f for f in os.listdir(video) if re.fullmatch(r"[^.].*\.(jpe?g|png)", f, re.I | re.S)]
+            files.sort(key=lambda f: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", f)])  # 2 before 10
+            images = [os.path.join(video, f) for f in files]
+        with _watched(name):
+            if images is None:
+                return _read_video(video, num_frames, start, end, sampling)
+            if not images:
+                raise VideoError("no images")
+            ranks = _choose(np.arange(len(images)), 1.0, len(images), num_frames, start, end, sampling)
+            out = None
+            for rank in np.unique(ranks):
+                name = images[rank]
+                out = _store(out, _decode_all(name, np.zeros(1, int), 1)[0][0], ranks == rank)
+            return out, ranks.astype(float)
+    except Exception as exc:  # besides FFmpegError, PyAV raises OSError, ValueError, MemoryError, UnicodeError, ...
+        raise _video_error(name, exc) from exc
+
+
+def clip_seconds(clip):
+    """(start, end) of a clip in seconds; of the whole video where it has none. Raises VideoError."""
+    end = clip.end
+    try:
+        if end is None:
+            still = isinstance(clip.path, tuple) or os.path.isdir(clip.path)
+            with _watched(clip.path):
+                end = float(len(video_files(clip.path))) if still else _scan(clip.path)[3]
+    except Exception as exc:
+        raise _video_error(clip.path, exc) from exc
+    return clip.start or 0.0, end
+
+
+def video_files(path):
+    """The files that a video's content lies in: itself, or its images."""
+    if isinstance(path, (list, tuple)):
+        return list(path)
+    if os.path.isdir(path):
+        return sorted(os.path.join(path, f) for f in os.listdir(path))
+    return [path]
+
+
+_reading = threading.local()  # of the video that this thread reads: .until, .last, .beats; see _watched
+
+
+@contextlib.contextmanager
+def _watched(name):
+    """Limits the processor's time for a video: SLOW seconds and a tenth of one per packet, at most SLOWEST; so a busy
+    machine changes nothing. Between two packets or frames that is a VideoError. A decoder that gives no sign of life
+    for STALL seconds cannot be stopped from within its process: a line names the video and the process ends, so that
+    nobody waits for it in vain."""
+    over, now, beats = threading.Event(), time.thread_time(), [0]
+    _reading.until, _reading.last, _reading.beats = now + SLOW, now + SLOWEST, beats
+
+    def watch():
+        quiet, seen = 0, 0
+        while not over.wait(STALL / 10):  # in tenths: a process that was suspended does not hang
+            quiet, seen = quiet + 1 if beats[0] == seen else 0, beats[0]
+            if quiet >= 10:
+                why = VideoError(f"the decoder hangs for {STALL:.0f} s, this process ends; take the file away")
+                os.write(2, f"rank {os.environ.get('RANK', 0)}: {_video_error(name, why)}\n".encode())
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _tick(more=0.0):
+    """A sign of life, once per packet and frame. more: seconds by which the limit grows."""
+    _reading.beats[0] += 1
+    _reading.until += more
+    if time.thread_time() > min(_reading.until, _reading.last):
+        raise VideoError("takes too long to decode")
+
+
+def _video_error(name, exc):
+    words = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+    reason = words if isinstance(exc, VideoError) else f"cannot be read ({words})"
+    # File names may hold line breaks and bytes that are no text; the message is one printable line all the same.
+    return VideoError(" ".join(f"{name}: {reason}".split()).encode("utf-8", "backslashreplace").decode())
+
+
+def _read_video(path, num_frames, start, end, sampling):
+    """Choose frames by the time stamps of the packets, which cost no decoding, then decode what these frames need."""
+    packets, base, rate, length = _scan(path)
+    # The stamps of the shown frames in display order. Raw streams have none: there frames are numbered.
+    ticks = [pts for pts, _, shown in packets if shown]
+    stamped = None not in ticks
+    ticks, base = (np.sort(ticks), base) if stamped else (np.arange(len(ticks)), 1 / rate)
+    ranks = _choose(ticks, base, length, num_frames, start, end, sampling)
+    out = None
+    if len(packets) > WHOLE and len({pts for pts, _, _ in packets} - {None}) == len(packets):
+        out = _decode_seeking(path, packets, ticks[ranks])
+    if out is None:
+        out, seen = _decode_all(path, ranks, len(ticks))
+        seen = np.sort(seen) if stamped and None not in seen else np.arange(len(seen))
+        if not np.array_equal(seen, ticks):
+            # Not one frame per packet (fields, or frames whose references are missing at the start): as long as the
+            # frames cover the time, they are the video. The choice is made anew among them.
+            _check_covered((seen[-1] - seen[0]) * base, (ticks[-1] - ticks[0]) * base, 0)
+            ticks, ranks = seen, _choose(seen, base, length, num_frames, start, end, sampling)
+            out, _ = _decode_all(path, ranks, len(ticks))
+    return out, (ticks[ranks] - ticks[0]) * base
+
+
+def _choose(ticks, base, length, num_frames, start, end, sampling):
+    """Numbers (in display order) of the frames to take. ``ticks`` are of ``base`` seconds, ``length`` is in seconds."""
+    start, end = 0 if start is None else start, length if end is None else end
+    if not 0 <= start <= end <= length + 0.1:  # a tenth of a second of grace for rounded annotations
+        raise VideoError(f"no range of {start} to {end} s in a video of {length:.2f} s")
+    # Clocks round: 30 frames a second show as steps of 33 and 34 ms. Stamps that lie within one tick of a straight
+    # line are a constant rate, and time is counted in whole frames: no rounding then makes a target miss its frame.
+    count = np.arange(len(ticks))
+    step = (ticks[-1] - ticks[0]) / max(len(ticks) - 1, 1)
+    constant = step > 0 and np.abs(ticks[0] + step * count - ticks).max() <= min(1, step / 3)
+    clock, unit = (count, base * step) if constant else (ticks - ticks[0], base)
+    first, last = np.minimum(np.round(np.array([start, end]) / unit, 6), clock[-1])
+    targets = np.linspace(first, last, num_frames)
+    if sampling == "midpoint":  # segments go from frame to frame; of these the middle
+        edges = np.rint(np.interp(np.linspace(first, last, num_frames + 1), clock, count)).astype(int)
+        targets = (clock[edges[:-1]] + clock[edges[1:]]) / 2
+    return np.interp(targets, clock, count).astype(int)  # the last frame that is not later than the target
+
+
+def _open(path):
+    """A container (closed by ``with``) and its video stream: the one marked default, else the first."""
+    if not os.path.isfile(path):  # a pipe or a device could hang
+        raise VideoError("no such file")
+    # "file:" keeps a name like "a:b.mp4" from being taken for an address, the whitelist keeps playlists off the net.
+    container = av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"}, metadata_errors="ignore")
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]  # no cover pictures
+    if not streams:
+        container.close()
+        raise VideoError("no video stream")
+    stream = next((s for s in streams if s.disposition & Disposition.default), streams[0])
+    if stream.width * stream.height > PIXELS:
+        container.close()
+        raise VideoError(f"frames of {stream.width} x {stream.height} are too large")
+    stream.codec_context.options = {"max_pixels": str(PIXELS)}  # they may grow on the way
+    return container, stream
+
+
+def _scan(path):
+    """Read the packets without decoding. Returns (pts, is key, is shown) of each in file order, the seconds per tick,
+    the frame rate and the length in seconds. Refuses a file that holds clearly less than its header promises."""
+    packets, ends = [], {}  # the last tick of every stream
+    container, stream = _open(path)
+    with container:
+        base, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 25)
+        for packet in container.demux():
+            _tick(more=0.1)
+            if packet.size and packet.pts is not None:
+                end = packet.pts + (packet.duration or 0)
+                ends[packet.stream_index] = max(ends.get(packet.stream_index, end), end)
+            if packet.size and packet.stream_index == stream.index:
+                if packet.is_corrupt:  # the file ends within it
+                    raise VideoError(f"cut off after {len(packets)} of {max(stream.frames, len(packets) + 1)} frames")
+                # Edit lists mark packets as discard: the decoder needs them, but they are not part of the video.
+                packets.append((packet.pts, packet.is_keyframe, not packet.is_discard))
+        if container.format.name == "gif" and not _tail(path).endswith(b";"):  # it marks its end
+            raise VideoError(f"cut off after {len(packets)} frames")
+        shown = [pts for pts, _, is_shown in packets if is_shown]
+        if not shown:
+            raise VideoError("no frames")
+        if None in [pts for pts, _, _ in packets]:
+            return packets, base, rate, len(shown) / rate
+        # mp4 and avi tell the number of frames (hidden ones included) and the length of the stream, mkv and webm only
+        # the length of the file, which may be that of its sound. Compared is the time, which suits any frame rate.
+        stamps = np.sort([pts for pts, _, _ in packets])
+        gap = np.diff(stamps).max(initial=0) * base
+        covered = (ends[stream.index] - stamps[0]) * base
+        _check_covered(covered, max(stream.frames / rate, (stream.duration or 0) * base), gap)
+        if stream.duration is None and container.duration is not None:
+            covered = max(end * float(container.streams[index].time_base) for index, end in ends.items())
+            _check_covered(covered, container.duration / av.time_base, gap)
+        return packets, base, rate, (ends[stream.index] - min(shown)) * base
+
+
+def _tail(path):
+    with open(path, "rb") as f:
+        f.seek(max(0, os.path.getsize(path) - 64))
+        return f.read().rstrip(b"\0\r\n ")
+
+
+def _check_covered(covered, promised, gap):
+    """Refuse a video that ends clearly too early. How long the last frame lasts is often a guess, so as much as the
+    longest frame (``gap``), a quarter of a second, or a twentieth may be missing."""
+    if promised - covered > max(gap, 0.25, promised / 20):
+        raise VideoError(f"cut off, only {max(covered, 0):.2f} of {promised:.2f} s are there")
+
+
+def _decode_all(path, ranks, total):
+    """Decode the whole video. Returns the frames numbered ``ranks`` in the order in which the decoder gives them, which
+    is the display order even where the stamps are wrong, and the stamps of all frames."""
+    out, seen = None, []
+    container, stream = _open(path)
+    with container:
+        try:
+            for frame in container.decode(stream):
+                _tick()
+                if len(seen) in ranks:
+                    out = _store(out, frame, ranks == len(seen))
+                seen.append(frame.pts)
+        except av.error.FFmpegError as exc:
+            raise VideoError(f"broken after {len(seen)} of {total} frames") from exc
+    if not seen:
+        raise VideoError("no frame can be decoded")
+    return out, seen
+
+
+def _decode_seeking(path, packets, wanted):
+    """Decode only from the key frame before each wanted stamp. Returns the frames, or None where decoding everything
+    costs about the same, or anything is odd: then _decode_all has the word, on errors as well."""
+    place = {pts: i for i, (pts, _, _) in enumerate(packets)}
+    keys = [i for i, (_, is_key, _) in enumerate(packets) if is_key]
+    runs = {}  # wanted stamps by their key frame
+    for pts in np.unique(wanted).tolist():
+        # A frame that follows a key frame in the file but is shown before it needs the key frame before that.
+        key = max((k for k in keys if k <= place[pts] and packets[k][0] <= pts), default=0)
+        runs.setdefault(key, []).append(pts)
+    if sum(max(place[pts] for pts in run) - key + 1 for key, run in runs.items()) > 0.75 * len(packets):
+        return None
+    out, found, left = None, [], len(packets)
+    try:
+        container, stream = _open(path)
+        with container:
+            for key, run in runs.items():
+                container.seek(packets[key][0], stream=stream)
+                last = -np.inf
+                for number, packet in enumerate(container.demux(stream)):
+                    _tick()
+                    left -= 1
+                    if number == 0 and (not packet.is_keyframe or place.get(packet.pts, key + 1) > key) or left < 0:
+                        return None  # seeking leads to somewhere else, or always far back
+                    for frame in packet.decode():
+                        if frame.pts is None or frame.pts <= last:
+                            return None  # stamps that run backwards name no frames
+                        last = frame.pts
+                        if last in run:
+                            found.append(last)
+                            out = _store(out, frame, wanted == last)
+                    if last >= run[-1]:
+                        break
+    except (VideoError, av.error.FFmpegError):
+        return None
+    return out if found == np.unique(wanted).tolist() else None
+
+
+def _store(out, frame, places):
+    """Put a frame, upright and RGB, at ``places`` of the output. That is made with the first: nothing is held twice."""
+    if isinstance(frame, av.VideoFrame):
+        if frame.is_corrupt:
+            raise VideoError("damaged, a frame can be decoded only in part")
+        # rotation is by how many degrees counterclockwise the picture is to be turned, which is how rot90 turns.
+        frame = np.rot90(frame.to_ndarray(format="rgb24", threads=1), round(frame.rotation / 90))
+    if out is None:
+        if len(places) * frame.size > BYTES:
+            raise VideoError(f"{len(places)} frames of {frame.shape[1]} x {frame.shape[0]} are too large")
+        out = np.empty((len(places), *frame.shape), np.uint8)
+    if out.shape[1:] != frame.shape:
+        raise VideoError(f"frames of different sizes, {out.shape[1:3]} and {frame.shape[:2]}")
+    out[places] = frame
+    return out
