@@ -281,7 +281,7 @@ def main(args):
         optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
         if at and not trained:
             harness.load_trainer(at, optimizer)
-        ddp = harness.wrap_ddp(model, device)
+        ddp = harness.distribute(model, device)
         logps_of = lambda m, some: answer_logps(m, some, processor, cache, args, device)
         for step in range(k * args.steps if trained else max(start, (k - 1) * args.steps), k * args.steps):
             if evals and step % args.eval_steps == 0:

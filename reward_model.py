@@ -332,7 +332,7 @@ def main(args):
     if rank == 0:
         print("\n".join(report_lines(report)))
         print(f"{len(train)} pairs to train on, {len(held)} on other videos to measure; {len(broken)} broken videos")
-    ddp = harness.wrap_ddp(model, device, find_unused=report["text_only"] > 0)
+    ddp = harness.distribute(model, device, find_unused=report["text_only"] > 0)
     log = harness.Log(folder, steps, start, rank)
 
     def rewards_of(m, some):  # groups of pairs -> (n,2), and the pairs in the order of the rows

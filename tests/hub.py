@@ -1,4 +1,4 @@
-"""Checkpoints in the hub's own file layout, small: what `openai/clip-vit-...`, `meta-llama/...`, `Salesforce/...` hold."""
+"""Checkpoints in the hub's own file layout, small: what openai/clip-vit-..., meta-llama/..., Salesforce/... hold."""
 
 import json
 from pathlib import Path
@@ -96,7 +96,8 @@ def write_decoder(name, folder, **changes):
             if key.endswith("bias"):
                 torch.nn.init.normal_(p, std=0.3)
     many = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(others[:1])]
-    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, **{**ids, "eos_token_id": many})
+    ids["eos_token_id"] = many
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, **ids)
     model.save_pretrained(folder, max_shard_size=shard)
     return model
 
