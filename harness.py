@@ -32,6 +32,7 @@ from video_llm import merged, save_model, unwrap
 
 ROOT = Path(__file__).resolve().parent
 WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; the others get nothing
+TRAINED = whole.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 @dataclass
@@ -257,7 +258,7 @@ def save_checkpoint(folder, name, model, processor, optimizer=None, step=None, a
     beside: {folder name: (model, processor)}, further networks without which one cannot continue."""
     folder, weights, moments = Path(folder), None, optimizer and optimizer.state_dict()
     if isinstance(model, FSDPModule):
-        weights = whole.get_model_state_dict(model, options=WHOLE)
+        weights = whole.get_model_state_dict(model, options=TRAINED if isinstance(model, PeftModel) else WHOLE)
         moments = optimizer and whole.get_optimizer_state_dict(model, optimizer, options=WHOLE)
     if dist.is_initialized() and dist.get_rank():
         return

@@ -43,7 +43,7 @@ GROUPED = dict(SHAPE, num_key_value_heads=2)
 LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=64)
 # name: configuration, how words are split, special tokens (bos, eos, others), chat template, tokens added to the
-# vocabulary by padding it, shard size, dtype on disk; none of them has a pad token
+# vocabulary by padding it, shard size, dtype on disk; no tokenizer file has a pad token
 DECODERS = {
     "llama-2": (LlamaConfig(**SHAPE), "sentencepiece", "<s>", "</s>", [], None, 0, "60KB", torch.float16),
     "vicuna": (LlamaConfig(**SHAPE, tie_word_embeddings=False), "sentencepiece", "<s>", "</s>", [], None, 0, "9GB",

@@ -77,7 +77,7 @@ def test_the_files_are_those_of_the_hub(start, clip):
     assert files >= {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert len(shards(folder)) > 2 if DECODERS[name][7] == "60KB" else "model.safetensors" in files
     assert "<video>" not in (folder / "tokenizer.json").read_text()
-    assert AutoTokenizer.from_pretrained(folder).pad_token is None
+    assert (AutoTokenizer.from_pretrained(folder).pad_token is None) == (name != "qwen2")  # its class brings one
 
 
 @torch.no_grad()
