@@ -15,3 +15,9 @@ def main_of(monkeypatch, cwd, script, *flags):
         module.main()
     else:
         module.main(harness.parse_args(module.Args))
+
+
+def flags_of(monkeypatch, script, *flags):
+    """The flags of a script as it would read them."""
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    return harness.parse_args(importlib.import_module(script.removesuffix(".py")).Args)

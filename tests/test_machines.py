@@ -1,4 +1,4 @@
-"""More than one machine: two torchrun agents that meet on loopback; and decoders of which each process keeps a share."""
+"""More than one machine: two torchrun agents that meet on loopback; decoders of which each process keeps a share."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_two_agents_on_loopback_equal_one_agent_of_two_processes(world, policy):
 
 @pytest.mark.parametrize("command, folder", [
     pytest.param([*GRPO, "--lora_r", "4", "--gradient_checkpointing"], "runs/grpo_rank/{}_s0", id="grpo_rank, LoRA"),
-    pytest.param(GRPO, "runs/grpo_rank/{}_s0", id="grpo_rank"), pytest.param(SFT, "runs/sft/{}", id="sft")])  # fmt: skip
+    pytest.param(GRPO, "runs/grpo_rank/{}_s0", id="grpo_rank"), pytest.param(SFT, "runs/sft/{}", id="sft")])
 def test_sharded_equals_whole(world, policy, monkeypatch, command, folder):
     """Losses, sampled answers, evaluations, weights; the checkpoints are those of an unsharded run."""
     kind = "lora" if "--lora_r" in command else "full"
