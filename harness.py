@@ -43,13 +43,18 @@ class ModelArgs:
     attn_implementation: str = HfArg(default="sdpa", help="sdpa | eager")
     gradient_checkpointing: bool = HfArg(default=False, help="keep the inputs of layers alone and compute them again: "
                                          "a third more time, a fraction of the activations")
+
+
+@dataclass
+class ShardArgs(ModelArgs):
     shard: bool = HfArg(default=False, help="FSDP2: each process keeps a share of every layer, for decoders that do "
                         "not fit one GPU")
 
 
 def load_options(args, device):
     """What `load_model` needs to know to load what is trained. A model that will be sharded never lies on one GPU."""
-    return dict(quantize=args.quantize, dtype=getattr(torch, args.dtype), device="cpu" if args.shard else str(device),
+    device = "cpu" if getattr(args, "shard", False) else str(device)
+    return dict(quantize=args.quantize, dtype=getattr(torch, args.dtype), device=device,
                 attn_implementation=args.attn_implementation, gradient_checkpointing=args.gradient_checkpointing)
 
 
@@ -92,9 +97,10 @@ def check_training(args, batch=None):
         if args.attn_implementation not in ("sdpa", "eager"):
             raise ValueError(f"--attn_implementation {args.attn_implementation}: choose sdpa or eager; flash and flex "
                              "attention cannot take the mask of packed groups")
-        if args.shard and args.quantize != "none":
+    if isinstance(args, ShardArgs) and args.shard:
+        if args.quantize != "none":
             raise ValueError("--shard: bitsandbytes' 4-bit weights cannot be sharded; --dtype bfloat16 --lora_r can")
-        if args.shard and world_size() == 1:
+        if world_size() == 1:
             raise ValueError("--shard: one process has nobody to share with; start several with torchrun")
     world, size = world_size(), batch and getattr(args, batch)
     if batch and size % (world * args.micro_batch_size):

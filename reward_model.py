@@ -66,7 +66,7 @@ COLLECTED_WITH = ("model", "data", "video_root", "oracle", "oracle_model", "clip
 
 
 @dataclass
-class Args:
+class Args(harness.ModelArgs):  # --dtype, ...: harness.py
     stage: str = HfArg(default="train", help="train (collects first where the file is missing), or collect alone")
     # -- preferences
     oracle: str = HfArg(default="context", help="context: a judge that knows the narrative [V]; judge: without it; "
@@ -309,7 +309,7 @@ def main(args):
         if not args.own_file:  # the file of the default name, but of which flags?
             check_flags(json.loads(report_file.read_text())["flags"], args, args.preferences)
         pairs, report = read_preferences(args.preferences.split(","), args.video_root)
-        model, processor = load_model(checkpoint or args.base, args.quantize, device=str(device))
+        model, processor = load_model(checkpoint or args.base, **harness.load_options(args, device))
     if not checkpoint:
         add_scalar_head(model)
         model = add_lora(model, args.lora_r, args.lora_alpha) if args.lora_r else model

@@ -47,7 +47,7 @@ KINDS = ("answer", "describe", "judge")  # what an example asks for; logged apar
 
 
 @dataclass
-class Args(harness.ModelArgs):  # --dtype, --shard, ...: harness.py
+class Args(harness.ShardArgs):  # --dtype, --shard, ...: harness.py
     PRESETS = {"paper": dict(  # parts, frames, queries, LoRA: published; the rest is ours; no annotation: not a flag
         clip="openai/clip-vit-large-patch14-336", qformer="32", llm="meta-llama/Llama-2-7b-hf", num_frames=50,
         judge_share=0.0, lora_r=32, lora_alpha=32, quantize="nf4", dtype="bfloat16",

@@ -1,15 +1,14 @@
 """What lies in memory while a script trains, in GB for each process: a table from shapes and flags, no model is made.
 
-Run      python benchmarks/memory.py --script grpo_rank --shape 7b                 the paper's flags, four processes
-         python benchmarks/memory.py --script sft --shape 7b --quantize none       any flag of the script
-         python benchmarks/memory.py --script grpo_rank --shape small --measure    the table against the measured peak
+Run      python benchmarks/memory.py --shape 7b                                   every script, the papers' flags
+         python benchmarks/memory.py --script sft --shape 7b --quantize none --lora_r 64     any flag of a script
+         python benchmarks/memory.py --script grpo_rank --shape small --measure   the table against the measured peak
 
 `--measure` runs `generate` and `token_logprobs`, one step each, and adds up every tensor that is alive (on a GPU: the
 allocator's own peak). What no table sees: CUDA's context (half a GB), the allocator's gaps, NCCL's buffers.
 """
 
 import argparse
-import dataclasses
 import importlib
 import os
 import sys
@@ -80,7 +79,7 @@ def table(script, args, shape, processes, prompt, answer, rows=None):
     t, q, v = config.text_config, config.qformer_config, config.vision_config
     n, G, b = counts(config), about["G"](args), args.micro_batch_size
     lora, nf4 = args.lora_r, args.quantize == "nf4"
-    e = 2 if getattr(args, "dtype", "float32") == "bfloat16" else 4  # bytes of what is not trained, and of its output
+    e = 2 if args.dtype == "bfloat16" else 4  # bytes of what is not trained, and of what layers put out
     bridge = not lora or about.get("bridge")
     eq = 4 if bridge else e
     trained = (n["lora"] * lora * about["adapters"] + n["bridge"] * bool(about.get("bridge")) if lora
@@ -119,7 +118,7 @@ def table(script, args, shape, processes, prompt, answer, rows=None):
         layer = 4 * ((6 if lora else 8) * D + 2 * kv + 4 * t.intermediate_size) + 7 * r
     hidden = e * D
     mask = b * (P + G * T) ** 2 * (e + 1)
-    recompute = getattr(args, "gradient_checkpointing", False)
+    recompute = args.gradient_checkpointing
     out["activations"] = mask + tokens * ((L * hidden + layer) if recompute else L * layer)
     crossing = len(range(0, q.num_hidden_layers, q.cross_attention_frequency))
     if bridge:
@@ -223,34 +222,46 @@ def measure(args, shape, prompt, answer, rows):
     return peaks
 
 
+def flags_of(script, shape, flags):
+    """The flags of a script; at 7B the paper's where it has such a preset, else QLoRA alone."""
+    cls = importlib.import_module(script).Args
+    parser = HfArgumentParser(cls, allow_abbrev=False)
+    if shape == "7b":
+        qlora = dict(lora_r=64, lora_alpha=16, quantize="nf4", dtype="bfloat16", gradient_checkpointing=True)
+        parser.set_defaults(**getattr(cls, "PRESETS", {}).get("paper", qlora))
+    return parser.parse_args_into_dataclasses(flags)[0]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--script", choices=SCRIPTS, required=True)
+    parser.add_argument("--script", default="all", choices=("all", *SCRIPTS))
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--processes", type=int, default=4, help="processes that share the batch")
     parser.add_argument("--prompt_tokens", type=int, default=64, help="text before the answers, the video apart")
-    parser.add_argument("--answer_tokens", type=int, default=0, help="0: --max_new_tokens of the script, else 96")
-    parser.add_argument("--measure", action="store_true", help="against the measured peak; grpo_rank alone")
+    parser.add_argument("--answer_tokens", type=int, default=128, help="of every answer; sft: of question and answer")
+    parser.add_argument("--measure", action="store_true", help="against the measured peak; grpo_rank without NF4")
     about, flags = parser.parse_known_args()
+    if about.measure and about.script != "grpo_rank":
+        parser.error("--measure: of --script grpo_rank")
     os.environ["WORLD_SIZE"] = "1" if about.measure else str(about.processes)
-    cls = importlib.import_module(about.script).Args
-    script = HfArgumentParser(cls, allow_abbrev=False)
-    preset = {"7b": getattr(cls, "PRESETS", {}).get("paper", dict(lora_r=64, lora_alpha=16, quantize="nf4"))}
-    known = {f.name for f in dataclasses.fields(cls)}
-    script.set_defaults(**{k: v for k, v in preset.get(about.shape, {}).items() if k in known})
-    args = script.parse_args_into_dataclasses(flags)[0]
-    answer = about.answer_tokens or getattr(args, "max_new_tokens", 96)
-    processes, rows = (1, 2 * args.micro_batch_size) if about.measure else (about.processes, None)
-    if about.measure and (about.script != "grpo_rank" or args.quantize != "none"):
-        sys.exit("memory.py: --measure: of grpo_rank with --quantize none")
-    found = table(about.script, args, about.shape, processes, about.prompt_tokens, answer, rows)
-    print(f"{about.script}, {about.shape}: LoRA {args.lora_r}, {args.quantize}, micro-batch {args.micro_batch_size}, "
-          f"{processes} processes, {about.prompt_tokens} + {answer} tokens\n\n| | GB |\n| --- | ---: |")
-    for row, size in found.items():
-        print(f"| {row} | {size / 2**30:.3f} |")
+    columns, lines = {}, {}
+    for script in SCRIPTS if about.script == "all" else [about.script]:
+        args = flags_of(script, about.shape, flags)
+        if about.measure and args.quantize != "none":
+            parser.error("--measure: with --quantize none")
+        rows = 2 * args.micro_batch_size if about.measure else None
+        columns[script] = table(script, args, about.shape, 1 if about.measure else about.processes,
+                                about.prompt_tokens, about.answer_tokens, rows)
+        lines[script] = f"LoRA {args.lora_r}, {args.quantize}, {args.dtype}, micro-batch {args.micro_batch_size}"
+    print(f"GB of each of {about.processes} processes, {about.shape}, {about.prompt_tokens} + {about.answer_tokens} tokens "
+          f"of text\n\n| | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
+    print(f"| | {' | '.join(lines.values())} |")
+    for row in next(iter(columns.values())):
+        print(f"| {row} | {' | '.join(f'{column[row] / 2**30:.2f}' for column in columns.values())} |")
     if about.measure:
+        found = columns["grpo_rank"]
         for phase, peak in zip(("peak while sampling", "peak of the update"),
-                               measure(args, about.shape, about.prompt_tokens, answer, rows)):
+                               measure(args, about.shape, about.prompt_tokens, about.answer_tokens, rows)):
             print(f"\n{phase}: measured {peak / 2**30:.4f} GB, table / measured {found[phase] / peak:.2f}")
 
 

@@ -13,7 +13,8 @@ SCRIPTS = [p for p in SOURCES if re.search(r"^class Args", p.read_text(), re.M)]
 LIMITED = ("video_llm", "harness", "data", "oracle", "api_oracle", "ranks", "evaluate", "sft", "grpo_rank", "questions",
            "compose", "reward_model", "preferences", "ppo_rlaif", "roles", "dpo_iter_w2s", "preference_zoo")
 # dataclasses that an Args can inherit from
-SHARED_FLAGS = {"ApiArgs": "api_oracle.py", "OracleArgs": "oracle.py", "ModelArgs": "harness.py"}
+SHARED_FLAGS = {"ApiArgs": "api_oracle.py", "OracleArgs": "oracle.py", "ModelArgs": "harness.py",
+                "ShardArgs": "harness.py"}
 name_of = lambda path: path.stem
 
 
