@@ -253,8 +253,8 @@ def main():
         columns[script] = table(script, args, about.shape, 1 if about.measure else about.processes,
                                 about.prompt_tokens, about.answer_tokens, rows)
         lines[script] = f"LoRA {args.lora_r}, {args.quantize}, {args.dtype}, micro-batch {args.micro_batch_size}"
-    print(f"GB of each of {about.processes} processes, {about.shape}, {about.prompt_tokens} + {about.answer_tokens} tokens "
-          f"of text\n\n| | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
+    print(f"GB of each of {about.processes} processes, {about.shape}, {about.prompt_tokens} + {about.answer_tokens} "
+          f"tokens of text\n\n| | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
     print(f"| | {' | '.join(lines.values())} |")
     for row in next(iter(columns.values())):
         print(f"| {row} | {' | '.join(f'{column[row] / 2**30:.2f}' for column in columns.values())} |")
