@@ -174,7 +174,8 @@ def shard(model, device):
 
 def distribute(model, device, sharded=False, find_unused=False):
     """What trains on several processes, DistributedDataParallel or `shard`; the model itself on one. Both average
-    gradients: losses are scaled for that. Optimizers are made of the parameters behind it."""
+    gradients: losses are scaled for that. Parameters are listed, and optimizers made of them, right behind it: between
+    a forward pass without gradients and the next backward pass `parameters()` of a sharded model are others."""
     if sharded:
         return shard(model, device)
     if not dist.is_initialized():

@@ -22,6 +22,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from video_llm import VideoQFormer, VideoQFormerConfig
+
 TEXT = ["a red circle moves left", "the blue square turns", "what happens in the video?", "where is the green star?",
         "USER: ASSISTANT: user assistant system You are a helpful assistant."] * 3
 LLAMA3_TEMPLATE = (
@@ -138,6 +140,15 @@ def write_blip2(folder, kind="blip-2", width=48, shard="120KB"):
             torch.nn.init.normal_(p, std=0.2 if p.dim() > 1 else 0.5)
     model.save_pretrained(folder, max_shard_size=shard)
     return model.eval()
+
+
+def write_qformer(folder, queries=5, width=48):
+    """A VideoQFormer as this repository saves it."""
+    config = VideoQFormerConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                                cross_attention_frequency=1, num_query_tokens=queries, encoder_hidden_size=width)
+    torch.manual_seed(3)
+    VideoQFormer(config).save_pretrained(folder)
+    return folder
 
 
 def as_hub_cache(cache, name, folder):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import run
-from hub import DECODERS, as_hub_cache, shards, write_blip2, write_clip, write_decoder, write_tokenizer
+from hub import DECODERS, as_hub_cache, shards, write_blip2, write_clip, write_decoder, write_qformer, write_tokenizer
 from inside import flags_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,8 +16,6 @@ from compose import check_decoder, compose, load_qformer
 from video_llm import (
     VICUNA_TEMPLATE,
     Prefix,
-    VideoQFormer,
-    VideoQFormerConfig,
     add_lora,
     generate,
     load_model,
@@ -38,11 +36,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def qformer(tmp_path_factory):
-    config = VideoQFormerConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                                cross_attention_frequency=1, num_query_tokens=5, encoder_hidden_size=48)
-    folder = tmp_path_factory.mktemp("hub") / "qformer"
-    VideoQFormer(config).save_pretrained(folder)
-    return folder
+    return write_qformer(tmp_path_factory.mktemp("hub") / "qformer")
 
 
 @pytest.fixture(scope="module", params=DECODERS)
