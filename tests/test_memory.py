@@ -31,6 +31,6 @@ def test_the_parts_of_seven_billion_parameters(monkeypatch):
     lora = 64 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     assert found["adapters"] == found["gradients"] == 4 * lora == found["optimizer"] / 2
     matrices = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    assert 0.51 * matrices < found["weights"] < 0.51 * matrices + 2 * 800e6  # NF4, and CLIP, Q-Former, words in bfloat16
+    assert 0.51 * matrices < found["weights"] < 0.51 * matrices + 2 * 800e6  # and CLIP, Q-Former, words in bfloat16
     assert found["KV cache"] == pytest.approx(16 * 5 * (64 + 32 + 128) * 32 * 2 * 4096 * 2 * 33 / 32)
     assert found["peak"] < 80 * 2**30  # the papers' GPUs
