@@ -70,6 +70,10 @@ def test_every_flag_is_read(path):
     if "Roles(args" in path.read_text():  # and the four roles of PPO read theirs
         read |= {n.attr for n in ast.walk(ast.parse((REPO / "roles.py").read_text()))
                  if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "args"}
+    loads = path.read_text() + ((REPO / "roles.py").read_text() if "Roles(args" in path.read_text() else "")
+    if "load_options(args" in loads:  # how what is trained lies in memory
+        assert "quantize=args.quantize" in (REPO / "harness.py").read_text()
+        read.add("quantize")
     if "PRESETS" in path.read_text():
         assert "cls.PRESETS" in (REPO / "harness.py").read_text()
         read.add("preset")
