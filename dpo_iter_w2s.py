@@ -63,7 +63,7 @@ PAIR_METRICS = ("losses/dpo", "rewards/chosen", "rewards/rejected", "rewards/acc
 
 
 @dataclass
-class Args(OracleArgs):  # --oracle, --oracle_model, --api_...: oracle.py, api_oracle.py
+class Args(OracleArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py, harness.py
     # -- the paper's parts
     zoo: list[str] = HfArg(default_factory=list, help="who answers: policy, checkpoint folders, http://host/v1#model; "
                            "empty: policy and, in the embedded world, four relatives of it (D1)")
@@ -272,16 +272,17 @@ def main(args):
         trained = (stage(k) / "theta").exists()
         at = stage(k) / "theta" if trained else checkpoint if k == done + 1 else None
         with harness.one_line_errors(OSError):
-            model, processor = load_model(at or start_of(k), args.quantize, device=str(device))
+            load = lambda path: load_model(path, **harness.load_options(args, device))
+            model, processor = load(at or start_of(k))
             if args.lora_r and not at:
                 model = add_lora(model, args.lora_r, args.lora_alpha)
             same = args.lora_r or not at  # the reference: LoRA: the adapter off; else a frozen copy of the start
-            reference = reference_of(model if same else load_model(start_of(k), device=str(device))[0])
+            reference = reference_of(model if same else load(start_of(k))[0])
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
         if at and not trained:
             harness.load_trainer(at, optimizer)
-        ddp = harness.wrap_ddp(model, device)
+        ddp = harness.distribute(model, device)
         logps_of = lambda m, some: answer_logps(m, some, processor, cache, args, device)
         for step in range(k * args.steps if trained else max(start, (k - 1) * args.steps), k * args.steps):
             if evals and step % args.eval_steps == 0:

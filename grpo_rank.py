@@ -29,7 +29,8 @@ Differs  D1  the advantage. [OR] ranks the answers twice, by the oracle (t) and 
              never negative, low variance; on-policy its gradient is that of KL(pi_ref || pi). k1 as a *loss* would
              have zero expected gradient.
          D7  unpublished in [OR]: learning rate, beta, clip range, entropy coefficient, temperature. Ours are tuned on
-             the embedded world; the published ones are G = 5, batch 64, 4 epochs, QLoRA r = 64, alpha = 16.
+             the embedded world; the published ones are G = 5, batch 64, 4 epochs (we read: passes over the
+             questions), QLoRA r = 64, alpha = 16, 50 frames, 32 queries: --preset paper.
 
 symbol        name          shape    meaning                                                       made in
 G             args.G        ()       answers per question                                          --G
@@ -44,6 +45,7 @@ rho_{i,t}     ratio         (n,T)    pi / pi_old                                
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +67,11 @@ ADVANTAGES = ("oracle_rank", "published", "signed", "score", "random")
 
 
 @dataclass
-class Args(OracleArgs):  # --oracle, --oracle_model, --api_...: oracle.py, api_oracle.py
+class Args(OracleArgs, harness.ShardArgs):  # flags of oracle.py, api_oracle.py, harness.py
+    PRESETS = {"paper": dict(  # [OR]; lr, answer length and memory are ours (D7); no annotation: this is not a flag
+        G=5, prompts_per_step=64, epochs=4, lora_r=64, lora_alpha=16, quantize="nf4", dtype="bfloat16",
+        gradient_checkpointing=True, micro_batch_size=2, lr=3e-5, max_new_tokens=128)}
+    preset: str = HfArg(default="", help="paper: QLoRA at the published values; other flags still win")
     # -- the paper's hyper-parameters
     G: int = HfArg(default=5, help="answers per question [OR: 5]")
     advantage: str = HfArg(default="oracle_rank", help="oracle_rank | published | signed (D1) | score: GRPO on the "
@@ -80,6 +86,7 @@ class Args(OracleArgs):  # --oracle, --oracle_model, --api_...: oracle.py, api_o
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
     # -- budget [D7]
     steps: int = HfArg(default=150, help="rollout steps")
+    epochs: int = HfArg(default=0, help="passes over the questions in place of --steps [OR: 4]; 0: --steps")
     prompts_per_step: int = HfArg(default=48, help="questions per step, over all processes [OR: 64]")
     micro_batch_size: int = HfArg(default=12, help="questions (times G answers) per forward pass and process")
     lr: float = HfArg(default=3e-4, help="peak learning rate; short warm-up, then linear to zero")
@@ -101,10 +108,12 @@ class Args(OracleArgs):  # --oracle, --oracle_model, --api_...: oracle.py, api_o
 
     def __post_init__(self):
         super().__post_init__()
+        if self.preset not in ("", "paper"):
+            raise ValueError(f"--preset {self.preset}: choose paper or nothing")
         if self.advantage not in ADVANTAGES:
             raise ValueError(f"--advantage {self.advantage}: choose one of {', '.join(ADVANTAGES)}")
         harness.at_least(self, G=2, steps=1, prompts_per_step=1, micro_batch_size=1, inner_epochs=1, max_new_tokens=1,
-                         eval_steps=1, save_steps=1, beta=0, entropy_coef=0, lora_r=0, eval_questions=0)
+                         eval_steps=1, save_steps=1, beta=0, entropy_coef=0, lora_r=0, eval_questions=0, epochs=0)
         harness.check_training(self, batch="prompts_per_step")
         harness.above_zero(self, "clip_range", "temperature", "lr")
         if self.clip_range >= 1:
@@ -191,16 +200,19 @@ def main(args):
     torch.manual_seed(args.seed)  # the initialisation of LoRA; every other draw has a key of its own
     with harness.one_line_errors(DataError, OSError):
         records, report = read_records(args.data.split(","), args.video_root or None)
-        model, processor = load_model(checkpoint or args.model, args.quantize, device=str(device))
+        load = lambda path: load_model(path, **harness.load_options(args, device))
+        model, processor = load(checkpoint or args.model)
         if args.lora_r and not checkpoint:
             model = add_lora(model, args.lora_r, args.lora_alpha)
         # the reference: LoRA: the same weights with the adapter off; else a frozen copy of the SFT start
         same = args.lora_r or not checkpoint
-        reference = reference_of(model if same else load_model(args.model, device=str(device))[0])
+        place = lambda frozen: harness.shard(frozen, device) if args.shard else frozen
+        reference = reference_of(model if same else load(args.model)[0], place)
+    ddp = harness.distribute(model, device, args.shard)
     eos = processor.tokenizer.eos_token_id
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    start = harness.load_trainer(checkpoint, optimizer) if checkpoint else 0
+    start = harness.load_trainer(checkpoint, optimizer, model) if checkpoint else 0
 
     cache = FeatureCache(unwrap(model), processor, args.cache)
     records, evals = choose_questions(args, records, report, cache, folder, rank, world)
@@ -208,7 +220,13 @@ def main(args):
         oracle = make_oracle(args, records, str(device))
     if "reference" not in args.raters:
         records = [{**r, "answer": None} for r in records]  # RL sees videos and questions only
-    ddp = harness.wrap_ddp(model, device)
+    if args.epochs:
+        args.steps = math.ceil(args.epochs * len(records) / args.prompts_per_step)
+    if args.shard:  # the same number of forward passes everywhere
+        evals = evals[: len(evals) // world * world]
+    if args.preset and rank == 0 and (processor.num_frames, processor.num_query_tokens) != (50, 32):
+        print(f"--preset paper: {args.model} reads {processor.num_frames} frames with {processor.num_query_tokens} "
+              "queries, [OR] 50 with 32; sft.py --preset paper makes such a start")
     log = harness.Log(folder, args.steps, start, rank)
 
     for step in range(start, args.steps):
@@ -277,7 +295,7 @@ def main(args):
                     loss = (-J + args.beta * kl - args.entropy_coef * entropy) * mask
                     (loss.sum() / n_tokens * world).backward()  # DDP averages over processes; * world undoes it
                 log_update(log, logprobs, old_logprobs[k], J, kl, entropy, A, mask, args)
-            grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+            grad_norm = harness.clip_gradients(params)
             asked = [{"question": str(q), "answers": a} for q, a in zip(questions, answers)]
             harness.stop_if_not_finite(grad_norm, log, folder, step, asked)
             optimizer.step()

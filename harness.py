@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,17 +28,46 @@ import torch.distributed as dist
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import state_dict as whole
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
-from video_llm import merged, save_model
+from video_llm import merged, save_model, unwrap
 
 ROOT = Path(__file__).resolve().parent
 PATIENCE = timedelta(days=2)  # for what may take long on one process while the others wait: a prerequisite, videos
 STEP = timedelta(minutes=30)  # for what all processes do at about the same time
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KL_WARNING = 10.0  # nats: so far from its start a policy says something else altogether
+WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; the others get nothing
+TRAINED = whole.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+
+
+@dataclass
+class ModelArgs:
+    """How a model lies in memory: flags of the training scripts, read here."""
+
+    dtype: str = HfArg(default="float32", help="float32, or bfloat16: of the weights that LoRA leaves alone")
+    attn_implementation: str = HfArg(default="sdpa", help="sdpa | eager")
+    gradient_checkpointing: bool = HfArg(default=False, help="keep the inputs of layers alone and compute them again: "
+                                         "a third more time, a fraction of the activations")
+
+
+@dataclass
+class ShardArgs(ModelArgs):
+    shard: bool = HfArg(default=False, help="FSDP2: each process keeps a share of every layer, for decoders that do "
+                        "not fit one GPU")
+
+
+def load_options(args, device):
+    """What `load_model` needs to know to load what is trained. A model that will be sharded never lies on one GPU."""
+    device = "cpu" if getattr(args, "shard", False) else str(device)
+    return dict(quantize=args.quantize, dtype=getattr(torch, args.dtype), device=device,
+                attn_implementation=args.attn_implementation, gradient_checkpointing=args.gradient_checkpointing)
 
 
 def parse_args(cls):
@@ -79,6 +108,18 @@ def check_training(args, batch=None):
     at_least(args, seed=0, lora_alpha=1)
     if args.lora_alpha != type(args).lora_alpha and not args.lora_r:
         raise ValueError("--lora_alpha: does nothing without --lora_r")
+    if isinstance(args, ModelArgs):
+        if args.dtype not in ("float32", "bfloat16") or args.dtype == "bfloat16" and not args.lora_r:
+            raise ValueError(f"--dtype {args.dtype}: choose float32, or bfloat16 with --lora_r (in bfloat16 the small "
+                             "steps of trained weights are lost)")
+        if args.attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(f"--attn_implementation {args.attn_implementation}: choose sdpa or eager; flash and flex "
+                             "attention cannot take the mask of packed groups")
+    if isinstance(args, ShardArgs) and args.shard:
+        if args.quantize != "none":
+            raise ValueError("--shard: bitsandbytes' 4-bit weights cannot be sharded; --dtype bfloat16 --lora_r can")
+        if world_size() == 1:
+            raise ValueError("--shard: one process has nobody to share with; start several with torchrun")
     world, size = world_size(), batch and getattr(args, batch)
     if batch and size % (world * args.micro_batch_size):
         raise ValueError(f"--{batch} {size} must be a multiple of processes x --micro_batch_size "
@@ -230,8 +271,26 @@ def all_gather(thing):
     return out
 
 
-def wrap_ddp(model, device, find_unused=False):
-    """DistributedDataParallel where there are several processes. It averages gradients: losses are scaled for that."""
+def shard(model, device):
+    """FSDP2, in place: every decoder layer is gathered when it is needed and given back behind it. The CLIP tower
+    stays whole: it is frozen, small, and called outside the forward pass. Like DDP it averages gradients.
+
+    All processes must run the same forward passes: sampling ends when the answers of all of them have ended."""
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    inside = unwrap(model)
+    inside.vision_tower.to(device)
+    for layer in inside.language_model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
+    inside.all_done = lambda done: all_sum((~done).sum()) == 0
+    return fully_shard(model, mesh=mesh, ignored_params=set(inside.vision_tower.parameters()))
+
+
+def distribute(model, device, sharded=False, find_unused=False):
+    """What trains on several processes, DistributedDataParallel or `shard`; the model itself on one. Both average
+    gradients: losses are scaled for that. Parameters are listed, and optimizers made of them, right behind it: between
+    a forward pass without gradients and the next backward pass `parameters()` of a sharded model are others."""
+    if sharded:
+        return shard(model, device)
     if not dist.is_initialized():
         return model
     ids = [device.index] if device.type == "cuda" else None
@@ -251,6 +310,12 @@ def sum_gradients(params):
         flat = all_sum(torch.cat([g.flatten() for g in grads]))
         for p, g in zip(params, flat.split([g.numel() for g in grads])):
             p.grad = g.view_as(p)
+
+
+def clip_gradients(params):
+    """Scale the whole gradient down to norm 1 where it is longer. -> the norm it had."""
+    norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def build_if_missing(path, command, duration, rank):
@@ -333,15 +398,21 @@ def write(file, text):
 
 def save_checkpoint(folder, name, model, processor, optimizer=None, step=None, about=(), beside=()):
     """Write `folder/name` aside and rename it: a kill or a full disk leaves the old checkpoint, never half of one.
+    Of a sharded model every process calls this and rank 0 writes it as a whole; else rank 0 alone need call it.
     about: {file name: what to write there as JSON}, where a model needs to say how it is to be used;
     beside: {folder name: (model, processor)}, further networks without which one cannot continue."""
-    folder = Path(folder)
+    folder, weights, moments = Path(folder), None, optimizer and optimizer.state_dict()
+    if isinstance(model, FSDPModule):
+        weights = whole.get_model_state_dict(model, options=TRAINED if isinstance(model, PeftModel) else WHOLE)
+        moments = optimizer and whole.get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    if dist.is_initialized() and dist.get_rank():
+        return
     aside = folder / f"{name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        save_model(getattr(model, "module", model), processor, aside)
+        save_model(getattr(model, "module", model), processor, aside, weights)
         if optimizer is not None:
-            save_trainer(aside / "trainer.safetensors", optimizer, step)
+            save_trainer(aside / "trainer.safetensors", moments, step)
         for file, content in dict(about).items():
             (aside / file).write_text(json.dumps(content, indent=2))
         for name_beside, (other, its_processor) in dict(beside).items():
@@ -364,8 +435,7 @@ def checkpoint(log, folder, step, steps, every, model, processor, optimizer, **m
     `steps`. After a signal write it now and end the script, all processes together; a run at its end is finished."""
     stop = log.stop and step < log.steps
     if stop or step < steps and step % every == 0:
-        if log.rank == 0:
-            save_checkpoint(folder, f"checkpoint-{step}", model, processor, optimizer, step, **more)
+        save_checkpoint(folder, f"checkpoint-{step}", model, processor, optimizer, step, **more)
     if stop:
         barrier()  # the first process has written it
         say(f"{signal.Signals(log.stop).name}: {folder}/checkpoint-{step} is written; continue with: "
@@ -374,16 +444,15 @@ def checkpoint(log, folder, step, steps, every, model, processor, optimizer, **m
     Stop.training = step < steps or step == log.steps  # not so where answers are collected between the iterations
 
 
-def save_trainer(file, optimizer, step):
-    """Optimizer state, RNG and step as safetensors: nothing in a checkpoint is a pickle."""
-    state = optimizer.state_dict()
+def save_trainer(file, state, step):
+    """State of an optimizer, RNG and step as safetensors: nothing in a checkpoint is a pickle."""
     tensors = {f"{i}.{k}": v.contiguous() for i, of in state["state"].items() for k, v in of.items()}
     about = dict(step=step, param_groups=state["param_groups"])
     save_file({**tensors, "rng": torch.get_rng_state()}, file, metadata={"trainer": json.dumps(about)})
 
 
-def load_trainer(checkpoint, optimizer):
-    """Optimizer and RNG of a checkpoint -> the step to continue with."""
+def load_trainer(checkpoint, optimizer, model=None):
+    """Optimizer and RNG of a checkpoint -> the step to continue with. model: where it may be sharded."""
     file = Path(checkpoint, "trainer.safetensors")
     try:
         with safe_open(file, "pt") as f:
@@ -393,9 +462,13 @@ def load_trainer(checkpoint, optimizer):
     torch.set_rng_state(tensors.pop("rng"))
     state = {}
     for name, value in tensors.items():
-        i, key = name.split(".")
-        state.setdefault(int(i), {})[key] = value
-    optimizer.load_state_dict(dict(state=state, param_groups=about["param_groups"]))
+        which, _, key = name.rpartition(".")  # of a sharded model the parameter's name, else its number
+        state.setdefault(int(which) if which.isdigit() else which, {})[key] = value
+    state = dict(state=state, param_groups=about["param_groups"])
+    if isinstance(model, FSDPModule):
+        whole.set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+    else:
+        optimizer.load_state_dict(state)
     return about["step"]
 
 
@@ -490,10 +563,11 @@ def finish(folder, model, processor, rank, about=()):
     if rank == 0:
         about_run = dict(peak_gb=peak, device=torch.cuda.get_device_name() if cuda else "cpu", processes=world_size())
         Path(folder, "cost.json").write_text(json.dumps(about_run, indent=2))
-        if isinstance(model, PeftModel):
-            save_checkpoint(folder, "adapter", model, processor, about=about)
-            model = merged(Path(folder, "adapter"))
-        save_checkpoint(folder, "final", model, processor, about=about)
+    adapter = isinstance(model, PeftModel)
+    save_checkpoint(folder, "adapter" if adapter else "final", model, processor, about=about)
+    if rank == 0:
+        if adapter:
+            save_checkpoint(folder, "final", merged(Path(folder, "adapter")), processor, about=about)
         print(f"done: {folder}/final")
     if dist.is_initialized():
         barrier()

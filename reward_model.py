@@ -74,7 +74,7 @@ COLLECTED_WITH = ("model", "data", "video_root", "oracle", "oracle_model", "clip
 
 
 @dataclass
-class Args:
+class Args(harness.ModelArgs):  # --dtype, ...: harness.py
     stage: str = HfArg(default="train", help="train (collects first where the file is missing), or collect alone")
     # -- preferences
     oracle: str = HfArg(default="context", help="context: a judge that knows the narrative [V]; judge: without it; "
@@ -325,7 +325,7 @@ def main(args):
         if not args.own_file:  # the file of the default name, but of which flags?
             check_flags(json.loads(report_file.read_text())["flags"], args, args.preferences)
         pairs, report = read_preferences(args.preferences.split(","), args.video_root)
-        model, processor = load_model(checkpoint or args.base, args.quantize, device=str(device))
+        model, processor = load_model(checkpoint or args.base, **harness.load_options(args, device))
     if not checkpoint:
         add_scalar_head(model)
         model = add_lora(model, args.lora_r, args.lora_alpha) if args.lora_r else model
@@ -351,7 +351,7 @@ def main(args):
     if rank == 0:
         print("\n".join(report_lines(report)))
         print(f"{len(train)} pairs to train on, {len(held)} on other videos to measure; {len(broken)} broken videos")
-    ddp = harness.wrap_ddp(model, device, find_unused=report["text_only"] > 0)
+    ddp = harness.distribute(model, device, find_unused=report["text_only"] > 0)
     log = harness.Log(folder, steps, start, rank)
 
     def rewards_of(m, some):  # groups of pairs -> (n,2), and the pairs in the order of the rows

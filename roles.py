@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data import FeatureCache
+from harness import load_options
 from oracle import JudgeOracle
 from preferences import reward_prompt
 from video_llm import Prefix, add_lora, add_scalar_head, load_model, reference_of, unwrap
@@ -35,7 +36,7 @@ class Roles:
     """
 
     def __init__(self, args, checkpoint, device):
-        load = lambda path: load_model(path, args.quantize, device=str(device))
+        load = lambda path: load_model(path, **load_options(args, device))
         self.adapters = {}  # role -> adapter, with LoRA
         self.policy, self.processor = load(checkpoint or args.model)
         self.value, self.value_processor = self.policy, self.processor

@@ -37,16 +37,22 @@ import torch
 from transformers.hf_argparser import HfArg
 
 import harness
+from compose import compose
 from data import DataError, FeatureCache, read_records, report_lines
 from oracle import DESCRIBE, judge_prompt
-from video_llm import Prefix, add_lora, compose, load_model, save_model, token_logprobs, unwrap
+from video_llm import Prefix, add_lora, load_model, save_model, token_logprobs, unwrap
 
 WORLD = "data/moving_shapes"
 KINDS = ("answer", "describe", "judge")  # what an example asks for; logged apart
 
 
 @dataclass
-class Args:
+class Args(harness.ShardArgs):  # --dtype, --shard, ...: harness.py
+    PRESETS = {"paper": dict(  # parts, frames, queries, LoRA: published; the rest is ours; no annotation: not a flag
+        clip="openai/clip-vit-large-patch14-336", qformer="32", llm="meta-llama/Llama-2-7b-hf", num_frames=50,
+        judge_share=0.0, lora_r=32, lora_alpha=32, quantize="nf4", dtype="bfloat16",
+        gradient_checkpointing=True, batch_size=128, micro_batch_size=2, lr=1e-4, weight_decay=0.0)}
+    preset: str = HfArg(default="", help="paper: 7B with QLoRA, 50 frames, 32 queries; other flags still win")
     # -- the paper's hyper-parameters
     curriculum: str = HfArg(default="length", help="length: short answers first [V Sec. 3.2]; off: all at once")
     easy_share: float = HfArg(default=0.65, help="share of the records that counts as easy [V: 214k of 327k]")
@@ -69,8 +75,10 @@ class Args:
     num_clips: int = HfArg(default=0, help="use the labels of so many clips, drawn by --seed; 0: all")
     model: str = HfArg(default="", help="continue from this VideoLLM; empty: compose one of the next three")
     clip: str = HfArg(default=f"{WORLD}/hub/clip", help="CLIP checkpoint, folder or hub name")
-    qformer: str = HfArg(default=f"{WORLD}/hub/qformer", help="VideoQFormer folder, or a number of queries: a new one")
-    llm: str = HfArg(default=f"{WORLD}/hub/llm", help="causal decoder; a tokenizer alone: tiny, from nothing")
+    qformer: str = HfArg(default=f"{WORLD}/hub/qformer", help="of a VideoQFormer, BLIP-2 or InstructBLIP checkpoint; a "
+                         "number of queries: a new one")
+    llm: str = HfArg(default=f"{WORLD}/hub/llm", help="LLaMA-class decoder, folder or hub name; a tokenizer alone: "
+                     "tiny, from nothing")
     num_frames: int = HfArg(default=8, help="frames a video is sampled at, for a composed model [V: 50]")
     max_prompt_tokens: int = HfArg(default=512, help="longer questions are cut at their end, never the video")
     max_answer_tokens: int = HfArg(default=96, help="longer answers are cut and then carry no EOS")
@@ -82,6 +90,8 @@ class Args:
     resume: bool = HfArg(default=False, help="continue the run of this name where it stopped")
 
     def __post_init__(self):
+        if self.preset not in ("", "paper"):
+            raise ValueError(f"--preset {self.preset}: choose paper or nothing")
         if self.curriculum not in ("length", "off"):
             raise ValueError(f"--curriculum {self.curriculum}: choose length or off")
         for flag in ("easy_share", "easy_steps", "warmup", "judge_share"):
@@ -161,14 +171,18 @@ def main(args):
     with harness.one_line_errors(OSError):
         if not args.model and rank == 0 and not checkpoint:
             qformer = int(args.qformer) if args.qformer.isdigit() else args.qformer
-            save_model(*compose(args.clip, qformer, args.llm, args.num_frames, args.seed), base)
+            parts = compose(args.clip, qformer, args.llm, args.num_frames, args.seed, getattr(torch, args.dtype))
+            save_model(*parts, base)
         harness.barrier()
-        model, processor = load_model(checkpoint or base, args.quantize, device=str(device))
+        model, processor = load_model(checkpoint or base, **harness.load_options(args, device))
     if args.lora_r and not checkpoint:
         model = add_lora(model, args.lora_r, args.lora_alpha, train_bridge=True)
+    if args.shard and report["text_only"]:
+        sys.exit(f"--shard: {args.data} has records without a video; on all processes the same layers must run")
+    ddp = harness.distribute(model, device, args.shard, find_unused=report["text_only"] > 0)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
-    start = harness.load_trainer(checkpoint, optimizer) if checkpoint else 0
+    start = harness.load_trainer(checkpoint, optimizer, model) if checkpoint else 0
 
     # 3. Videos: each is decoded and encoded once; what cannot be read is left out, counted and listed
     cache = FeatureCache(unwrap(model), processor, args.cache)
@@ -182,7 +196,6 @@ def main(args):
     easy_groups = by_clip([r for r, e in zip(records, easy) if e], args.pack)
     all_groups = by_clip(records, args.pack)
     pools, stories = judge_material(records)
-    ddp = harness.wrap_ddp(model, device, find_unused=report["text_only"] > 0)
     log = harness.Log(folder, args.steps, start, rank)
 
     for step in range(start, args.steps):
@@ -215,7 +228,7 @@ def main(args):
                 log.add(f"losses/{kind}", nll.detach()[which].sum(), which.sum())
 
         # 6. Update
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        grad_norm = harness.clip_gradients(params)
         asked = [[str(r["question"]), r["answer"]] for g in groups for r in g]
         harness.stop_if_not_finite(grad_norm, log, folder, step, asked)
         optimizer.step()

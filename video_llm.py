@@ -21,6 +21,7 @@ Papers  CLIP arXiv:2103.00020 | Q-Former BLIP-2 arXiv:2301.12597 | LLaMA arXiv:2
 
 import copy
 import json
+import re
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -42,13 +43,14 @@ from transformers import (
     CLIPVisionModel,
     DynamicCache,
     GenerationMixin,
-    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.configuration_utils import SubConfigSpec
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import cached_file
 
 transformers.logging.set_verbosity_error()  # no load report, no bar: a CLIP checkpoint has a text tower we do not need
 transformers.logging.disable_progress_bar()
@@ -141,6 +143,8 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _supports_flash_attn = False  # the packed forward passes a 4-D mask, which flash attention cannot take
     supports_gradient_checkpointing = True
+    gradient_checkpointing = False  # `load_model` switches it on
+    all_done = staticmethod(torch.all)  # sampling ends when every answer has; sharded: those of all processes
     _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer", "Blip2QFormerLayer"]
     _keep_in_fp32_modules_strict = ["score_head"]  # bfloat16 has 3 digits: rewards of like answers would tie
 
@@ -195,6 +199,10 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
                     have = video.shape[:2].numel()
                     raise ValueError(f"prompts hold {int(at.sum())} video tokens, the videos give {have}")
                 inputs_embeds = inputs_embeds.masked_scatter(at, video)
+        if self.gradient_checkpointing:  # layers ask `training`; while sampling they would drop the cache
+            for layer in self.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = torch.is_grad_enabled() and not use_cache
         kwargs |= dict(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
                        past_key_values=past_key_values, use_cache=use_cache)
         if scores:  # read behind the decoder's last norm; no logits are computed
@@ -222,62 +230,6 @@ AutoConfig.register("video_qformer", VideoQFormerConfig)
 AutoConfig.register("video_llm", VideoLLMConfig)
 
 
-def init_from_nothing(module, seed):
-    """Initialise in place for training from nothing: std 1/sqrt(fan_in), embeddings near 0.5; norms stay at one.
-
-    The library's 0.02 is meant for wide, pre-trained models: at width 128 it is the difference between learning in
-    a minute and not at all. Deterministic in `seed`.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
-        if "norm" in name.lower():
-            continue
-        if name.endswith("bias"):
-            p.data.zero_()
-        elif "embed" in name and "patch" not in name or "query_tokens" in name:
-            p.data.normal_(std=0.5, generator=generator)
-        elif p.dim() > 1:
-            p.data.normal_(std=p[0].numel() ** -0.5, generator=generator)
-
-
-def compose(clip, qformer, llm, num_frames=8, seed=0, dtype=torch.float32):
-    """A new VideoLLM + processor out of three parts, each a local folder or hub name.
-
-    clip: a CLIP checkpoint. qformer: a VideoQFormer checkpoint, or a number of query tokens for one from nothing.
-    llm: a causal decoder with its tokenizer, or a folder with a tokenizer alone for `tiny`'s LLaMA from nothing.
-    """
-    vision = CLIPVisionModel.from_pretrained(clip, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(llm)
-    tokenizer.add_special_tokens({"additional_special_tokens": [VIDEO_TOKEN]})
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: no mask in this repository looks at token ids
-    if isinstance(qformer, int):
-        width = vision.config.hidden_size
-        parts = VideoQFormer(VideoQFormerConfig(num_query_tokens=qformer, encoder_hidden_size=width))
-        init_from_nothing(parts, seed)
-    else:
-        parts = VideoQFormer.from_pretrained(qformer, dtype=dtype)
-    if Path(llm, "config.json").exists() or not Path(llm).is_dir():
-        decoder = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype)
-        if len(tokenizer) > decoder.get_input_embeddings().num_embeddings:
-            decoder.resize_token_embeddings(len(tokenizer))
-    else:
-        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        decoder = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **ids, **TINY_LLAMA))
-        init_from_nothing(decoder, seed)
-    config = VideoLLMConfig(vision_config=vision.config, qformer_config=parts.config, text_config=decoder.config,
-                            video_token_id=tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
-                            tie_word_embeddings=decoder.config.tie_word_embeddings)
-    torch.manual_seed(seed)  # the projection
-    model = VideoLLM(config)
-    model.vision_tower, model.qformer, model.language_model = vision, parts, decoder
-    model.generation_config = copy.deepcopy(decoder.generation_config)
-    image_processor = CLIPImageProcessorPil.from_pretrained(clip)
-    processor = VideoLLMProcessor(image_processor, tokenizer, num_frames=num_frames,
-                                  num_query_tokens=parts.config.num_query_tokens)
-    return model.to(dtype), processor
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # 2. The processor: prompts
 # ---------------------------------------------------------------------------------------------------------------
@@ -299,7 +251,7 @@ class VideoLLMProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, path, **kwargs):
-        settings = json.loads(Path(path, "processor_config.json").read_text())
+        settings = json.loads(Path(find(path, "processor_config.json")).read_text())
         return cls(CLIPImageProcessorPil.from_pretrained(path), AutoTokenizer.from_pretrained(path),
                    chat_template=settings["chat_template"], num_frames=settings["num_frames"],
                    num_query_tokens=settings["num_query_tokens"], sampling=settings["sampling"])
@@ -380,34 +332,52 @@ class VideoLLMProcessor(ProcessorMixin):
 # ---------------------------------------------------------------------------------------------------------------
 # 3. Loading, saving, (Q)LoRA
 # ---------------------------------------------------------------------------------------------------------------
-def load_model(path, quantize="none", dtype=torch.float32, device="cpu"):
-    """A saved VideoLLM (or a PEFT adapter of one) + its processor. quantize: "none" or "nf4" (QLoRA, double quant).
+def find(name, file):
+    """The path of a checkpoint's file, None where it has none. name: a folder, or a hub name (owner/model)."""
+    if Path(name).is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+        return str(Path(name, file)) if Path(name, file).exists() else None
+    return cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
+
+
+def load_model(path, quantize="none", dtype=torch.float32, device="cpu", attn_implementation="sdpa",
+               gradient_checkpointing=False):
+    """A saved VideoLLM (or a PEFT adapter of one) + its processor, from a folder or hub name.
+
+    quantize: "none" or "nf4" (QLoRA, double quant). dtype: of what is not trained; the trained weights of an adapter
+    are float32 always. gradient_checkpointing: layers keep their input alone and compute again in the backward pass.
 
     NF4 on a CPU: with AVX512-BF16, bitsandbytes repacks the weights at the first forward without gradients (any
     rollout) and later backward passes run through a kernel without autograd: the loss still falls, the LoRA gradient
     is wrong (cosine 0.2-0.4 against dequantised weights). Switching that kernel off on every layer cures it;
     tests/test_quantize.py compares the gradient after a rollout.
     """
-    path = Path(path)
-    if not list(path.glob("*.safetensors")) or not list(path.glob("*config.json")):
+    if not (find(path, "config.json") or find(path, "adapter_config.json")) or (
+            Path(path).is_dir() and not list(Path(path).glob("*.safetensors"))):
         raise FileNotFoundError(f"{path}: no model there (config.json or safetensors missing; pickles are not read)")
-    if (path / "adapter_config.json").exists():
-        config = json.loads((path / "adapter_config.json").read_text())
-        model, processor = load_model(config["base_model_name_or_path"], quantize, dtype, device)
-        if "score_head" in (config["modules_to_save"] or []):
+    if adapter := find(path, "adapter_config.json"):
+        config = json.loads(Path(adapter).read_text())
+        model, processor = load_model(config["base_model_name_or_path"], quantize, dtype, device, attn_implementation,
+                                      gradient_checkpointing)
+        whole = config["modules_to_save"] or []
+        if "score_head" in whole:
             add_scalar_head(model)  # the base is an SFT model, its head comes with the adapter
+        for name in whole:
+            model.get_submodule(name).float()
         return PeftModel.from_pretrained(model, path, is_trainable=True), processor
+    load = dict(dtype=dtype, attn_implementation=attn_implementation)
     if quantize == "none":
-        model = VideoLLM.from_pretrained(path, dtype=dtype).to(device)
+        model = VideoLLM.from_pretrained(path, **load).to(device)
     else:
-        dtype = torch.bfloat16 if str(device).startswith("cuda") else dtype  # of everything that is not quantised
+        load["dtype"] = dtype = torch.bfloat16 if str(device).startswith("cuda") else dtype
         whole = ["vision_tower", "qformer", "projection", "lm_head", "score_head"]
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                  bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=whole)
-        model = VideoLLM.from_pretrained(path, dtype=dtype, quantization_config=nf4, device_map={"": device})
+        model = VideoLLM.from_pretrained(path, quantization_config=nf4, device_map={"": device}, **load)
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable()
     model.vision_tower.requires_grad_(False)  # CLIP stays frozen in all three papers
     return model, VideoLLMProcessor.from_pretrained(path)
 
@@ -417,6 +387,8 @@ def add_lora(model, r, alpha, train_bridge=False):
     A scalar head is trained as a whole."""
     targets = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     whole = ["qformer", "projection"] * train_bridge + ["score_head"] * model.config.scalar_head
+    for name in whole:
+        model.get_submodule(name).float()  # as the adapters: steps of 1e-5 are lost in bfloat16
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, bias="none", modules_to_save=whole or None)
     return get_peft_model(model, config)
 
@@ -432,13 +404,14 @@ def add_scalar_head(model):
 
 
 def merged(adapter):
-    """The whole model out of an adapter folder: base in full precision + adapter, merged."""
-    return load_model(adapter)[0].merge_and_unload()
+    """The whole model out of an adapter folder: unquantised base + adapter, merged in float32, in the base's dtype."""
+    base = json.loads(Path(find(adapter, "adapter_config.json")).read_text())["base_model_name_or_path"]
+    return load_model(adapter)[0].merge_and_unload().to(AutoConfig.from_pretrained(base).dtype)
 
 
-def save_model(model, processor, path):
+def save_model(model, processor, path, state_dict=None):
     """Whole model as safetensors, or a plain PEFT adapter where there is one; the processor beside either."""
-    model.save_pretrained(path)
+    model.save_pretrained(path, state_dict=state_dict)
     processor.save_pretrained(path)
 
 
@@ -448,9 +421,10 @@ def unwrap(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def reference_of(model):
-    """Makes context managers for the frozen start: `with ref() as ref_model`. LoRA: the same weights, adapter off."""
-    frozen = None if isinstance(model, PeftModel) else copy.deepcopy(model).requires_grad_(False).eval()
+def reference_of(model, place=lambda frozen: frozen):
+    """Makes context managers for the frozen start: `with ref() as ref_model`. LoRA: the same weights, adapter off;
+    else a copy, which `place` may spread over processes."""
+    frozen = None if isinstance(model, PeftModel) else place(copy.deepcopy(model).requires_grad_(False).eval())
 
     @contextmanager
     def reference():
@@ -526,7 +500,7 @@ def generate(model, prefix, uniforms, eos_id, temperature=1.0):
         logprobs += all_logprobs.gather(1, token[:, None])[:, 0] * ~done
         lengths += ~done
         done |= token == eos_id
-        if done.all() or t == T - 1:
+        if unwrap(model).all_done(done) or t == T - 1:
             break
         mask = torch.cat([mask, mask.new_ones(B * G, 1)], 1)
         out = model(input_ids=token[:, None], attention_mask=mask, position_ids=where + t, past_key_values=cache,
@@ -554,16 +528,19 @@ def packed(model, prefix, tokens, lengths, before=True, **kwargs):
     owner = torch.where(index < P, -1, (index - P) // T)  # (L,) which answer a token belongs to; -1: the prefix
     sees = (owner == -1) | (owner == owner[:, None])  # (L,L) query row, key column
     causal = index <= index[:, None]
-    mask = (sees & causal) & row_real[:, None, None, :]  # (B,1,L,L)
-    mask = mask | torch.eye(P + G * T, dtype=torch.bool, device=mask.device)  # pads see themselves: no empty softmax
     start = prefix.attention_mask.sum(-1, keepdim=True)  # (B,1)
     answer_positions = start + torch.arange(T, device=tokens.device).repeat(G)  # (B,G*T)
+    place = torch.cat([positions(prefix.attention_mask), answer_positions], 1)  # (B,L)
+    mask = (sees & causal) & row_real[:, None, None, :]  # (B,1,L,L)
+    if window := getattr(unwrap(model).config.text_config, "sliding_window", None):  # Mistral: the last `window` tokens
+        mask &= (place.unsqueeze(-1) - place.unsqueeze(-2) < window).unsqueeze(1)
+    mask = mask | torch.eye(P + G * T, dtype=torch.bool, device=mask.device)  # pads see themselves: no empty softmax
     ids = torch.cat([prefix.input_ids, tokens.reshape(B, G * T)], 1)
     keep = torch.cat([index[P - 1 : P], index[P:].view(G, T)[:, :-1].reshape(-1)]) if before else index[P:]
     bias = torch.zeros(mask.shape, dtype=unwrap(model).dtype, device=mask.device)
     bias.masked_fill_(~mask, torch.finfo(bias.dtype).min)
     out = model(input_ids=ids, attention_mask=bias, logits_to_keep=keep, use_cache=False,
-                position_ids=torch.cat([positions(prefix.attention_mask), answer_positions], 1),
+                position_ids=place,
                 **prefix.model_inputs(), **kwargs).logits  # (B,1+G*(T-1),V), or (B,G*T,V)
     if not before:
         return out.view(B, G, T, -1)

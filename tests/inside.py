@@ -20,3 +20,9 @@ def main_of(monkeypatch, cwd, script, *flags):
             signal.signal(number, handler)
         sys.excepthook = sys.__excepthook__
         harness.unlock()
+
+
+def flags_of(monkeypatch, script, *flags):
+    """The flags of a script as it would read them."""
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    return harness.parse_args(importlib.import_module(script.removesuffix(".py")).Args)

@@ -10,10 +10,12 @@ REPO = Path(__file__).resolve().parent.parent
 SOURCES = sorted(REPO.glob("*.py"))
 FILES = sorted([*SOURCES, *Path(__file__).parent.glob("*.py")])
 SCRIPTS = [p for p in SOURCES if re.search(r"^class Args", p.read_text(), re.M)]
-LIMITED = ("video_llm", "harness", "data", "frames", "check_videos",
+LIMITED = ("video_llm", "compose", "harness", "data", "frames", "check_videos",
            "oracle", "api_oracle", "ranks", "evaluate", "sft", "grpo_rank", "questions",
            "reward_model", "preferences", "ppo_rlaif", "roles", "dpo_iter_w2s", "preference_zoo")
-SHARED_FLAGS = {"ApiArgs": "api_oracle.py", "OracleArgs": "oracle.py"}  # dataclasses that an Args can inherit from
+# dataclasses that an Args can inherit from
+SHARED_FLAGS = {"ApiArgs": "api_oracle.py", "OracleArgs": "oracle.py", "ModelArgs": "harness.py",
+                "ShardArgs": "harness.py"}
 name_of = lambda path: path.stem
 
 
@@ -31,7 +33,7 @@ def class_of(path, name):
 
 def inherited(cls):
     """The fields of the shared dataclasses that a class inherits from, and theirs."""
-    names, out = [ast.unparse(base) for base in cls.bases], set()
+    names, out = [ast.unparse(base).rpartition(".")[2] for base in cls.bases], set()
     for name in names:
         base = class_of(REPO / SHARED_FLAGS[name], name)
         out |= fields_of(base) | inherited(base)
@@ -69,6 +71,10 @@ def test_every_flag_is_read(path):
     if "Roles(args" in path.read_text():  # and the four roles of PPO read theirs
         read |= {n.attr for n in ast.walk(ast.parse((REPO / "roles.py").read_text()))
                  if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "args"}
+    loads = path.read_text() + ((REPO / "roles.py").read_text() if "Roles(args" in path.read_text() else "")
+    if "load_options(args" in loads:  # how what is trained lies in memory
+        assert "quantize=args.quantize" in (REPO / "harness.py").read_text()
+        read.add("quantize")
     if "PRESETS" in path.read_text():
         assert "cls.PRESETS" in (REPO / "harness.py").read_text()
         read.add("preset")
@@ -81,7 +87,7 @@ def test_every_flag_is_read(path):
 @pytest.mark.parametrize("name", SHARED_FLAGS)
 def test_every_shared_flag_is_read_where_it_is_shared(name):
     read = set()
-    for file in ("api_oracle.py", "oracle.py"):
+    for file in set(SHARED_FLAGS.values()):
         read |= {n.attr for n in ast.walk(ast.parse((REPO / file).read_text()))
                  if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "args"}
     if "args.raters" in (REPO / "oracle.py").read_text():

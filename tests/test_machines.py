@@ -1,0 +1,100 @@
+"""More than one machine: two torchrun agents that meet on loopback; decoders of which each process keeps a share."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPO, run
+from hub import write_clip, write_decoder, write_qformer
+from inside import main_of
+from safetensors.torch import load_file
+from test_ranks import rows
+
+from compose import compose
+from video_llm import load_model, save_model
+
+TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "3", "--micro_batch_size", "2"]
+GRPO = ["grpo_rank.py", *TRAIN, "--oracle", "reference", "--prompts_per_step", "8", "--G", "3", "--max_new_tokens", "6",
+        "--eval_questions", "6", "--eval_steps", "1", "--beta", "0.1", "--inner_epochs", "2"]
+SFT = ["sft.py", *TRAIN, "--batch_size", "8"]
+
+
+def assert_equal_runs(one, two, start, within):
+    """Every logged number, and the weights up to the sign of gradients that are nearly zero (Adam's first steps)."""
+    assert len(rows(one)) == len(rows(two)) == 3
+    for a, b in zip(rows(one), rows(two)):
+        assert a.keys() == b.keys() and len(a) > 5
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=within, abs=within), f"step {a['step']}: {key}"
+    first, second, start = (load_file(f / "model.safetensors") for f in (one / "final", two / "final", start))
+    assert first.keys() == second.keys()
+    moved = max((first[k] - start[k]).abs().max().item() for k in first)
+    apart = max((first[k] - second[k]).abs().max().item() for k in first)
+    assert moved > 1e-4 and apart < 0.02 * moved
+
+
+def test_two_agents_on_loopback_equal_one_agent_of_two_processes(world, policy):
+    """`torchrun --nnodes=2` as on two machines: each agent starts one process, a rendezvous brings them together."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+               f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=meet", "--local_addr=127.0.0.1",
+               str(REPO / GRPO[0]), *GRPO[1:], "--lora_r", "4", "--name", "agents"]
+    agents = [subprocess.Popen(command, cwd=world, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=dict(os.environ)) for _ in range(2)]
+    said = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    assert sum("done: runs/grpo_rank/agents_s0/final" in text for text in said) == 1  # rank 0 writes, nobody else
+    run(world, "torchrun", "--nproc_per_node=2", *GRPO, "--lora_r", "4", "--name", "agent")
+    two, one = (world / f"runs/grpo_rank/{name}_s0" for name in ("agents", "agent"))
+    assert json.loads((two / "args.json").read_text())["world_size"] == 2
+    assert rows(one) == rows(two)
+    a, b = (load_file(f / "adapter/adapter_model.safetensors") for f in (one, two))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("command, folder", [
+    pytest.param([*GRPO, "--lora_r", "4", "--gradient_checkpointing"], "runs/grpo_rank/{}_s0", id="grpo_rank, LoRA"),
+    pytest.param(GRPO, "runs/grpo_rank/{}_s0", id="grpo_rank"), pytest.param(SFT, "runs/sft/{}", id="sft")])
+def test_sharded_equals_whole(world, policy, monkeypatch, command, folder):
+    """Losses, sampled answers, evaluations, weights; the checkpoints are those of an unsharded run."""
+    kind = "lora" if "--lora_r" in command else "full"
+    whole, sharded = (world / folder.format(f"{kind}_{name}") for name in ("whole", "sharded"))
+    main_of(monkeypatch, world, *command, "--name", f"{kind}_whole")
+    run(world, "torchrun", "--nproc_per_node=2", *command, "--name", f"{kind}_sharded", "--shard")
+    assert_equal_runs(whole, sharded, policy if "grpo_rank.py" in command else whole / "base", 1e-5)
+    model, _ = load_model(sharded / ("adapter" if kind == "lora" else "final"))
+    assert not any(type(p).__name__ == "DTensor" for p in model.parameters())
+    files = lambda run_folder: sorted(str(p.relative_to(run_folder)) for p in run_folder.rglob("*")
+                                      if p.is_file() and "tfevents" not in p.name)
+    assert files(whole) == files(sharded)
+
+
+def test_shares_of_a_model_train_sample_save_and_load_as_the_whole(tmp_path):
+    """Part by part, in two processes: see sharded.py."""
+    parts = {"clip": write_clip, "qformer": write_qformer, "llm": lambda folder: write_decoder("vicuna", folder)}
+    for name, write in parts.items():
+        write(tmp_path / name)
+    save_model(*compose(*(str(tmp_path / name) for name in parts)), tmp_path / "model")
+    said = run(tmp_path, "torchrun", "--nproc_per_node=2", REPO / "tests/sharded.py", tmp_path / "model", tmp_path)
+    assert said.stdout.count("equal") == 2
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--shard"], "--shard: one process"),
+    (["--shard", "--quantize", "nf4", "--lora_r", "4"], "--shard: bitsandbytes' 4-bit weights cannot be sharded"),
+    (["--dtype", "bfloat16"], "--dtype bfloat16: choose float32, or bfloat16 with --lora_r"),
+    (["--dtype", "half", "--lora_r", "4"], "--dtype half: choose"),
+    (["--attn_implementation", "flash_attention_2"], "--attn_implementation flash_attention_2: choose sdpa or eager"),
+    (["--preset", "best"], "--preset best: choose paper")])  # fmt: skip
+@pytest.mark.parametrize("script", ["sft.py", "grpo_rank.py"])
+def test_what_cannot_be_combined_is_refused_in_one_line(monkeypatch, tmp_path, capsys, script, flags, told):
+    with pytest.raises(SystemExit) as stop:
+        main_of(monkeypatch, tmp_path, script, *flags)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and told in said and said.count("\n") == 1
