@@ -33,9 +33,10 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTraine
 from transformers.hf_argparser import HfArg
 
 import harness
+from compose import init_from_nothing
 from data import read_frames
 from moving_shapes import ACTIONS, COLORS, QUADRANTS, SHAPES
-from video_llm import TINY_QFORMER, TINY_VISION, VIDEO_TOKEN, VideoQFormer, VideoQFormerConfig, init_from_nothing
+from video_llm import TINY_QFORMER, TINY_VISION, VIDEO_TOKEN, VideoQFormer, VideoQFormerConfig
 
 TINY_TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                  max_position_embeddings=128)

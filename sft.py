@@ -37,9 +37,10 @@ import torch
 from transformers.hf_argparser import HfArg
 
 import harness
+from compose import compose
 from data import DataError, FeatureCache, read_records, report_lines
 from oracle import DESCRIBE, judge_prompt
-from video_llm import Prefix, add_lora, compose, load_model, save_model, token_logprobs, unwrap
+from video_llm import Prefix, add_lora, load_model, save_model, token_logprobs, unwrap
 
 WORLD = "data/moving_shapes"
 KINDS = ("answer", "describe", "judge")  # what an example asks for; logged apart

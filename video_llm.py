@@ -8,9 +8,9 @@ Everything here is *plumbing that the papers only name*: frames, processor, feat
 Losses, advantages and training loops live in the scripts (`sft.py`, `grpo_rank.py`, ...), one algorithm each.
 
 Three things are worth reading even if you only came for an algorithm:
-  `generate`        one prefill of video + question, its KV cache shared by the G answers of a group;
   `packed`          the G answers trained behind *one* prefix (block mask, restarting positions), logits of answer
                     tokens only: the same numbers as G separate forward passes, at a fraction of the cost;
+  `generate`        samples in the same way: one prefill of video + question, one copy of its keys and values;
   `load_model`      NF4 on a CPU, and the kernel that silently breaks its gradients.
 
 Shapes: B prompts, G answers each, N = B*G; P prompt tokens (left padded, Q of them video), T answer tokens
@@ -42,7 +42,6 @@ from transformers import (
     CLIPVisionModel,
     DynamicCache,
     GenerationMixin,
-    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -141,6 +140,7 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _supports_flash_attn = False  # the packed forward passes a 4-D mask, which flash attention cannot take
     supports_gradient_checkpointing = True
+    all_done = staticmethod(torch.all)  # sampling ends when every answer has; sharded: those of all processes
     _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer", "Blip2QFormerLayer"]
     _keep_in_fp32_modules_strict = ["score_head"]  # bfloat16 has 3 digits: rewards of like answers would tie
 
@@ -168,9 +168,14 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def encode_frames(self, pixel_values):
-        """pixel_values (F,3,H,W) -> CLIP patch features (F,S,D) of hidden layer `vision_layer`; CLIP is frozen."""
-        hidden = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=True).hidden_states
-        return hidden[self.config.vision_layer]
+        """pixel_values (F,3,H,W) -> CLIP patch features (F,S,D) of hidden layer `vision_layer`; CLIP is frozen. The
+        layers behind it are not computed."""
+        tower = self.vision_tower
+        layers = tower.encoder.layers[: self.config.vision_layer % (len(tower.encoder.layers) + 1)]
+        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(tower.dtype)))
+        for layer in layers:
+            hidden = layer(hidden, None)
+        return hidden
 
     def encode_video(self, video_features, frame_mask):
         """(B,F,S,D), (B,F) -> video tokens (B,Q,width of the decoder)."""
@@ -220,62 +225,6 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
 
 AutoConfig.register("video_qformer", VideoQFormerConfig)
 AutoConfig.register("video_llm", VideoLLMConfig)
-
-
-def init_from_nothing(module, seed):
-    """Initialise in place for training from nothing: std 1/sqrt(fan_in), embeddings near 0.5; norms stay at one.
-
-    The library's 0.02 is meant for wide, pre-trained models: at width 128 it is the difference between learning in
-    a minute and not at all. Deterministic in `seed`.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
-        if "norm" in name.lower():
-            continue
-        if name.endswith("bias"):
-            p.data.zero_()
-        elif "embed" in name and "patch" not in name or "query_tokens" in name:
-            p.data.normal_(std=0.5, generator=generator)
-        elif p.dim() > 1:
-            p.data.normal_(std=p[0].numel() ** -0.5, generator=generator)
-
-
-def compose(clip, qformer, llm, num_frames=8, seed=0, dtype=torch.float32):
-    """A new VideoLLM + processor out of three parts, each a local folder or hub name.
-
-    clip: a CLIP checkpoint. qformer: a VideoQFormer checkpoint, or a number of query tokens for one from nothing.
-    llm: a causal decoder with its tokenizer, or a folder with a tokenizer alone for `tiny`'s LLaMA from nothing.
-    """
-    vision = CLIPVisionModel.from_pretrained(clip, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(llm)
-    tokenizer.add_special_tokens({"additional_special_tokens": [VIDEO_TOKEN]})
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: no mask in this repository looks at token ids
-    if isinstance(qformer, int):
-        width = vision.config.hidden_size
-        parts = VideoQFormer(VideoQFormerConfig(num_query_tokens=qformer, encoder_hidden_size=width))
-        init_from_nothing(parts, seed)
-    else:
-        parts = VideoQFormer.from_pretrained(qformer, dtype=dtype)
-    if Path(llm, "config.json").exists() or not Path(llm).is_dir():
-        decoder = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype)
-        if len(tokenizer) > decoder.get_input_embeddings().num_embeddings:
-            decoder.resize_token_embeddings(len(tokenizer))
-    else:
-        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        decoder = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **ids, **TINY_LLAMA))
-        init_from_nothing(decoder, seed)
-    config = VideoLLMConfig(vision_config=vision.config, qformer_config=parts.config, text_config=decoder.config,
-                            video_token_id=tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
-                            tie_word_embeddings=decoder.config.tie_word_embeddings)
-    torch.manual_seed(seed)  # the projection
-    model = VideoLLM(config)
-    model.vision_tower, model.qformer, model.language_model = vision, parts, decoder
-    model.generation_config = copy.deepcopy(decoder.generation_config)
-    image_processor = CLIPImageProcessorPil.from_pretrained(clip)
-    processor = VideoLLMProcessor(image_processor, tokenizer, num_frames=num_frames,
-                                  num_query_tokens=parts.config.num_query_tokens)
-    return model.to(dtype), processor
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -479,8 +428,9 @@ class Prefix(NamedTuple):
         return cls(*(x if x is None else x.to(device) for x in (*processor.pad(rows, "left"), *features)))
 
     def rows(self, which):
-        """The same for a slice of rows; every row has a video here (text-only prompts are not sampled in groups)."""
-        return Prefix(*(x[which] for x in self))
+        """The same for some rows, no longer than they need; every row has a video here (text alone has no groups)."""
+        first = self.attention_mask.shape[1] - int(self.attention_mask[which].sum(-1).max())
+        return Prefix(*(x[which, first:] for x in self[:2]), *(x[which] for x in self[2:]))
 
     def model_inputs(self):
         return dict(video_features=self.video_features, frame_mask=self.frame_mask)
@@ -491,9 +441,26 @@ def positions(mask):
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def block_mask(model, owner, place, L):
+    """Additive mask (B,1,L,K) of the last L of K tokens. owner (B,K): answer g >= 0, the prefix (-1), nobody (-2,
+    padding); place (B,K): their positions. A token sees the prefix and its own past, never another answer, of these
+    the last `sliding_window` where the decoder has one (Mistral). Padding sees itself: no empty softmax.
+    """
+    model = unwrap(model)
+    sees = (owner[:, None] == -1) | (owner[:, None] == owner[:, -L:, None])  # (B,L,K)
+    sees &= torch.ones(sees.shape[1:], dtype=torch.bool, device=sees.device).tril(sees.shape[2] - L)
+    if window := getattr(model.config.text_config, "sliding_window", None):
+        sees &= place[:, -L:, None] - place[:, None] < window
+    bias = torch.zeros(sees.shape, dtype=model.dtype, device=sees.device)
+    return bias.masked_fill_(~sees, torch.finfo(model.dtype).min).unsqueeze(1)
+
+
 @torch.no_grad()
 def generate(model, prefix, uniforms, eos_id, temperature=1.0):
-    """Sample G answers per prompt from *one* prefill: video, question and their KV cache are computed once.
+    """Sample G answers per prompt from *one* prefill; G tokens a step go behind it in one row, under `packed`'s mask.
+
+    So the keys and values of a prompt are held and read once for its G answers: P + G*T places and not G*(P + T).
+    Finished answers leave the row, finished groups the batch: a step costs what still runs.
 
     uniforms (B,G,T) in [0,1): one number a token decides everything (inverse of the cumulated probabilities), so a
     caller who keys them by (seed, step, question) gets the same answers on any number of processes and after a resume.
@@ -501,45 +468,52 @@ def generate(model, prefix, uniforms, eos_id, temperature=1.0):
     the whole answers.
     """
     B, G, T = uniforms.shape
-    out = model(input_ids=prefix.input_ids, attention_mask=prefix.attention_mask,
-                position_ids=positions(prefix.attention_mask), past_key_values=DynamicCache(), use_cache=True,
-                logits_to_keep=1, **prefix.model_inputs())
-    cache, logits = out.past_key_values, out.logits[:, -1]
-    cache.batch_repeat_interleave(G)  # the G answers share the prefix
-    logits = logits.repeat_interleave(G, 0)  # (N,V)
-    mask = prefix.attention_mask.repeat_interleave(G, 0)  # (N,P)
-    where = mask.sum(-1, keepdim=True)  # (N,1) position of the next token
-    u = uniforms.reshape(B * G, T).to(logits.device)
-    done = torch.zeros(B * G, dtype=torch.bool, device=logits.device)
-    lengths = torch.zeros(B * G, dtype=torch.long, device=logits.device)
-    tokens, logprobs = [], torch.zeros(B * G, device=logits.device)
+    new = lambda fill, *shape, **kw: torch.full(shape, fill, device=prefix.input_ids.device, **kw)
+    tokens, lengths, logprobs = new(eos_id, B, G, T), new(0, B, G), new(0.0, B, G)
+    out = model(input_ids=prefix.input_ids, attention_mask=prefix.attention_mask, logits_to_keep=1, use_cache=True,
+                position_ids=positions(prefix.attention_mask), past_key_values=DynamicCache(), **prefix.model_inputs())
+    cache, logits = out.past_key_values, out.logits.expand(B, G, -1)
+    rows = torch.arange(B, device=tokens.device)  # the groups that still run, (b,)
+    who = torch.arange(G, device=tokens.device).expand(B, G)  # and their answers that do, (b,A); some only fill up
+    uniforms = uniforms.to(tokens.device, torch.float64)
+    runs, owner, place = new(True, B, G), prefix.attention_mask - 2, positions(prefix.attention_mask)  # (b,K)
+    ends = prefix.attention_mask.sum(-1, keepdim=True)  # (b,1) where answers start
     for t in range(T):
-        all_logprobs = (logits.float() / (temperature or 1)).log_softmax(-1)  # (N,V)
+        at = rows[:, None], who
+        all_logprobs = (logits.float() / (temperature or 1)).log_softmax(-1)  # (b,A,V)
         if temperature == 0:
             token = logits.argmax(-1)
         else:
             cdf = all_logprobs.double().exp().cumsum(-1)
             # the first token whose cumulated probability exceeds u: tokens of probability 0 cannot be hit
-            token = torch.searchsorted(cdf, u[:, t : t + 1].double() * cdf[:, -1:], right=True)[:, 0]
-            token = token.clamp(max=logits.shape[-1] - 1)
-        tokens.append(token := torch.where(done, eos_id, token))
-        logprobs += all_logprobs.gather(1, token[:, None])[:, 0] * ~done
-        lengths += ~done
-        done |= token == eos_id
-        if done.all() or t == T - 1:
+            u = uniforms[(*at, t)].unsqueeze(-1) * cdf[..., -1:]
+            token = torch.searchsorted(cdf, u, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
+        token = torch.where(runs, token, eos_id)
+        tokens[(*at, t)] = token
+        logprobs[at] += all_logprobs.gather(-1, token[..., None])[..., 0] * runs
+        lengths[at] += runs
+        runs = runs & (token != eos_id)
+        if unwrap(model).all_done(~runs) or t == T - 1:
             break
-        mask = torch.cat([mask, mask.new_ones(B * G, 1)], 1)
-        out = model(input_ids=token[:, None], attention_mask=mask, position_ids=where + t, past_key_values=cache,
-                    use_cache=True)
-        logits = out.logits[:, -1]
-    return torch.stack(tokens, -1).view(B, G, -1), lengths.view(B, G), logprobs.view(B, G)
+        some = runs.any(-1) | ~runs.any()  # sharded: without a running answer of its own it keeps the others company
+        if not some.all():
+            cache.batch_select_indices(some.nonzero()[:, 0])
+            rows, who, runs, token, owner, place, ends = (x[some] for x in (rows, who, runs, token, owner, place, ends))
+        most = int(runs.sum(-1).max()) or 1
+        order = runs.int().sort(dim=-1, descending=True, stable=True).indices[:, :most]
+        who, runs, token = (x.gather(1, order) for x in (who, runs, token))
+        owner, place = torch.cat([owner, who], 1), torch.cat([place, (ends + t).expand_as(who)], 1)  # of the cache
+        logits = model(input_ids=token, attention_mask=block_mask(model, owner, place, most),
+                       position_ids=place[:, -most:], past_key_values=cache, use_cache=True).logits
+    return tokens[..., : t + 1], lengths, logprobs
 
 
 def packed(model, prefix, tokens, lengths, before=True, **kwargs):
-    """What `model` gives (B,G,T,..) for tokens (B,G,T), all G answers packed behind one prefix: read at the position
-    *before* each token (where it is predicted), or at the token itself.
+    """What `model` gives for tokens (B,G,T), a group's answers packed behind one prefix: out (B,1+L,..), read at the
+    last token of the prefix and behind it, and at (B,G*T): where in `out` to look for an answer's token; before: one
+    place earlier, where it is predicted.
 
-        prefix  a1 a1 a1  a2 a2 a2  ...           one row of P + G*T tokens instead of G rows of P + T
+        prefix  a1 a1 a1  a2  a3 a3 ...     one row of P + sum of lengths tokens instead of G rows of P + T
     Block mask: an answer's token sees the prefix and its own past, never another answer; positions restart behind the
     prefix for every answer. So each answer gets exactly what a forward pass of its own would give (tests: 1e-5 in
     values and gradients), but video and question pass the Q-Former and the decoder once per group, not G times.
@@ -547,28 +521,23 @@ def packed(model, prefix, tokens, lengths, before=True, **kwargs):
     answer token t predicts token t+1.
     """
     B, G, T = tokens.shape
-    P = prefix.input_ids.shape[1]
-    real = torch.arange(T, device=tokens.device) < lengths.unsqueeze(-1)  # (B,G,T)
-    row_real = torch.cat([prefix.attention_mask.bool(), real.view(B, G * T)], 1)  # (B,L) L = P + G*T
-    index = torch.arange(P + G * T, device=tokens.device)
-    owner = torch.where(index < P, -1, (index - P) // T)  # (L,) which answer a token belongs to; -1: the prefix
-    sees = (owner == -1) | (owner == owner[:, None])  # (L,L) query row, key column
-    causal = index <= index[:, None]
-    mask = (sees & causal) & row_real[:, None, None, :]  # (B,1,L,L)
-    mask = mask | torch.eye(P + G * T, dtype=torch.bool, device=mask.device)  # pads see themselves: no empty softmax
-    start = prefix.attention_mask.sum(-1, keepdim=True)  # (B,1)
-    answer_positions = start + torch.arange(T, device=tokens.device).repeat(G)  # (B,G*T)
-    ids = torch.cat([prefix.input_ids, tokens.reshape(B, G * T)], 1)
-    keep = torch.cat([index[P - 1 : P], index[P:].view(G, T)[:, :-1].reshape(-1)]) if before else index[P:]
-    bias = torch.zeros(mask.shape, dtype=unwrap(model).dtype, device=mask.device)
-    bias.masked_fill_(~mask, torch.finfo(bias.dtype).min)
-    out = model(input_ids=ids, attention_mask=bias, logits_to_keep=keep, use_cache=False,
-                position_ids=torch.cat([positions(prefix.attention_mask), answer_positions], 1),
-                **prefix.model_inputs(), **kwargs).logits  # (B,1+G*(T-1),V), or (B,G*T,V)
-    if not before:
-        return out.view(B, G, T, -1)
-    first = out[:, None, :1].expand(-1, G, -1, -1)  # (B,G,1,V)
-    return torch.cat([first, out[:, 1:].reshape(B, G, T - 1, out.shape[-1])], 2)
+    step = torch.arange(T, device=tokens.device)
+    real = step < lengths.unsqueeze(-1)  # (B,G,T)
+    L = int(lengths.sum(-1).max())  # the longest row, behind the prefix
+    place = torch.where(real, (lengths.cumsum(-1) - lengths).unsqueeze(-1) + step, L).flatten(1)  # (B,G*T)
+
+    def row(x, fill):  # x, (B,G,T) or smaller -> (B,L); what stands behind an answer's end falls off
+        filled = torch.full((B, L + 1), fill, device=tokens.device)
+        return filled.scatter(1, place, x.expand(B, G, T).flatten(1))[:, :L]
+
+    mask = prefix.attention_mask
+    owner = torch.cat([mask - 2, row(torch.arange(G, device=tokens.device)[:, None], -2)], 1)
+    where = torch.cat([positions(mask), mask.sum(-1, keepdim=True) + row(step, 0)], 1)
+    out = model(input_ids=torch.cat([prefix.input_ids, row(tokens, int(tokens[0, 0, 0]))], 1), position_ids=where,
+                attention_mask=block_mask(model, owner, where, owner.shape[1]), logits_to_keep=1 + L, use_cache=False,
+                **prefix.model_inputs(), **kwargs).logits
+    read = real & (step > 0) if before else real
+    return out, torch.where(read.flatten(1), place + (not before), 0)
 
 
 def token_logprobs(model, prefix, tokens, lengths, temperature=1.0):
@@ -577,10 +546,11 @@ def token_logprobs(model, prefix, tokens, lengths, temperature=1.0):
     The one place that knows the causal shift and the sampling temperature: behaviour, reference and new policy all
     come through here.
     """
-    B, G, T = tokens.shape
-    logprobs = (packed(model, prefix, tokens, lengths).float() / temperature).log_softmax(-1)  # (B,G,T,V)
-    entropy = -(logprobs.exp() * logprobs).sum(-1).view(B * G, T)
-    chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).view(B * G, T)
+    T = tokens.shape[-1]
+    out, at = packed(model, prefix, tokens, lengths)
+    logprobs = (out.float() / temperature).log_softmax(-1)  # (B,1+L,V)
+    entropy = -(logprobs.exp() * logprobs).sum(-1).gather(1, at).view(-1, T)
+    chosen = logprobs.flatten(1).gather(1, at * logprobs.shape[-1] + tokens.flatten(1)).view(-1, T)
     mask = answer_mask(lengths, T)
     return chosen * mask, entropy * mask
 
@@ -591,8 +561,8 @@ def token_scores(model, prefix, tokens, lengths, before=False):
     A reward stands at an answer's last token (lengths - 1, its EOS). before=True: read where token t is predicted, that
     is V(s_t) of PPO, which has not seen the token.
     """
-    values = packed(model, prefix, tokens, lengths, before, scores=True).view(-1, tokens.shape[-1])
-    return values * answer_mask(lengths, tokens.shape[-1])
+    out, at = packed(model, prefix, tokens, lengths, before, scores=True)
+    return out[..., 0].gather(1, at).view(-1, tokens.shape[-1]) * answer_mask(lengths, tokens.shape[-1])
 
 
 def answer_mask(lengths, T):

@@ -16,10 +16,11 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 import evaluate as ev  # noqa: E402
 import harness  # noqa: E402
+from compose import compose  # noqa: E402
 from data import Clip  # noqa: E402
 from moving_shapes import TASK_TYPES, write_video  # noqa: E402
 from pretrain_tiny import make_tokenizer  # noqa: E402
-from video_llm import TINY_VISION, Prefix, compose, save_model  # noqa: E402
+from video_llm import TINY_VISION, Prefix, save_model  # noqa: E402
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ SOURCES = sorted(REPO.glob("*.py"))
 FILES = sorted([*SOURCES, *Path(__file__).parent.glob("*.py")])
 SCRIPTS = [p for p in SOURCES if re.search(r"^class Args", p.read_text(), re.M)]
 LIMITED = ("video_llm", "harness", "data", "oracle", "api_oracle", "ranks", "evaluate", "sft", "grpo_rank", "questions",
-           "reward_model", "preferences", "ppo_rlaif", "roles", "dpo_iter_w2s", "preference_zoo")
+           "reward_model", "preferences", "rollouts", "compose", "ppo_rlaif", "roles", "dpo_iter_w2s", "preference_zoo")
 SHARED_FLAGS = {"ApiArgs": "api_oracle.py", "OracleArgs": "oracle.py"}  # dataclasses that an Args can inherit from
 name_of = lambda path: path.stem
 
