@@ -62,7 +62,10 @@ def check_training(args, batch=None):
     if args.quantize not in ("none", "nf4") or args.quantize == "nf4" and not args.lora_r:
         raise ValueError(f"--quantize {args.quantize}: choose none, or nf4 with --lora_r")
     world, size = world_size(), batch and getattr(args, batch)
-    if batch and size % (world * args.micro_batch_size):
+    if hasattr(args, "tokens_per_micro_batch"):  # these are as long as they may be, not as many
+        if size % world:
+            raise ValueError(f"--{batch} {size} must be a multiple of the {world} processes")
+    elif batch and size % (world * args.micro_batch_size):
         raise ValueError(f"--{batch} {size} must be a multiple of processes x --micro_batch_size "
                          f"({world} x {args.micro_batch_size})")
 

@@ -26,7 +26,7 @@ from video_llm import VideoLLM, load_model
 Done = namedtuple("Done", "code out err")
 TINY = ["--steps", "2", "--data", "data/moving_shapes/train.json"]
 SFT = [*TINY, "--batch_size", "4", "--micro_batch_size", "2"]
-GRPO = [*TINY, "--prompts_per_step", "4", "--micro_batch_size", "2", "--G", "3", "--max_new_tokens", "5",
+GRPO = [*TINY, "--prompts_per_step", "4", "--tokens_per_micro_batch", "90", "--G", "3", "--max_new_tokens", "5",
         "--eval_data", ""]  # fmt: skip
 REFERENCE = [*GRPO, "--oracle", "reference"]
 
@@ -231,7 +231,7 @@ def test_the_gradient_of_a_step(world, policy, monkeypatch, kind, A):
         torch.tensor([[3.0, 1, 2]] * 3), torch.tensor([True, False, True])))
     monkeypatch.setattr(grpo_rank, "reference_of", lambda model: lambda: nullcontext(other))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop_there)
-    flags = ["--prompts_per_step", "3", "--micro_batch_size", "1", "--temperature", "0.7", "--beta", "0.5",
+    flags = ["--prompts_per_step", "3", "--tokens_per_micro_batch", "1", "--temperature", "0.7", "--beta", "0.5",
              "--entropy_coef", "0.2", "--max_new_tokens", "6", "--advantage", kind,
              "--name", f"gradient_{kind}"]  # fmt: skip
     with pytest.raises(SystemExit, match="enough"):
@@ -322,7 +322,7 @@ BAD_FLAGS = {
     "grpo_rank": ["--G 1", "--G five", "--g 5", "--steps 0", "--advantage best", "--oracle god", "--clip_range 0",
                   "--clip_range 1", "--temperature 0", "--lr -1", "--beta -0.1", "--beta nan", "--quantize nf4",
                   "--lora_r -1", "--prompts_per_step 7", "--prompts_per_step 0", "--prompts_per_rank 8",
-                  "--micro_batch_size 0", "--inner_epochs 0", "--eval_questions -1", "--resume --unknown",
+                  "--tokens_per_micro_batch 0", "--inner_epochs 0", "--eval_questions -1", "--resume --unknown",
                   "--scale_advantages perhaps"],
     "oracle": ["--G 0", "--G one", "--oracle god", "--questions -1", "--checkpoints x", "--oracle api",
                "--oracle api --api_url host:1/v1 --api_model m", "--oracle judge,judge", "--api_mode best",
