@@ -49,6 +49,8 @@ from transformers import (
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from packing import block_mask, positions
+
 transformers.logging.set_verbosity_error()  # no load report, no bar: a CLIP checkpoint has a text tower we do not need
 transformers.logging.disable_progress_bar()
 
@@ -436,23 +438,10 @@ class Prefix(NamedTuple):
         return dict(video_features=self.video_features, frame_mask=self.frame_mask)
 
 
-def positions(mask):
-    """Position ids that start at 0 on the first real token of a left-padded row."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def block_mask(model, owner, place, L):
-    """Additive mask (B,1,L,K) of the last L of K tokens. owner (B,K): answer g >= 0, the prefix (-1), nobody (-2,
-    padding); place (B,K): their positions. A token sees the prefix and its own past, never another answer, of these
-    the last `sliding_window` where the decoder has one (Mistral). Padding sees itself: no empty softmax.
-    """
+def mask_kind(model):
+    """-> dtype of masks, length of the decoder's sliding window or None."""
     model = unwrap(model)
-    sees = (owner[:, None] == -1) | (owner[:, None] == owner[:, -L:, None])  # (B,L,K)
-    sees &= torch.ones(sees.shape[1:], dtype=torch.bool, device=sees.device).tril(sees.shape[2] - L)
-    if window := getattr(model.config.text_config, "sliding_window", None):
-        sees &= place[:, -L:, None] - place[:, None] < window
-    bias = torch.zeros(sees.shape, dtype=model.dtype, device=sees.device)
-    return bias.masked_fill_(~sees, torch.finfo(model.dtype).min).unsqueeze(1)
+    return model.dtype, getattr(model.config.text_config, "sliding_window", None)
 
 
 @torch.no_grad()
@@ -468,6 +457,7 @@ def generate(model, prefix, uniforms, eos_id, temperature=1.0):
     the whole answers.
     """
     B, G, T = uniforms.shape
+    dtype, window = mask_kind(model)
     new = lambda fill, *shape, **kw: torch.full(shape, fill, device=prefix.input_ids.device, **kw)
     tokens, lengths, logprobs = new(eos_id, B, G, T), new(0, B, G), new(0.0, B, G)
     out = model(input_ids=prefix.input_ids, attention_mask=prefix.attention_mask, logits_to_keep=1, use_cache=True,
@@ -503,7 +493,7 @@ def generate(model, prefix, uniforms, eos_id, temperature=1.0):
         order = runs.int().sort(dim=-1, descending=True, stable=True).indices[:, :most]
         who, runs, token = (x.gather(1, order) for x in (who, runs, token))
         owner, place = torch.cat([owner, who], 1), torch.cat([place, (ends + t).expand_as(who)], 1)  # of the cache
-        logits = model(input_ids=token, attention_mask=block_mask(model, owner, place, most),
+        logits = model(input_ids=token, attention_mask=block_mask(owner, place, most, dtype, window),
                        position_ids=place[:, -most:], past_key_values=cache, use_cache=True).logits
     return tokens[..., : t + 1], lengths, logprobs
 
@@ -533,9 +523,11 @@ def packed(model, prefix, tokens, lengths, before=True, **kwargs):
     mask = prefix.attention_mask
     owner = torch.cat([mask - 2, row(torch.arange(G, device=tokens.device)[:, None], -2)], 1)
     where = torch.cat([positions(mask), mask.sum(-1, keepdim=True) + row(step, 0)], 1)
+    dtype, window = mask_kind(model)
     out = model(input_ids=torch.cat([prefix.input_ids, row(tokens, int(tokens[0, 0, 0]))], 1), position_ids=where,
-                attention_mask=block_mask(model, owner, where, owner.shape[1]), logits_to_keep=1 + L, use_cache=False,
-                **prefix.model_inputs(), **kwargs).logits
+                attention_mask=block_mask(owner, where, owner.shape[1], dtype, window), logits_to_keep=1 + L,
+                use_cache=False, prefix=(mask.shape[1], not window and bool(mask.all())), **prefix.model_inputs(),
+                **kwargs).logits
     read = real & (step > 0) if before else real
     return out, torch.where(read.flatten(1), place + (not before), 0)
 

@@ -1,0 +1,43 @@
+"""G answers behind one prefix: who sees whom in a packed row, and attention that does not compute what nobody sees.
+
+        prefix  a1 a1 a1  a2  a3 a3 ...     one row of P + sum of lengths tokens; positions restart behind the prefix
+
+`video_llm.packed` and `video_llm.generate` lay rows out like this.
+"""
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+
+def positions(mask):
+    """Position ids that start at 0 on the first real token of a left-padded row."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def block_mask(owner, place, L, dtype, window=None):
+    """Additive mask (B,1,L,K) of the last L of K tokens. owner (B,K): answer g >= 0, the prefix (-1), nobody (-2,
+    padding); place (B,K): their positions. A token sees the prefix and its own past, never another answer, of these
+    the last `window` where the decoder has one (Mistral). Padding sees itself: no empty softmax."""
+    sees = (owner[:, None] == -1) | (owner[:, None] == owner[:, -L:, None])  # (B,L,K)
+    sees &= torch.ones(sees.shape[1:], dtype=torch.bool, device=sees.device).tril(sees.shape[2] - L)
+    if window:
+        sees &= place[:, -L:, None] - place[:, None] < window
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
+
+
+def sdpa(module, query, key, value, attention_mask, prefix=None, **kwargs):
+    """`sdpa` of transformers; a packed row goes through it in two parts. prefix: (P, causal).
+
+    With one mask it computes all (P + A)^2 pairs, A tokens of answers. Of the prefix's rows only the first P columns
+    count, and without padding (causal) the kernel skips the upper triangle of these: P^2 / 2 + A (P + A).
+    """
+    part = lambda q, k, v, mask, **kw: sdpa_attention_forward(module, q, k, v, mask, **kw, **kwargs)[0]
+    if prefix is None:
+        return part(query, key, value, attention_mask), None
+    P, causal = prefix
+    first = part(*(x[:, :, :P] for x in (query, key, value)), None if causal else attention_mask[..., :P, :P])
+    return torch.cat([first, part(query[:, :, P:], key, value, attention_mask[..., P:, :])], 1), None
+
+
+AttentionInterface.register("sdpa", sdpa)
