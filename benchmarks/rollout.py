@@ -5,7 +5,7 @@ Run      python benchmarks/rollout.py --out docs/results/rollout                
          python benchmarks/rollout.py --device cuda --shape 7b --out docs/results/rollout
 
   nf4         every layer unpacks its weights at every token
-  unpacked    `rollouts.unpacked`: once a rollout, which then needs the room of unpacked weights: grpo_rank.py --unpack_nf4
+  unpacked    `rollouts.unpacked`: once a rollout, which needs the room of unpacked weights: grpo_rank.py --unpack_nf4
   bfloat16    the base was never quantised
   two passes  adapter off and no gradient, then adapter on (what the scripts do)
   one pass    PEFT's mixed batch: every row twice, of which `adapter_names` gives one half to the base. All rows then
@@ -108,7 +108,8 @@ def main():
                       f"[{r['ratio_low']:.2f}, {r['ratio_high']:.2f}] |" for side, r in rows.items()]
     about = dict(command=" ".join(["python", *sys.argv]), git_commit=harness.git_commit(), device=args.device,
                  shape=args.shape, threads=args.threads, when=time.strftime("%Y-%m-%d"))
-    text = "\n".join([f"{args.device}, {args.shape}, {args.threads} threads, commit {about['git_commit']}", "", *lines, ""])
+    head = f"{args.device}, {args.shape}, {args.threads} threads, commit {about['git_commit']}"
+    text = "\n".join([head, "", *lines, ""])
     print(text)
     if args.out:
         end = "_cuda" if args.device == "cuda" else ""
