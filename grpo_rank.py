@@ -247,7 +247,7 @@ def main(args):
 
         # 3. Advantage                                                                                 [OR; D1-D4]
         #    All log-probabilities come from one function, in micro-batches of groups of like length.
-        micros = micro_batches(prefix.attention_mask.sum(-1), lengths.sum(-1), args.tokens_per_micro_batch)
+        micros = micro_batches(prefix.attention_mask.sum(-1) + lengths.sum(-1), args.tokens_per_micro_batch)
 
         def logprobs_of(m, i):  # -> (n,T), (n,T): log-probability and entropy of every answer token, n = len(i)*G
             T = lengths[i].max()

@@ -27,10 +27,11 @@ def block_mask(owner, place, L, dtype, window=None):
 
 
 def sdpa(module, query, key, value, attention_mask, prefix=None, **kwargs):
-    """`sdpa` of transformers; a packed row goes through it in two parts. prefix: (P, causal).
+    """`sdpa` of transformers; packed rows go through it in two parts. prefix: (P, causal), the columns in which no row
+    has an answer, and whether none of them is padding.
 
-    With one mask it computes all (P + A)^2 pairs, A tokens of answers. Of the prefix's rows only the first P columns
-    count, and without padding (causal) the kernel skips the upper triangle of these: P^2 / 2 + A (P + A).
+    With one mask it computes all (P + A)^2 pairs, A tokens of answers. Of the first P rows only the first P columns
+    count, and without padding the kernel skips the upper triangle of these: P^2 / 2 + A (P + A).
     """
     part = lambda q, k, v, mask, **kw: sdpa_attention_forward(module, q, k, v, mask, **kw, **kwargs)[0]
     if prefix is None:

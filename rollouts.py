@@ -7,18 +7,14 @@ import torch.nn.functional as F
 import harness
 
 
-def micro_batches(prompts, answers, budget):
-    """Lengths (B,) of prompts and of all answers to each -> lists of places, together each place once.
-
-    Groups of like length, as many as `budget` tokens hold when padded to the longest, one at least. Every process
-    makes equally many, so that none waits for another in the middle of a step.
-    """
-    prompts, answers = prompts.cpu(), answers.cpu()
+def micro_batches(tokens, budget):
+    """tokens (B,) of a packed row each -> lists of places, together each place once: rows of like length, as many as
+    `budget` holds when padded to the longest, one at least. Every process makes equally many, so that none waits for
+    another in the middle of a step."""
     parts = []
-    for i in (prompts + answers).argsort(stable=True).tolist():
-        some = [*parts[-1], i] if parts else [i]
-        if parts and len(some) * int(prompts[some].max() + answers[some].max()) <= budget:
-            parts[-1] = some
+    for i in tokens.argsort(stable=True).tolist():  # the last one is the longest
+        if parts and (len(parts[-1]) + 1) * int(tokens[i]) <= budget:
+            parts[-1].append(i)
         else:
             parts.append([i])
     for _ in range(max(harness.all_gather(len(parts))) - len(parts)):

@@ -430,9 +430,8 @@ class Prefix(NamedTuple):
         return cls(*(x if x is None else x.to(device) for x in (*processor.pad(rows, "left"), *features)))
 
     def rows(self, which):
-        """The same for some rows, no longer than they need; every row has a video here (text alone has no groups)."""
-        first = self.attention_mask.shape[1] - int(self.attention_mask[which].sum(-1).max())
-        return Prefix(*(x[which, first:] for x in self[:2]), *(x[which] for x in self[2:]))
+        """The same for a slice of rows; every row has a video here (text-only prompts are not sampled in groups)."""
+        return Prefix(*(x[which] for x in self))
 
     def model_inputs(self):
         return dict(video_features=self.video_features, frame_mask=self.frame_mask)
@@ -499,7 +498,7 @@ def generate(model, prefix, uniforms, eos_id, temperature=1.0):
 
 
 def packed(model, prefix, tokens, lengths, before=True, **kwargs):
-    """What `model` gives for tokens (B,G,T), a group's answers packed behind one prefix: out (B,1+L,..), read at the
+    """What `model` gives for tokens (B,G,T), a group's answers packed behind one prefix: out (B,1+A,..), read at the
     last token of the prefix and behind it, and at (B,G*T): where in `out` to look for an answer's token; before: one
     place earlier, where it is predicted.
 
@@ -510,26 +509,30 @@ def packed(model, prefix, tokens, lengths, before=True, **kwargs):
     Logits are computed where they are read, nowhere else: the last prefix token predicts every answer's first token,
     answer token t predicts token t+1.
     """
-    B, G, T = tokens.shape
-    step = torch.arange(T, device=tokens.device)
-    real = step < lengths.unsqueeze(-1)  # (B,G,T)
-    L = int(lengths.sum(-1).max())  # the longest row, behind the prefix
-    place = torch.where(real, (lengths.cumsum(-1) - lengths).unsqueeze(-1) + step, L).flatten(1)  # (B,G*T)
+    (B, G, T), mask = tokens.shape, prefix.attention_mask
+    new = dict(device=tokens.device)
+    step, real = torch.arange(T, **new), torch.arange(T, **new) < lengths.unsqueeze(-1)  # (T,), (B,G,T)
+    asked, answered = mask.sum(-1, keepdim=True), lengths.sum(-1, keepdim=True)  # (B,1)
+    W, A = (asked + answered).max().item(), answered.max().item()  # width of a row, of its answers; padded on the left
+    start = W - answered  # (B,1) column of the first answer
+    column = start.unsqueeze(-1) + (lengths.cumsum(-1) - lengths).unsqueeze(-1) + step  # (B,G,T)
+    columns = torch.cat([torch.where(mask.bool(), start - asked + positions(mask), W),
+                         torch.where(real, column, W).flatten(1)], 1)  # (B,P+G*T) of every token; what is none: W
 
-    def row(x, fill):  # x, (B,G,T) or smaller -> (B,L); what stands behind an answer's end falls off
-        filled = torch.full((B, L + 1), fill, device=tokens.device)
-        return filled.scatter(1, place, x.expand(B, G, T).flatten(1))[:, :L]
+    def row(of_prefix, of_answers, fill):  # (B,P), (B,G,T) or smaller -> (B,W)
+        both = torch.cat([of_prefix.expand(mask.shape), of_answers.expand(B, G, T).flatten(1)], 1)
+        return torch.full((B, W + 1), fill, **new).scatter(1, columns, both)[:, :W]
 
-    mask = prefix.attention_mask
-    owner = torch.cat([mask - 2, row(torch.arange(G, device=tokens.device)[:, None], -2)], 1)
-    where = torch.cat([positions(mask), mask.sum(-1, keepdim=True) + row(step, 0)], 1)
+    owner = row(torch.full((1, 1), -1, **new), torch.arange(G, **new)[:, None], -2)
+    place = row(positions(mask), asked.unsqueeze(-1) + step, 0)
     dtype, window = mask_kind(model)
-    out = model(input_ids=torch.cat([prefix.input_ids, row(tokens, int(tokens[0, 0, 0]))], 1), position_ids=where,
-                attention_mask=block_mask(owner, where, owner.shape[1], dtype, window), logits_to_keep=1 + L,
-                use_cache=False, prefix=(mask.shape[1], not window and bool(mask.all())), **prefix.model_inputs(),
-                **kwargs).logits
-    read = real & (step > 0) if before else real
-    return out, torch.where(read.flatten(1), place + (not before), 0)
+    causal = not window and bool((owner[:, 0] == -1).all())  # nothing is padded
+    out = model(input_ids=row(prefix.input_ids, tokens, int(tokens[0, 0, 0])), position_ids=place, use_cache=False,
+                attention_mask=block_mask(owner, place, W, dtype, window), logits_to_keep=1 + A, prefix=(W - A, causal),
+                **prefix.model_inputs(), **kwargs).logits
+    if before:
+        column = torch.where(step > 0, column, start.unsqueeze(-1)) - 1
+    return out, torch.where(real, column - (W - 1 - A), 0).flatten(1)
 
 
 def token_logprobs(model, prefix, tokens, lengths, temperature=1.0):
@@ -540,7 +543,7 @@ def token_logprobs(model, prefix, tokens, lengths, temperature=1.0):
     """
     T = tokens.shape[-1]
     out, at = packed(model, prefix, tokens, lengths)
-    logprobs = (out.float() / temperature).log_softmax(-1)  # (B,1+L,V)
+    logprobs = (out.float() / temperature).log_softmax(-1)  # (B,1+A,V)
     entropy = -(logprobs.exp() * logprobs).sum(-1).gather(1, at).view(-1, T)
     chosen = logprobs.flatten(1).gather(1, at * logprobs.shape[-1] + tokens.flatten(1)).view(-1, T)
     mask = answer_mask(lengths, T)
