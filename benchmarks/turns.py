@@ -11,6 +11,7 @@ memory     peak of the process over the rounds above what it held when the model
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,6 +157,34 @@ def saved(model):
     model.save_pretrained(folder)
     model.config._name_or_path = folder
     return model
+
+
+def gradient_apart(args, ours, plain):
+    """ours(model, reference), plain(model, reference): the loss of one batch. -> the largest difference of their
+    gradients, over the gradient's largest entry."""
+    import torch
+
+    llama = decoder(args)
+    frozen, params = copy.deepcopy(llama), list(llama.parameters())
+    with torch.no_grad():
+        for p in params:
+            p += 0.01 * torch.randn(p.shape)  # off the reference
+    for model in (llama, frozen):  # a VideoLLM never says the video token, here 0: a plain model must not either
+        model.lm_head.register_forward_hook(lambda module, inputs, out: out.index_fill(-1, torch.tensor([0]), -1e4))
+    losses = (ours(video_llm_around(llama), lambda: nullcontext(video_llm_around(frozen))),
+              plain(llama, lambda: nullcontext(frozen)))
+    mine, theirs = (torch.autograd.grad(loss, params) for loss in losses)
+    return max(float((a - b).abs().max()) for a, b in zip(mine, theirs)) / max(float(g.abs().max()) for g in theirs)
+
+
+def checked(args, point, ours, plain):
+    """A note on the gradients; ends the run where they differ. In float32 on a CPU alone: there rounding is small."""
+    if args.base != "float32" or args.device != "cpu":
+        return ""
+    apart = gradient_apart(args, ours, plain)
+    if apart > 1e-5:
+        sys.exit(f"{point}: the gradients of ours and plain are {apart:.1e} apart")
+    return f"gradients of ours and plain apart: {apart:.0e} of the largest entry"
 
 
 # ---------------------------------------------------------------------------------------------------------------
