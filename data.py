@@ -142,7 +142,9 @@ def _open(path):
     if not streams:
         container.close()
         raise VideoError("no video stream")
-    return container, next((s for s in streams if s.disposition & Disposition.default), streams[0])
+    stream = next((s for s in streams if s.disposition & Disposition.default), streams[0])
+    stream.thread_type = "AUTO"  # several frames at once, not only several slices of one
+    return container, stream
 
 
 def _scan(path):
@@ -226,6 +228,8 @@ def _decode_seeking(path, packets, wanted):
                     left -= 1
                     if number == 0 and (not packet.is_keyframe or place.get(packet.pts, key + 1) > key) or left < 0:
                         return None  # seeking leads to somewhere else, or always far back
+                    # on the way to a wanted frame those that no other refers to (half of H.264's) need no decoding
+                    stream.codec_context.skip_frame = "DEFAULT" if packet.pts in run or not packet.size else "NONREF"
                     for frame in packet.decode():
                         if frame.pts is None or frame.pts <= last:
                             return None  # stamps that run backwards name no frames

@@ -221,7 +221,7 @@ def test_finished_answers_leave_the_batch(start, prefix):
     hook = model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True)
     head = model.language_model.lm_head.register_forward_hook(  # ends are likely, not everywhere the same
-        lambda module, inputs, out: out.index_add(-1, torch.tensor([eos]), torch.full((*out.shape[:-1], 1), 3.0)))
+        lambda module, inputs, out: out.index_add(-1, torch.tensor([eos]), torch.full((*out.shape[:-1], 1), 4.0)))
     uniforms = torch.rand(3, 4, 9, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     try:
         tokens, lengths, _ = generate(model, prefix, uniforms, eos)
@@ -555,7 +555,8 @@ def test_a_reward_does_not_depend_on_padding_or_company(start, scorer, cache, cl
     values = token_scores(scorer, prefix, tokens, LENGTHS)
     reward = lambda v, n: v.view(*n.shape, -1).gather(-1, n.unsqueeze(-1) - 1).squeeze(-1)
     rewards = reward(values, LENGTHS)
-    assert len(rewards.unique()) == 11  # two answers of the third question are EOS alone
+    assert len(rewards.unique()) >= 11  # two answers of the third question are EOS alone
+    torch.testing.assert_close(rewards[2, 0], rewards[2, 1], rtol=0, atol=1e-5)
     for b in range(3):
         alone = Prefix.build(start[1], cache, QUESTIONS[b : b + 1], clips[b : b + 1])  # no padding at all
         for g in range(4):
