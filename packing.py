@@ -1,4 +1,5 @@
-"""G answers behind one prefix: who sees whom in a packed row, and attention that does not compute what nobody sees.
+"""G answers behind one prefix: who sees whom in a packed row, and attention that does not compute what nobody sees,
+keys and values that stay where they are.
 
         prefix  a1 a1 a1  a2  a3 a3 ...     one row of P + sum of lengths tokens; positions restart behind the prefix
 
@@ -7,6 +8,7 @@
 
 import torch
 from transformers import AttentionInterface
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
@@ -42,3 +44,30 @@ def sdpa(module, query, key, value, attention_mask, prefix=None, **kwargs):
 
 
 AttentionInterface.register("sdpa", sdpa)
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of a layer with room to grow by half: a token's are written in place, where a DynamicLayer copies
+    all there are at every token."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        states, have = (key_states, value_states), self.get_seq_length()
+        count = have + key_states.shape[2]
+        if not have:
+            self.lazy_initialization(*states)
+            self.room = states
+        if have and count > self.room[0].shape[2]:
+            self.room = [x.new_empty(*x.shape[:2], count * 3 // 2, x.shape[3]) for x in states]
+            self.write(0, (self.keys, self.values))
+        if have:
+            self.write(have, states)
+        self.keys, self.values = (x[:, :, :count] for x in self.room)
+        return self.keys, self.values
+
+    def write(self, at, states):
+        for room, new in zip(self.room, states):
+            room[:, :, at : at + new.shape[2]] = new
+
+    def batch_select_indices(self, indices):
+        count, self.room = self.keys.shape[2], [x[indices] for x in self.room]
+        self.keys, self.values = (x[:, :, :count] for x in self.room)

@@ -37,10 +37,10 @@ from transformers import (
     BitsAndBytesConfig,
     Blip2QFormerConfig,
     Blip2QFormerModel,
+    Cache,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
-    DynamicCache,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -49,7 +49,7 @@ from transformers import (
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from packing import block_mask, positions
+from packing import GrowingLayer, block_mask, positions
 
 transformers.logging.set_verbosity_error()  # no load report, no bar: a CLIP checkpoint has a text tower we do not need
 transformers.logging.disable_progress_bar()
@@ -207,7 +207,7 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
         if scores:  # read behind the decoder's last norm; no logits are computed
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden = self.language_model.get_decoder()(**kwargs).last_hidden_state[:, keep]
-            return CausalLMOutputWithPast(logits=self.score_head(hidden.float()))
+            return CausalLMOutputWithPast(logits=self.score_head(hidden.float().contiguous()))
         out = self.language_model(logits_to_keep=logits_to_keep, **kwargs)
         banned = torch.tensor([self.config.video_token_id], device=out.logits.device)
         logits = out.logits.index_fill(-1, banned, BANNED_LOGIT)
@@ -459,9 +459,10 @@ def generate(model, prefix, uniforms, eos_id, temperature=1.0):
     dtype, window = mask_kind(model)
     new = lambda fill, *shape, **kw: torch.full(shape, fill, device=prefix.input_ids.device, **kw)
     tokens, lengths, logprobs = new(eos_id, B, G, T), new(0, B, G), new(0.0, B, G)
+    cache = Cache(layer_class_to_replicate=GrowingLayer)
     out = model(input_ids=prefix.input_ids, attention_mask=prefix.attention_mask, logits_to_keep=1, use_cache=True,
-                position_ids=positions(prefix.attention_mask), past_key_values=DynamicCache(), **prefix.model_inputs())
-    cache, logits = out.past_key_values, out.logits.expand(B, G, -1)
+                position_ids=positions(prefix.attention_mask), past_key_values=cache, **prefix.model_inputs())
+    logits = out.logits.expand(B, G, -1)
     rows = torch.arange(B, device=tokens.device)  # the groups that still run, (b,)
     who = torch.arange(G, device=tokens.device).expand(B, G)  # and their answers that do, (b,A); some only fill up
     uniforms = uniforms.to(tokens.device, torch.float64)
