@@ -321,7 +321,7 @@ BAD_FLAGS = {
             "--max_answer_tokens 0", "--micro_batch_size 0", "--batch_size 0", "--micro_batch_size -2"],
     "grpo_rank": ["--G 1", "--G five", "--g 5", "--steps 0", "--advantage best", "--oracle god", "--clip_range 0",
                   "--clip_range 1", "--temperature 0", "--lr -1", "--beta -0.1", "--beta nan", "--quantize nf4",
-                  "--lora_r -1", "--prompts_per_step 7", "--prompts_per_step 0", "--prompts_per_rank 8",
+                  "--lora_r -1", "--prompts_per_step 0", "--prompts_per_rank 8",
                   "--tokens_per_micro_batch 0", "--inner_epochs 0", "--eval_questions -1", "--resume --unknown",
                   "--scale_advantages perhaps"],
     "oracle": ["--G 0", "--G one", "--oracle god", "--questions -1", "--checkpoints x", "--oracle api",
@@ -338,6 +338,12 @@ def test_bad_flags_are_one_line_and_exit_code_2(script, tmp_path, name, flags):
     assert done.code == 2, done
     assert done.err.count("\n") == 1 and done.err.startswith(f"{name}.py: ") and not done.out, done.err
     assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_processes_share_the_questions_out_evenly(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = script("grpo_rank", "--prompts_per_step", "7", cwd=tmp_path)
+    assert (done.code, done.err) == (2, "grpo_rank.py: --prompts_per_step 7 must be a multiple of the 2 processes\n")
 
 
 def test_a_bad_flag_on_the_command_line(world):
