@@ -180,6 +180,7 @@ def _open(path):
         container.close()
         raise VideoError(f"frames of {stream.width} x {stream.height} are too large")
     stream.codec_context.options = {"max_pixels": str(PIXELS)}  # they may grow on the way
+    stream.thread_type = "AUTO"  # several frames at once, not only several slices of one
     return container, stream
 
 
@@ -275,6 +276,8 @@ def _decode_seeking(path, packets, wanted):
                     left -= 1
                     if number == 0 and (not packet.is_keyframe or place.get(packet.pts, key + 1) > key) or left < 0:
                         return None  # seeking leads to somewhere else, or always far back
+                    # on the way to a wanted frame those that no other refers to (half of H.264's) need no decoding
+                    stream.codec_context.skip_frame = "DEFAULT" if packet.pts in run or not packet.size else "NONREF"
                     for frame in packet.decode():
                         if frame.pts is None or frame.pts <= last:
                             return None  # stamps that run backwards name no frames

@@ -47,6 +47,7 @@ rho_{i,t}     ratio         (n,T)    pi / pi_old                                
 import json
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,7 @@ from data import DataError, FeatureCache, read_records
 from oracle import OracleArgs, log_counts, make_oracle, ranks_of
 from questions import build_embedded, choose_questions, count_correct, question_indices, sft_start
 from ranks import random_scores
+from rollouts import micro_batches, unpacked
 from video_llm import Prefix, add_lora, answer_mask, generate, load_model, reference_of, token_logprobs, unwrap
 
 WORLD = "data/moving_shapes"
@@ -84,11 +86,14 @@ class Args(OracleArgs, harness.ShardArgs):  # flags of oracle.py, api_oracle.py,
     lora_r: int = HfArg(default=0, help="LoRA rank on the decoder [OR: 64]; 0 trains all weights but CLIP's")
     lora_alpha: int = HfArg(default=16, help="LoRA alpha [OR: 16]")
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
+    unpack_nf4: bool = HfArg(default=True, help="unpack an nf4 base once for a rollout, not at every token; takes the "
+                             "unquantised size meanwhile (7B: 13 GB)")
     # -- budget [D7]
     steps: int = HfArg(default=150, help="rollout steps")
     epochs: int = HfArg(default=0, help="passes over the questions in place of --steps [OR: 4]; 0: --steps")
     prompts_per_step: int = HfArg(default=48, help="questions per step, over all processes [OR: 64]")
-    micro_batch_size: int = HfArg(default=12, help="questions (times G answers) per forward pass and process")
+    tokens_per_micro_batch: int = HfArg(default=2048, help="tokens per forward pass and process, prompts and padding "
+                                        "included; a group is never split")
     lr: float = HfArg(default=3e-4, help="peak learning rate; short warm-up, then linear to zero")
     max_new_tokens: int = HfArg(default=16, help="longest answer, EOS included")
     temperature: float = HfArg(default=1.0, help="sampling temperature, the same in every log-probability")
@@ -112,8 +117,9 @@ class Args(OracleArgs, harness.ShardArgs):  # flags of oracle.py, api_oracle.py,
             raise ValueError(f"--preset {self.preset}: choose paper or nothing")
         if self.advantage not in ADVANTAGES:
             raise ValueError(f"--advantage {self.advantage}: choose one of {', '.join(ADVANTAGES)}")
-        harness.at_least(self, G=2, steps=1, prompts_per_step=1, micro_batch_size=1, inner_epochs=1, max_new_tokens=1,
-                         eval_steps=1, save_steps=1, beta=0, entropy_coef=0, lora_r=0, eval_questions=0, epochs=0)
+        harness.at_least(self, G=2, steps=1, prompts_per_step=1, tokens_per_micro_batch=1, inner_epochs=1,
+                         max_new_tokens=1, eval_steps=1, save_steps=1, beta=0, entropy_coef=0, lora_r=0,
+                         eval_questions=0, epochs=0)
         harness.check_training(self, batch="prompts_per_step")
         harness.above_zero(self, "clip_range", "temperature", "lr")
         if self.clip_range >= 1:
@@ -242,7 +248,9 @@ def main(args):
         prefix = Prefix.build(processor, cache, questions, clips, device)
         draw = lambda i: np.random.default_rng([args.seed, step, i]).random((args.G, args.max_new_tokens))
         uniforms = np.stack([draw(i) for i in mine])  # (B,G,T)
-        tokens, lengths, sampled_logprobs = generate(model, prefix, torch.from_numpy(uniforms), eos, args.temperature)
+        with unpacked(model) if args.quantize == "nf4" and args.unpack_nf4 else nullcontext():
+            tokens, lengths, sampled_logprobs = generate(model, prefix, torch.from_numpy(uniforms), eos,
+                                                         args.temperature)
         answers = processor.decode_answers(tokens, lengths)
         clock.append(time.time())
 
@@ -256,8 +264,8 @@ def main(args):
         clock.append(time.time())
 
         # 3. Advantage                                                                                 [OR; D1-D4]
-        #    All log-probabilities come from one function, in micro-batches of questions with answers of like length.
-        micros = lengths.max(-1).values.argsort().split(args.micro_batch_size)
+        #    All log-probabilities come from one function, in micro-batches of groups of like length.
+        micros = micro_batches(prefix.attention_mask.sum(-1) + lengths.sum(-1), args.tokens_per_micro_batch)
 
         def logprobs_of(m, i):  # -> (n,T), (n,T): log-probability and entropy of every answer token, n = len(i)*G
             T = lengths[i].max()

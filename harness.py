@@ -121,7 +121,10 @@ def check_training(args, batch=None):
         if world_size() == 1:
             raise ValueError("--shard: one process has nobody to share with; start several with torchrun")
     world, size = world_size(), batch and getattr(args, batch)
-    if batch and size % (world * args.micro_batch_size):
+    if hasattr(args, "tokens_per_micro_batch"):  # these are as long as they may be, not as many
+        if size % world:
+            raise ValueError(f"--{batch} {size} must be a multiple of the {world} processes")
+    elif batch and size % (world * args.micro_batch_size):
         raise ValueError(f"--{batch} {size} must be a multiple of processes x --micro_batch_size "
                          f"({world} x {args.micro_batch_size})")
 

@@ -8,9 +8,9 @@ Everything here is *plumbing that the papers only name*: frames, processor, feat
 Losses, advantages and training loops live in the scripts (`sft.py`, `grpo_rank.py`, ...), one algorithm each.
 
 Three things are worth reading even if you only came for an algorithm:
-  `generate`        one prefill of video + question, its KV cache shared by the G answers of a group;
   `packed`          the G answers trained behind *one* prefix (block mask, restarting positions), logits of answer
                     tokens only: the same numbers as G separate forward passes, at a fraction of the cost;
+  `generate`        samples in the same way: one prefill of video + question, one copy of its keys and values;
   `load_model`      NF4 on a CPU, and the kernel that silently breaks its gradients.
 
 Shapes: B prompts, G answers each, N = B*G; P prompt tokens (left padded, Q of them video), T answer tokens
@@ -38,10 +38,10 @@ from transformers import (
     BitsAndBytesConfig,
     Blip2QFormerConfig,
     Blip2QFormerModel,
+    Cache,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
-    DynamicCache,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -51,6 +51,8 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
+
+from packing import GrowingLayer, block_mask, positions
 
 transformers.logging.set_verbosity_error()  # no load report, no bar: a CLIP checkpoint has a text tower we do not need
 transformers.logging.disable_progress_bar()
@@ -172,9 +174,14 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def encode_frames(self, pixel_values):
-        """pixel_values (F,3,H,W) -> CLIP patch features (F,S,D) of hidden layer `vision_layer`; CLIP is frozen."""
-        hidden = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=True).hidden_states
-        return hidden[self.config.vision_layer]
+        """pixel_values (F,3,H,W) -> CLIP patch features (F,S,D) of hidden layer `vision_layer`; CLIP is frozen. The
+        layers behind it are not computed."""
+        tower = self.vision_tower
+        layers = tower.encoder.layers[: self.config.vision_layer % (len(tower.encoder.layers) + 1)]
+        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(tower.dtype)))
+        for layer in layers:
+            hidden = layer(hidden, None)
+        return hidden
 
     def encode_video(self, video_features, frame_mask):
         """(B,F,S,D), (B,F) -> video tokens (B,Q,width of the decoder)."""
@@ -208,7 +215,7 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
         if scores:  # read behind the decoder's last norm; no logits are computed
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden = self.language_model.get_decoder()(**kwargs).last_hidden_state[:, keep]
-            return CausalLMOutputWithPast(logits=self.score_head(hidden.float()))
+            return CausalLMOutputWithPast(logits=self.score_head(hidden.float().contiguous()))
         out = self.language_model(logits_to_keep=logits_to_keep, **kwargs)
         banned = torch.tensor([self.config.video_token_id], device=out.logits.device)
         logits = out.logits.index_fill(-1, banned, BANNED_LOGIT)
@@ -460,14 +467,18 @@ class Prefix(NamedTuple):
         return dict(video_features=self.video_features, frame_mask=self.frame_mask)
 
 
-def positions(mask):
-    """Position ids that start at 0 on the first real token of a left-padded row."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
+def mask_kind(model):
+    """-> dtype of masks, length of the decoder's sliding window or None."""
+    model = unwrap(model)
+    return model.dtype, getattr(model.config.text_config, "sliding_window", None)
 
 
 @torch.no_grad()
 def generate(model, prefix, uniforms, eos_id, temperature=1.0):
-    """Sample G answers per prompt from *one* prefill: video, question and their KV cache are computed once.
+    """Sample G answers per prompt from *one* prefill; G tokens a step go behind it in one row, under `packed`'s mask.
+
+    So the keys and values of a prompt are held and read once for its G answers: P + G*T places and not G*(P + T).
+    Finished answers leave the row, finished groups the batch: a step costs what still runs.
 
     uniforms (B,G,T) in [0,1): one number a token decides everything (inverse of the cumulated probabilities), so a
     caller who keys them by (seed, step, question) gets the same answers on any number of processes and after a resume.
@@ -475,77 +486,84 @@ def generate(model, prefix, uniforms, eos_id, temperature=1.0):
     the whole answers.
     """
     B, G, T = uniforms.shape
-    out = model(input_ids=prefix.input_ids, attention_mask=prefix.attention_mask,
-                position_ids=positions(prefix.attention_mask), past_key_values=DynamicCache(), use_cache=True,
-                logits_to_keep=1, **prefix.model_inputs())
-    cache, logits = out.past_key_values, out.logits[:, -1]
-    cache.batch_repeat_interleave(G)  # the G answers share the prefix
-    logits = logits.repeat_interleave(G, 0)  # (N,V)
-    mask = prefix.attention_mask.repeat_interleave(G, 0)  # (N,P)
-    where = mask.sum(-1, keepdim=True)  # (N,1) position of the next token
-    u = uniforms.reshape(B * G, T).to(logits.device)
-    done = torch.zeros(B * G, dtype=torch.bool, device=logits.device)
-    lengths = torch.zeros(B * G, dtype=torch.long, device=logits.device)
-    tokens, logprobs = [], torch.zeros(B * G, device=logits.device)
+    dtype, window = mask_kind(model)
+    new = lambda fill, *shape, **kw: torch.full(shape, fill, device=prefix.input_ids.device, **kw)
+    tokens, lengths, logprobs = new(eos_id, B, G, T), new(0, B, G), new(0.0, B, G)
+    cache = Cache(layer_class_to_replicate=GrowingLayer)
+    out = model(input_ids=prefix.input_ids, attention_mask=prefix.attention_mask, logits_to_keep=1, use_cache=True,
+                position_ids=positions(prefix.attention_mask), past_key_values=cache, **prefix.model_inputs())
+    logits = out.logits.expand(B, G, -1)
+    rows = torch.arange(B, device=tokens.device)  # the groups that still run, (b,)
+    who = torch.arange(G, device=tokens.device).expand(B, G)  # and their answers that do, (b,A); some only fill up
+    uniforms = uniforms.to(tokens.device, torch.float64)
+    runs, owner, place = new(True, B, G), prefix.attention_mask - 2, positions(prefix.attention_mask)  # (b,K)
+    ends = prefix.attention_mask.sum(-1, keepdim=True)  # (b,1) where answers start
     for t in range(T):
-        all_logprobs = (logits.float() / (temperature or 1)).log_softmax(-1)  # (N,V)
+        at = rows[:, None], who
+        all_logprobs = (logits.float() / (temperature or 1)).log_softmax(-1)  # (b,A,V)
         if temperature == 0:
             token = logits.argmax(-1)
         else:
             cdf = all_logprobs.double().exp().cumsum(-1)
             # the first token whose cumulated probability exceeds u: tokens of probability 0 cannot be hit
-            token = torch.searchsorted(cdf, u[:, t : t + 1].double() * cdf[:, -1:], right=True)[:, 0]
-            token = token.clamp(max=logits.shape[-1] - 1)
-        tokens.append(token := torch.where(done, eos_id, token))
-        logprobs += all_logprobs.gather(1, token[:, None])[:, 0] * ~done
-        lengths += ~done
-        done |= token == eos_id
-        if unwrap(model).all_done(done) or t == T - 1:
+            u = uniforms[(*at, t)].unsqueeze(-1) * cdf[..., -1:]
+            token = torch.searchsorted(cdf, u, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
+        token = torch.where(runs, token, eos_id)
+        tokens[(*at, t)] = token
+        logprobs[at] += all_logprobs.gather(-1, token[..., None])[..., 0] * runs
+        lengths[at] += runs
+        runs = runs & (token != eos_id)
+        if unwrap(model).all_done(~runs) or t == T - 1:
             break
-        mask = torch.cat([mask, mask.new_ones(B * G, 1)], 1)
-        out = model(input_ids=token[:, None], attention_mask=mask, position_ids=where + t, past_key_values=cache,
-                    use_cache=True)
-        logits = out.logits[:, -1]
-    return torch.stack(tokens, -1).view(B, G, -1), lengths.view(B, G), logprobs.view(B, G)
+        some = runs.any(-1) | ~runs.any()  # sharded: without a running answer of its own it keeps the others company
+        if not some.all():
+            cache.batch_select_indices(some.nonzero()[:, 0])
+            rows, who, runs, token, owner, place, ends = (x[some] for x in (rows, who, runs, token, owner, place, ends))
+        most = int(runs.sum(-1).max()) or 1
+        order = runs.int().sort(dim=-1, descending=True, stable=True).indices[:, :most]
+        who, runs, token = (x.gather(1, order) for x in (who, runs, token))
+        owner, place = torch.cat([owner, who], 1), torch.cat([place, (ends + t).expand_as(who)], 1)  # of the cache
+        logits = model(input_ids=token, attention_mask=block_mask(owner, place, most, dtype, window),
+                       position_ids=place[:, -most:], past_key_values=cache, use_cache=True).logits
+    return tokens[..., : t + 1], lengths, logprobs
 
 
 def packed(model, prefix, tokens, lengths, before=True, **kwargs):
-    """What `model` gives (B,G,T,..) for tokens (B,G,T), all G answers packed behind one prefix: read at the position
-    *before* each token (where it is predicted), or at the token itself.
+    """What `model` gives for tokens (B,G,T), a group's answers packed behind one prefix: out (B,1+A,..), read at the
+    last token of the prefix and behind it, and at (B,G*T): where in `out` to look for an answer's token; before: one
+    place earlier, where it is predicted.
 
-        prefix  a1 a1 a1  a2 a2 a2  ...           one row of P + G*T tokens instead of G rows of P + T
+        prefix  a1 a1 a1  a2  a3 a3 ...     one row of P + sum of lengths tokens instead of G rows of P + T
     Block mask: an answer's token sees the prefix and its own past, never another answer; positions restart behind the
     prefix for every answer. So each answer gets exactly what a forward pass of its own would give (tests: 1e-5 in
     values and gradients), but video and question pass the Q-Former and the decoder once per group, not G times.
     Logits are computed where they are read, nowhere else: the last prefix token predicts every answer's first token,
     answer token t predicts token t+1.
     """
-    B, G, T = tokens.shape
-    P = prefix.input_ids.shape[1]
-    real = torch.arange(T, device=tokens.device) < lengths.unsqueeze(-1)  # (B,G,T)
-    row_real = torch.cat([prefix.attention_mask.bool(), real.view(B, G * T)], 1)  # (B,L) L = P + G*T
-    index = torch.arange(P + G * T, device=tokens.device)
-    owner = torch.where(index < P, -1, (index - P) // T)  # (L,) which answer a token belongs to; -1: the prefix
-    sees = (owner == -1) | (owner == owner[:, None])  # (L,L) query row, key column
-    causal = index <= index[:, None]
-    start = prefix.attention_mask.sum(-1, keepdim=True)  # (B,1)
-    answer_positions = start + torch.arange(T, device=tokens.device).repeat(G)  # (B,G*T)
-    place = torch.cat([positions(prefix.attention_mask), answer_positions], 1)  # (B,L)
-    mask = (sees & causal) & row_real[:, None, None, :]  # (B,1,L,L)
-    if window := getattr(unwrap(model).config.text_config, "sliding_window", None):  # Mistral: the last `window` tokens
-        mask &= (place.unsqueeze(-1) - place.unsqueeze(-2) < window).unsqueeze(1)
-    mask = mask | torch.eye(P + G * T, dtype=torch.bool, device=mask.device)  # pads see themselves: no empty softmax
-    ids = torch.cat([prefix.input_ids, tokens.reshape(B, G * T)], 1)
-    keep = torch.cat([index[P - 1 : P], index[P:].view(G, T)[:, :-1].reshape(-1)]) if before else index[P:]
-    bias = torch.zeros(mask.shape, dtype=unwrap(model).dtype, device=mask.device)
-    bias.masked_fill_(~mask, torch.finfo(bias.dtype).min)
-    out = model(input_ids=ids, attention_mask=bias, logits_to_keep=keep, use_cache=False,
-                position_ids=place,
-                **prefix.model_inputs(), **kwargs).logits  # (B,1+G*(T-1),V), or (B,G*T,V)
-    if not before:
-        return out.view(B, G, T, -1)
-    first = out[:, None, :1].expand(-1, G, -1, -1)  # (B,G,1,V)
-    return torch.cat([first, out[:, 1:].reshape(B, G, T - 1, out.shape[-1])], 2)
+    (B, G, T), mask = tokens.shape, prefix.attention_mask
+    new = dict(device=tokens.device)
+    step, real = torch.arange(T, **new), torch.arange(T, **new) < lengths.unsqueeze(-1)  # (T,), (B,G,T)
+    asked, answered = mask.sum(-1, keepdim=True), lengths.sum(-1, keepdim=True)  # (B,1)
+    W, A = (asked + answered).max().item(), answered.max().item()  # width of a row, of its answers; padded on the left
+    start = W - answered  # (B,1) column of the first answer
+    column = start.unsqueeze(-1) + (lengths.cumsum(-1) - lengths).unsqueeze(-1) + step  # (B,G,T)
+    columns = torch.cat([torch.where(mask.bool(), start - asked + positions(mask), W),
+                         torch.where(real, column, W).flatten(1)], 1)  # (B,P+G*T) of every token; what is none: W
+
+    def row(of_prefix, of_answers, fill):  # (B,P), (B,G,T) or smaller -> (B,W)
+        both = torch.cat([of_prefix.expand(mask.shape), of_answers.expand(B, G, T).flatten(1)], 1)
+        return torch.full((B, W + 1), fill, **new).scatter(1, columns, both)[:, :W]
+
+    owner = row(torch.full((1, 1), -1, **new), torch.arange(G, **new)[:, None], -2)
+    place = row(positions(mask), asked.unsqueeze(-1) + step, 0)
+    dtype, window = mask_kind(model)
+    causal = not window and bool((owner[:, 0] == -1).all())  # nothing is padded
+    out = model(input_ids=row(prefix.input_ids, tokens, int(tokens[0, 0, 0])), position_ids=place, use_cache=False,
+                attention_mask=block_mask(owner, place, W, dtype, window), logits_to_keep=1 + A, prefix=(W - A, causal),
+                **prefix.model_inputs(), **kwargs).logits
+    if before:
+        column = torch.where(step > 0, column, start.unsqueeze(-1)) - 1
+    return out, torch.where(real, column - (W - 1 - A), 0).flatten(1)
 
 
 def token_logprobs(model, prefix, tokens, lengths, temperature=1.0):
@@ -554,10 +572,11 @@ def token_logprobs(model, prefix, tokens, lengths, temperature=1.0):
     The one place that knows the causal shift and the sampling temperature: behaviour, reference and new policy all
     come through here.
     """
-    B, G, T = tokens.shape
-    logprobs = (packed(model, prefix, tokens, lengths).float() / temperature).log_softmax(-1)  # (B,G,T,V)
-    entropy = -(logprobs.exp() * logprobs).sum(-1).view(B * G, T)
-    chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).view(B * G, T)
+    T = tokens.shape[-1]
+    out, at = packed(model, prefix, tokens, lengths)
+    logprobs = (out.float() / temperature).log_softmax(-1)  # (B,1+A,V)
+    entropy = -(logprobs.exp() * logprobs).sum(-1).gather(1, at).view(-1, T)
+    chosen = logprobs.flatten(1).gather(1, at * logprobs.shape[-1] + tokens.flatten(1)).view(-1, T)
     mask = answer_mask(lengths, T)
     return chosen * mask, entropy * mask
 
@@ -568,8 +587,8 @@ def token_scores(model, prefix, tokens, lengths, before=False):
     A reward stands at an answer's last token (lengths - 1, its EOS). before=True: read where token t is predicted, that
     is V(s_t) of PPO, which has not seen the token.
     """
-    values = packed(model, prefix, tokens, lengths, before, scores=True).view(-1, tokens.shape[-1])
-    return values * answer_mask(lengths, tokens.shape[-1])
+    out, at = packed(model, prefix, tokens, lengths, before, scores=True)
+    return out[..., 0].gather(1, at).view(-1, tokens.shape[-1]) * answer_mask(lengths, tokens.shape[-1])
 
 
 def answer_mask(lengths, T):

@@ -598,8 +598,8 @@ def test_grpo_rank_learns_from_a_server(server, world, policy, monkeypatch, caps
 
     server.act = act
     flags = ["--oracle", "api", "--api_url", server.url, "--api_model", "m", "--api_frames", "2", "--api_size", "32",
-             "--steps", "2", "--prompts_per_step", "4", "--micro_batch_size", "2", "--G", "3", "--max_new_tokens", "6",
-             "--eval_data", "", "--model", policy, "--name", "served", "--api_retries", "1"]
+             "--steps", "2", "--prompts_per_step", "4", "--tokens_per_micro_batch", "99", "--G", "3",
+             "--max_new_tokens", "6", "--eval_data", "", "--model", policy, "--name", "served", "--api_retries", "1"]
     main_of(monkeypatch, world, "grpo_rank.py", *flags)
     folder = world / "runs/grpo_rank/served_s0"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 
 from data import FeatureCache, read_records
+from rollouts import unpacked
 from video_llm import Prefix, add_lora, generate, load_model, token_logprobs
 
 
@@ -64,6 +65,26 @@ def test_the_kernel_without_gradients_is_switched_off_everywhere(policy, monkeyp
     assert bnb.Linear4bit(64, 64).support_avx512bf16_for_cpu  # else bitsandbytes has changed: look again
     layers = quantized(load_model(policy, "nf4")[0])
     assert len(layers) == 21 and not any(m.support_avx512bf16_for_cpu for m in layers.values())
+
+
+def test_unpacked_for_a_rollout_the_weights_are_the_same(policy, prefix, monkeypatch):
+    """And behind it NF4 again, adapter and gradient included."""
+    model, processor = load_model(policy, "nf4")
+    model = with_lora(model)
+    eos, uniforms = processor.tokenizer.eos_token_id, torch.rand(4, 3, 6, generator=torch.Generator().manual_seed(1))
+    tokens, _, logprobs = generate(model, prefix, uniforms, eos)
+    with unpacked(model):
+        monkeypatch.setattr(bnb.bnb, "matmul_4bit", lambda *_, **__: pytest.fail("unpacked once more"))
+        again, _, same = generate(model, prefix, uniforms, eos)
+        monkeypatch.undo()
+    assert torch.equal(again, tokens)
+    torch.testing.assert_close(same, logprobs, rtol=0, atol=1e-5)
+    assert not any("forward" in vars(m) for m in quantized(model).values())
+    calls = []
+    hooked = bnb.bnb.matmul_4bit
+    monkeypatch.setattr(bnb.bnb, "matmul_4bit", lambda *a, **k: calls.append(1) or hooked(*a, **k))
+    gradient_after_rollout(model, prefix, eos)
+    assert len(calls) > 21
 
 
 def test_only_the_decoder_is_quantised(policy):

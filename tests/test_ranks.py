@@ -8,10 +8,11 @@ from conftest import run
 from inside import main_of
 from safetensors.torch import load_file
 
-TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "3", "--micro_batch_size", "2"]
+TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "3"]
 GRPO = ["grpo_rank.py", *TRAIN, "--oracle", "reference", "--prompts_per_step", "8", "--G", "3", "--max_new_tokens", "6",
-        "--eval_questions", "7", "--eval_steps", "1", "--beta", "0.1", "--inner_epochs", "2", "--entropy_coef", "0.01"]
-SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--judge_share", "0.5"]
+        "--eval_questions", "7", "--eval_steps", "1", "--beta", "0.1", "--inner_epochs", "2", "--entropy_coef", "0.01",
+        "--tokens_per_micro_batch", "100"]
+SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--judge_share", "0.5", "--micro_batch_size", "2"]
 
 
 def rows(folder):
@@ -24,8 +25,9 @@ def rows(folder):
     pytest.param(SFT, "runs/sft/{}", id="sft")])  # fmt: skip
 def test_two_processes_equal_one(world, policy, monkeypatch, command, folder):
     main_of(monkeypatch, world, *command, "--name", "one")
-    # another micro-batch size as well: neither may show
-    flags = [f if last != "--micro_batch_size" else "4" for last, f in zip(["", *command], command)]
+    # other micro-batches as well: neither may show
+    other = {"--micro_batch_size": "4", "--tokens_per_micro_batch": "170"}
+    flags = [other.get(last, f) for last, f in zip(["", *command], command)]
     run(world, "torchrun", "--nproc_per_node=2", *flags, "--name", "two")
     one, two = (world / folder.format(name) for name in ("one", "two"))
     about = [json.loads((f / "args.json").read_text()) for f in (one, two)]

@@ -20,7 +20,7 @@ from video_llm import load_model
 TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "14", "--save_steps", "3", "--lr", "3e-3"]
 SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--micro_batch_size", "4"]
 GRPO = ["grpo_rank.py", *TRAIN, "--oracle", "reference", "--advantage", "random", "--prompts_per_step", "6", "--G", "3",
-        "--micro_batch_size", "3", "--max_new_tokens", "6", "--eval_questions", "5", "--eval_steps", "4",
+        "--tokens_per_micro_batch", "150", "--max_new_tokens", "6", "--eval_questions", "5", "--eval_steps", "4",
         "--inner_epochs", "2"]  # fmt: skip
 LORA = ["--lora_r", "4"]
 

@@ -26,7 +26,7 @@ from video_llm import VideoLLM, load_model
 Done = namedtuple("Done", "code out err")
 TINY = ["--steps", "2", "--data", "data/moving_shapes/train.json"]
 SFT = [*TINY, "--batch_size", "4", "--micro_batch_size", "2"]
-GRPO = [*TINY, "--prompts_per_step", "4", "--micro_batch_size", "2", "--G", "3", "--max_new_tokens", "5",
+GRPO = [*TINY, "--prompts_per_step", "4", "--tokens_per_micro_batch", "90", "--G", "3", "--max_new_tokens", "5",
         "--eval_data", ""]  # fmt: skip
 REFERENCE = [*GRPO, "--oracle", "reference"]
 
@@ -231,7 +231,7 @@ def test_the_gradient_of_a_step(world, policy, monkeypatch, kind, A):
         torch.tensor([[3.0, 1, 2]] * 3), torch.tensor([True, False, True])))
     monkeypatch.setattr(grpo_rank, "reference_of", lambda model: lambda: nullcontext(other))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop_there)
-    flags = ["--prompts_per_step", "3", "--micro_batch_size", "1", "--temperature", "0.7", "--beta", "0.5",
+    flags = ["--prompts_per_step", "3", "--tokens_per_micro_batch", "1", "--temperature", "0.7", "--beta", "0.5",
              "--entropy_coef", "0.2", "--max_new_tokens", "6", "--advantage", kind,
              "--name", f"gradient_{kind}"]  # fmt: skip
     with pytest.raises(SystemExit, match="enough"):
@@ -324,8 +324,8 @@ BAD_FLAGS = {
             "--seed -1", "--name ../x", "--name a/b", "--weight_decay -1", "--lr inf", "--lr nan", "--warmup nan"],
     "grpo_rank": ["--G 1", "--G five", "--g 5", "--steps 0", "--advantage best", "--oracle god", "--clip_range 0",
                   "--clip_range 1", "--temperature 0", "--lr -1", "--beta -0.1", "--beta nan", "--quantize nf4",
-                  "--lora_r -1", "--prompts_per_step 7", "--prompts_per_step 0", "--prompts_per_rank 8",
-                  "--micro_batch_size 0", "--inner_epochs 0", "--eval_questions -1", "--resume --unknown",
+                  "--lora_r -1", "--prompts_per_step 0", "--prompts_per_rank 8",
+                  "--tokens_per_micro_batch 0", "--inner_epochs 0", "--eval_questions -1", "--resume --unknown",
                   "--scale_advantages perhaps", "--beta inf", "--seed -1", "--name ..", "--lora_alpha 4",
                   "--eval_steps 0"],
     "oracle": ["--G 0", "--G one", "--oracle god", "--questions -1", "--checkpoints x", "--oracle api",
@@ -348,6 +348,12 @@ def test_bad_flags_are_one_line_and_exit_code_2(script, tmp_path, name, flags):
     assert done.code == 2, done
     assert done.err.count("\n") == 1 and done.err.startswith(f"{name}.py: ") and not done.out, done.err
     assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_processes_share_the_questions_out_evenly(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = script("grpo_rank", "--prompts_per_step", "7", cwd=tmp_path)
+    assert (done.code, done.err) == (2, "grpo_rank.py: --prompts_per_step 7 must be a multiple of the 2 processes\n")
 
 
 def test_a_bad_flag_on_the_command_line(world):

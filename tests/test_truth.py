@@ -10,7 +10,7 @@ REPO = Path(__file__).resolve().parent.parent
 SOURCES = sorted(REPO.glob("*.py"))
 FILES = sorted([*SOURCES, *Path(__file__).parent.glob("*.py")])
 SCRIPTS = [p for p in SOURCES if re.search(r"^class Args", p.read_text(), re.M)]
-LIMITED = ("video_llm", "compose", "harness", "data", "frames", "check_videos",
+LIMITED = ("video_llm", "compose", "harness", "data", "frames", "check_videos", "rollouts", "packing",
            "oracle", "api_oracle", "ranks", "evaluate", "sft", "grpo_rank", "questions",
            "reward_model", "preferences", "ppo_rlaif", "roles", "dpo_iter_w2s", "preference_zoo")
 # dataclasses that an Args can inherit from
