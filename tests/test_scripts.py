@@ -334,7 +334,7 @@ BAD_FLAGS = {
                "--api_max_tokens 0", "--demo perhaps", "--oracle api --api_url https://me:pw@host --api_model m",
                "--seed -1", "--questions 0"],
     "evaluate": ["--runs", "--runs nowhere", "--run x", "", "--checkpoint nowhere", "--runs a --checkpoint b",
-                 "--predictions nowhere.json --benchmark msvd_qa", "--compare nowhere", "--batch_size 0",
+                 "--compare nowhere", "--batch_size 0",
                  "--judge api --runs a"],
     "reward_model": ["--stage both", "--epochs 0", "--epochs nan", "--seed -1", "--lora_alpha 4", "--name a/b"],
     "ppo_rlaif": ["--gamma nan", "--lr inf", "--seed -1", "--lora_alpha 4", "--name .hidden"],
