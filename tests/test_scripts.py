@@ -229,7 +229,7 @@ def test_the_gradient_of_a_step(world, policy, monkeypatch, kind, A):
     remember("rank_advantages")
     monkeypatch.setattr("oracle.ReferenceOracle.score", lambda *_: (
         torch.tensor([[3.0, 1, 2]] * 3), torch.tensor([True, False, True])))
-    monkeypatch.setattr(grpo_rank, "reference_of", lambda model: lambda: nullcontext(other))
+    monkeypatch.setattr(grpo_rank, "reference_of", lambda model, place: lambda: nullcontext(other))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop_there)
     flags = ["--prompts_per_step", "3", "--micro_batch_size", "1", "--temperature", "0.7", "--beta", "0.5",
              "--entropy_coef", "0.2", "--max_new_tokens", "6", "--advantage", kind,
