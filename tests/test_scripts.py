@@ -229,7 +229,7 @@ def test_the_gradient_of_a_step(world, policy, monkeypatch, kind, A):
     remember("rank_advantages")
     monkeypatch.setattr("oracle.ReferenceOracle.score", lambda *_: (
         torch.tensor([[3.0, 1, 2]] * 3), torch.tensor([True, False, True])))
-    monkeypatch.setattr(grpo_rank, "reference_of", lambda model: lambda: nullcontext(other))
+    monkeypatch.setattr(grpo_rank, "reference_of", lambda model, place: lambda: nullcontext(other))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop_there)
     flags = ["--prompts_per_step", "3", "--tokens_per_micro_batch", "1", "--temperature", "0.7", "--beta", "0.5",
              "--entropy_coef", "0.2", "--max_new_tokens", "6", "--advantage", kind,
@@ -334,7 +334,7 @@ BAD_FLAGS = {
                "--api_max_tokens 0", "--demo perhaps", "--oracle api --api_url https://me:pw@host --api_model m",
                "--seed -1", "--questions 0"],
     "evaluate": ["--runs", "--runs nowhere", "--run x", "", "--checkpoint nowhere", "--runs a --checkpoint b",
-                 "--predictions nowhere.json --benchmark msvd_qa", "--compare nowhere", "--batch_size 0",
+                 "--compare nowhere", "--batch_size 0",
                  "--judge api --runs a"],
     "reward_model": ["--stage both", "--epochs 0", "--epochs nan", "--seed -1", "--lora_alpha 4", "--name a/b"],
     "ppo_rlaif": ["--gamma nan", "--lr inf", "--seed -1", "--lora_alpha 4", "--name .hidden"],
