@@ -384,8 +384,8 @@ def open_run(folder, args, rank):
     all_gather(None)  # every rank has looked before rank 0 writes
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for half in folder.glob("*.tmp"):  # what a killed run left behind
-            shutil.rmtree(half) if half.is_dir() else half.unlink()
+        for half in list(folder.rglob("*.tmp")):  # what a killed run left behind
+            shutil.rmtree(half) if half.is_dir() else half.unlink(missing_ok=True)
         about = dict(args=flags, git_commit=git_commit(), torch=torch.__version__, command=" ".join(sys.argv),
                      world_size=world_size())
         write(folder / "args.json", json.dumps(about, indent=2))
