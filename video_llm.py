@@ -215,7 +215,7 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
         if scores:  # read behind the decoder's last norm; no logits are computed
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden = self.language_model.get_decoder()(**kwargs).last_hidden_state[:, keep]
-            return CausalLMOutputWithPast(logits=self.score_head(hidden.float().contiguous()))
+            return CausalLMOutputWithPast(logits=self.score_head(hidden.float()))
         out = self.language_model(logits_to_keep=logits_to_keep, **kwargs)
         banned = torch.tensor([self.config.video_token_id], device=out.logits.device)
         logits = out.logits.index_fill(-1, banned, BANNED_LOGIT)
@@ -385,6 +385,8 @@ def load_model(path, quantize="none", dtype=torch.float32, device="cpu", attn_im
                 module.support_avx512bf16_for_cpu = False
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
+    if model.config.scalar_head:  # out of a file it is not aligned, and a product with one column rounds differently
+        model.score_head.weight.data = model.score_head.weight.data.clone()
     model.vision_tower.requires_grad_(False)  # CLIP stays frozen in all three papers
     return model, VideoLLMProcessor.from_pretrained(path)
 
