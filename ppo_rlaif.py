@@ -107,7 +107,7 @@ class Args(OracleArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py,
     oracle: str = HfArg(default="reward_model", help="whose score is the reward: reward_model | judge | context | api: "
                         "AI feedback; reference: token F1 with the label; several: the mean of their ranks")
     random_reward: bool = HfArg(default=False, help="control: random numbers in place of the scores")
-    kl_coef: float = HfArg(default=0.05, help="weight of the per-token KL to the start, in the reward (I7)")
+    kl_coef: float = HfArg(default=0.1, help="weight of the per-token KL to the start, in the reward (I7)")
     target_kl: float = HfArg(default=0.0, help="nats per answer that the adaptive controller aims at (I10); 0: fixed")
     kl_horizon: int = HfArg(default=10000, help="answers in which the controller corrects a KL off by its clip (I10)")
     center_scores: bool = HfArg(default=True, help="score less the mean of the question's G answers (D9)")
