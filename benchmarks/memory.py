@@ -72,12 +72,20 @@ def counts(config):
                 rest=size(model.language_model) - matrices, lora=lora)
 
 
+def micro_batch(args, prompt, answer):
+    """Rows of a forward pass; of grpo_rank.py: groups that fill its budget of tokens."""
+    if hasattr(args, "micro_batch_size"):
+        return args.micro_batch_size
+    return max(1, args.tokens_per_micro_batch // (prompt + args.G * answer))
+
+
 def table(script, args, shape, processes, prompt, answer, rows=None):
     """{row: bytes} of one process. prompt: tokens of text before the answers; answer: tokens of an answer (of sft: of
     question and answer); rows: questions sampled at once, where it is not the whole share of the batch."""
     about, config, frames = SCRIPTS[script], configuration(shape), SHAPES[shape][3]
     t, q, v = config.text_config, config.qformer_config, config.vision_config
-    n, G, b = counts(config), about["G"](args), args.micro_batch_size
+    n, G = counts(config), about["G"](args)
+    b = micro_batch(args, prompt + q.num_query_tokens, answer)
     lora, nf4 = args.lora_r, args.quantize == "nf4"
     e = 2 if args.dtype == "bfloat16" else 4  # bytes of what is not trained, and of what layers put out
     bridge = not lora or about.get("bridge")
@@ -106,7 +114,7 @@ def table(script, args, shape, processes, prompt, answer, rows=None):
     reading = frames * S * (v.hidden_size + 2 * q.hidden_size) * eq  # of one video, in one layer of the Q-Former
     out["KV cache"] = out["sampled logits"] = 0
     if about.get("samples"):
-        out["KV cache"] = B * G * (P + T) * L * 2 * kv * e * (1 + 1 / L)  # a layer is copied when it grows
+        out["KV cache"] = B * (P + G * T) * L * 2 * kv * e * (1 + 1 / L)  # a layer is copied when it grows
         out["sampled logits"] = B * G * V * (20 + e)
 
     # the update, of one micro-batch
@@ -182,7 +190,8 @@ def measure(args, shape, prompt, answer, rows):
     optimizer = torch.optim.AdamW(params, lr=1e-4, foreach=device == "cuda")
     for p in params:  # as behind the first step: AdamW's moments are there
         optimizer.state[p] = dict(step=torch.tensor(1.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    v, Q, b, G = config.vision_config, config.qformer_config.num_query_tokens, args.micro_batch_size, args.G
+    v, Q, G = config.vision_config, config.qformer_config.num_query_tokens, args.G
+    b = micro_batch(args, prompt + Q, answer)
     S = (v.image_size // v.patch_size) ** 2 + 1
     ids = torch.randint(1, config.text_config.vocab_size, (rows, prompt + Q))
     ids[:, 1 : 1 + Q] = config.video_token_id
@@ -249,10 +258,12 @@ def main():
         args = flags_of(script, about.shape, flags)
         if about.measure and args.quantize != "none":
             parser.error("--measure: with --quantize none")
-        rows = 2 * args.micro_batch_size if about.measure else None
+        queries = configuration(about.shape).qformer_config.num_query_tokens
+        b = micro_batch(args, about.prompt_tokens + queries, about.answer_tokens)
+        rows = 2 * b if about.measure else None
         columns[script] = table(script, args, about.shape, 1 if about.measure else about.processes,
                                 about.prompt_tokens, about.answer_tokens, rows)
-        lines[script] = f"LoRA {args.lora_r}, {args.quantize}, {args.dtype}, micro-batch {args.micro_batch_size}"
+        lines[script] = f"LoRA {args.lora_r}, {args.quantize}, {args.dtype}, micro-batch {b}"
     print(f"GB of each of {about.processes} processes, {about.shape}, {about.prompt_tokens} + {about.answer_tokens} "
           f"tokens of text\n\n| | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
     print(f"| | {' | '.join(lines.values())} |")

@@ -454,8 +454,9 @@ def test_hub_names_and_the_papers_flags_from_parts_to_rl(world, tmp_path):
         as_hub_cache(tmp_path / "cache", names[name], tmp_path / name)
     env = dict(HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
     parts = [word for name, hub in names.items() for word in (f"--{name}", hub)]
-    few = ["--data", "data/moving_shapes/train.json", "--preset", "paper", "--steps", "3", "--micro_batch_size", "2"]
-    run(world, "sft.py", *few, *parts, "--batch_size", "4", "--name", "published", "--lr", "1e-2", env=env)
+    few = ["--data", "data/moving_shapes/train.json", "--preset", "paper", "--steps", "3"]
+    run(world, "sft.py", *few, *parts, "--batch_size", "4", "--micro_batch_size", "2", "--name", "published", "--lr",
+        "1e-2", env=env)
     start = world / "runs/sft/published"
     settings = json.loads((start / "final/processor_config.json").read_text())
     assert (settings["num_frames"], settings["num_query_tokens"]) == (50, 6)  # the small Q-Former has six

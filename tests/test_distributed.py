@@ -15,7 +15,7 @@ from conftest import run
 from forked import Forked, a_world, until
 from test_killed import SCRIPTS, check_same, rows, steps_done
 
-GRPO = [*SCRIPTS["grpo_rank"][0], "--micro_batch_size", "2"]
+GRPO = [*SCRIPTS["grpo_rank"][0], "--tokens_per_micro_batch", "200"]
 FOLDER = SCRIPTS["grpo_rank"][1]
 
 
@@ -113,7 +113,8 @@ def test_a_tenth_of_the_videos_broken_on_two_ranks(world, policy, forked, tmp_pa
     flags = [str(file) if last == "--data" else f for last, f in zip(["", *SCRIPTS[name][0]], SCRIPTS[name][0])]
     if "--data" not in flags:
         flags += ["--data", str(file)]
-    flags += ["--micro_batch_size", "2", *(["--eval_questions", "3"] if name in ("grpo_rank", "ppo_rlaif") else [])]
+    flags += ["--micro_batch_size", "2"] if name != "grpo_rank" else []
+    flags += ["--eval_questions", "3"] if name in ("grpo_rank", "ppo_rlaif") else []
     assert forked.run(place, *flags, world=2) == [0, 0], forked.said() + forked.said(1)
     folder = place / SCRIPTS[name][1]
     assert (folder / "final/model.safetensors").exists() and len(rows(folder)) > 10

@@ -30,7 +30,7 @@ SCRIPTS = {  # flags, run folder
     "sft": (["sft.py", *TRAIN, "--steps", "14", "--save_steps", "3", "--batch_size", "4", "--micro_batch_size", "4",
              "--name", "x"], "runs/sft/x"),
     "grpo_rank": (["grpo_rank.py", *RL, "--advantage", "random", "--steps", "14", "--save_steps", "3", "--name", "x",
-                   "--prompts_per_step", "4", "--micro_batch_size", "4"], "runs/grpo_rank/x_s0"),
+                   "--prompts_per_step", "4"], "runs/grpo_rank/x_s0"),
     "ppo_rlaif": (["ppo_rlaif.py", *RL, "--random_reward", "--steps", "14", "--save_steps", "3", "--name", "x",
                    "--prompts_per_step", "4", "--micro_batch_size", "4", "--value_warmup", "0"], "runs/ppo_rlaif/x_s0"),
     "reward_model": (["reward_model.py", *TRAIN, "--oracle", "judge", "--oracle_model", START, "--base", START,

@@ -17,10 +17,11 @@ from test_ranks import rows
 from compose import compose
 from video_llm import load_model, save_model
 
-TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "3", "--micro_batch_size", "2"]
+TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "3"]
 GRPO = ["grpo_rank.py", *TRAIN, "--oracle", "reference", "--prompts_per_step", "8", "--G", "3", "--max_new_tokens", "6",
-        "--eval_questions", "6", "--eval_steps", "1", "--beta", "0.1", "--inner_epochs", "2"]
-SFT = ["sft.py", *TRAIN, "--batch_size", "8"]
+        "--eval_questions", "6", "--eval_steps", "1", "--beta", "0.1", "--inner_epochs", "2",
+        "--tokens_per_micro_batch", "150"]
+SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--micro_batch_size", "2"]
 
 
 def assert_equal_runs(one, two, start, within):
