@@ -136,6 +136,14 @@ class VideoQFormer(PreTrainedModel):
         return out.last_hidden_state
 
 
+class ScalarHead(nn.Linear):
+    """One number a row, as a sum: a matrix product of one column rounds by where its weights lie in memory, so that a
+    loaded model would not give what the saved one gave."""
+
+    def forward(self, x):
+        return (x * self.weight[0]).sum(-1, keepdim=True) + self.bias
+
+
 class VideoLLM(PreTrainedModel, GenerationMixin):
     """CLIP vision tower + Q-Former + projection + causal decoder, as one `transformers` model."""
 
@@ -158,7 +166,7 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
         self.projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         if config.scalar_head:
-            self.score_head = nn.Linear(config.text_config.hidden_size, 1)
+            self.score_head = ScalarHead(config.text_config.hidden_size, 1)
         self.post_init()
 
     def _init_weights(self, module):
@@ -385,8 +393,6 @@ def load_model(path, quantize="none", dtype=torch.float32, device="cpu", attn_im
                 module.support_avx512bf16_for_cpu = False
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
-    if model.config.scalar_head:  # out of a file it is not aligned, and a product with one column rounds differently
-        model.score_head.weight.data = model.score_head.weight.data.clone()
     model.vision_tower.requires_grad_(False)  # CLIP stays frozen in all three papers
     return model, VideoLLMProcessor.from_pretrained(path)
 
@@ -405,7 +411,7 @@ def add_lora(model, r, alpha, train_bridge=False):
 def add_scalar_head(model):
     """Give a VideoLLM a scalar head, in place; one that is there stays. Zero: every answer scores 0 at the start."""
     if not model.config.scalar_head:
-        model.score_head = nn.Linear(model.config.text_config.hidden_size, 1, device=model.device)
+        model.score_head = ScalarHead(model.config.text_config.hidden_size, 1, device=model.device)
         nn.init.zeros_(model.score_head.weight)
         nn.init.zeros_(model.score_head.bias)
         model.config.scalar_head = True

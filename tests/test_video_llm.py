@@ -12,6 +12,7 @@ from data import Clip, FeatureCache, VideoError, read_records
 from video_llm import (
     VIDEO_TOKEN,
     Prefix,
+    ScalarHead,
     VideoLLM,
     add_lora,
     add_scalar_head,
@@ -532,7 +533,7 @@ def plain_scores(model, prefix, tokens, lengths, before):
 @pytest.mark.parametrize("kind", ["full", "lora", "nf4"])
 def test_packed_answers_are_valued_as_if_alone(policy, prefix, tokens, kind, before):
     model = with_head(load_model(policy, "nf4" if kind == "nf4" else "none")[0])
-    assert type(model.score_head) is torch.nn.Linear
+    assert type(model.score_head) is ScalarHead
     lively(model if kind == "full" else (model := add_lora(model, 4, 8, train_bridge=kind == "lora")))
     params = {n: p for n, p in model.named_parameters() if p.requires_grad and "lm_head" not in n}
     assert sum("score_head" in n for n in params) == 2
