@@ -8,8 +8,7 @@ Everything here is *plumbing that the papers only name*: frames, processor, feat
 Losses, advantages and training loops live in the scripts (`sft.py`, `grpo_rank.py`, ...), one algorithm each.
 
 Three things are worth reading even if you only came for an algorithm:
-  `packed`          the G answers trained behind *one* prefix (block mask, restarting positions), logits of answer
-                    tokens only: the same numbers as G separate forward passes, at a fraction of the cost;
+  `packed`          the G answers trained behind *one* prefix: the numbers of G passes at a fraction of the cost;
   `generate`        samples in the same way: one prefill of video + question, one copy of its keys and values;
   `load_model`      NF4 on a CPU, and the kernel that silently breaks its gradients.
 
@@ -137,8 +136,7 @@ class VideoQFormer(PreTrainedModel):
 
 
 class ScalarHead(nn.Linear):
-    """One number a row, as a sum: a matrix product of one column rounds by where its weights lie in memory, so that a
-    loaded model would not give what the saved one gave."""
+    """One number a row, as a sum: a product with one column rounds by where its weights lie, elsewhere after loading."""
 
     def forward(self, x):
         return (x * self.weight[0]).sum(-1, keepdim=True) + self.bias
@@ -182,12 +180,10 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def encode_frames(self, pixel_values):
-        """pixel_values (F,3,H,W) -> CLIP patch features (F,S,D) of hidden layer `vision_layer`; CLIP is frozen. The
-        layers behind it are not computed."""
+        """pixel_values (F,3,H,W) -> features (F,S,D) of CLIP's layer `vision_layer`; those behind are not computed."""
         tower = self.vision_tower
-        layers = tower.encoder.layers[: self.config.vision_layer % (len(tower.encoder.layers) + 1)]
         hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(tower.dtype)))
-        for layer in layers:
+        for layer in tower.encoder.layers[: self.config.vision_layer % (len(tower.encoder.layers) + 1)]:
             hidden = layer(hidden, None)
         return hidden
 
