@@ -136,7 +136,7 @@ class VideoQFormer(PreTrainedModel):
 
 
 class ScalarHead(nn.Linear):
-    """One number a row, as a sum: a product with one column rounds by where its weights lie, elsewhere after loading."""
+    """One number a row, as a sum: a product with one column rounds by where its weights lie, which loading changes."""
 
     def forward(self, x):
         return (x * self.weight[0]).sum(-1, keepdim=True) + self.bias
