@@ -333,6 +333,9 @@ def main(args):
     words = unwrap(model).get_output_embeddings().weight
     if words is not unwrap(model).get_input_embeddings().weight:
         words.requires_grad_(False)  # no word is predicted here
+    for name, p in model.named_parameters():
+        if "score_head" in name and name.endswith("bias"):  # the loss cannot see it; D8 sets it
+            p.requires_grad_(False)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     params, body = list(trained.values()), [p for n, p in trained.items() if "score_head" not in n]
     head = [p for n, p in trained.items() if "score_head" in n]
