@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 import benchmark_files
 import harness
-from data import FeatureCache, video_files
+from data import FeatureCache
+from frames import video_files
 from judges import read_lines
 from video_llm import Prefix, generate, load_model, token_logprobs, unwrap
 
@@ -64,13 +65,6 @@ def fingerprint(checkpoint, records):
         digest.update(f"{path} {stats}\n".encode())
     digest.update(json.dumps([(r["clip"], r["question"], r["answer"], r["task_type"]) for r in records]).encode())
     return digest.hexdigest()
-
-
-def write_aside(file, text):
-    aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(text)
-    os.replace(aside, file)
 
 
 class Answering:

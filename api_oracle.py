@@ -51,7 +51,8 @@ from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError, Offlin
 from PIL import Image
 from transformers.hf_argparser import HfArg
 
-from data import VideoError, read_frames
+import harness
+from frames import VideoError, read_frames
 from ranks import normalize, one_of_equals, ranks_of
 
 KEY = "ORACLE_API_KEY"
@@ -169,10 +170,7 @@ class ApiClient:
                     self.count(cached=1)
                     return reply
             reply = self.request(sent)
-            file.parent.mkdir(exist_ok=True)
-            aside = file.with_suffix(f".{os.getpid()}.tmp")
-            aside.write_text(json.dumps(dict(model=self.model, reply=reply)), encoding="utf-8")
-            os.replace(aside, file)
+            harness.write(file, json.dumps(dict(model=self.model, reply=reply)))
             return reply
 
     def request(self, sent):

@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import Clip, DataError, VideoError, clip_seconds, video_finder
+from data import Clip, DataError, video_finder
+from frames import VideoError, clip_seconds
 from metrics import nextqa_groups
 
 ACTIVITYNET_TYPES = ("motion", "spatial", "temporal", "yes/no", "color", "object", "location", "number", "other")

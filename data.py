@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from frames import VideoError, read_frames, video_files
-from frames import clip_seconds as clip_seconds
 
 # ---------------------------------------------------------------------------------------------------------------
 # Annotation files

@@ -51,7 +51,7 @@ import harness
 from api_oracle import ASPECTS, ApiError
 from data import DataError, FeatureCache, read_records, report_lines
 from oracle import SCORERS, OracleArgs, make_oracle, normalize, token_f1
-from preference_zoo import build_zoo, check_source, collect, default_zoo, name_of, score, write
+from preference_zoo import build_zoo, check_source, collect, default_zoo, name_of, score
 from preferences import read_preferences, write_preferences
 from questions import build_embedded, choose_questions, held_out_questions, question_indices, sft_start
 from video_llm import Prefix, add_lora, load_model, merged, reference_of, token_logprobs
@@ -476,7 +476,7 @@ def save_result(folder, model, processor):
 
 
 def write_curve(folder, k, chosen, curve):
-    write(folder / "extrapolation.json", json.dumps(dict(chosen=chosen, curve=curve), indent=1) + "\n")
+    harness.write(folder / "extrapolation.json", json.dumps(dict(chosen=chosen, curve=curve), indent=1) + "\n")
     for row in curve:
         keys = [key for key in ("score", "accuracy", "len", "rewards/margins", "logps/chosen") if key in row]
         print(f"iteration {k}, alpha {row['alpha']:g}: " + " ".join(f"{key} {row[key]:.3f}" for key in keys)
@@ -499,7 +499,7 @@ def write_card(folder, k, pairs, dropped, groups, processor, cost):
     decided = [c for c, r in zip(right["chosen"], right["rejected"]) if c != r]
     card["right_before_wrong"] = dict(share=round(sum(decided) / max(len(decided), 1), 4), pairs=len(decided))
     card["oracle"] = {key: round(n, 1) for key, n in cost.items()}  # requests, tokens and refusals of a server
-    write(folder / "data_card.json", json.dumps(card, indent=1) + "\n")
+    harness.write(folder / "data_card.json", json.dumps(card, indent=1) + "\n")
     listed = lambda counts: ", ".join(f"{name} {n}" for name, n in counts.items() if n) or "none"
     rows = [("questions", card["questions"]), ("answers", f"{card['answers']} ({card['no_answer']} empty or missing)"),
             ("pairs", card["pairs"]), ("questions without a pair", listed(dropped))]
@@ -511,7 +511,7 @@ def write_card(folder, k, pairs, dropped, groups, processor, cost):
     share = card["right_before_wrong"]
     rows.append(("chosen right, of the pairs with one right answer", f"{share['share']} of {share['pairs']}"))
     lines = [f"# Preference pairs of iteration {k}", "", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
-    write(folder / "data_card.md", "\n".join(lines) + "\n")
+    harness.write(folder / "data_card.md", "\n".join(lines) + "\n")
     print(f"iteration {k}: {len(pairs)} pairs; no pair: {listed(dropped)}; {folder}/data_card.md", flush=True)
 
 

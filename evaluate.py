@@ -46,9 +46,10 @@ from transformers.hf_argparser import HfArg
 
 import benchmark_files
 import harness
-from answers import Answering, Run, answer, fingerprint, write_aside
+from answers import Answering, Run, answer, fingerprint
 from api_oracle import ApiArgs
-from data import DataError, FeatureCache, VideoError, read_records, report_lines
+from data import DataError, FeatureCache, read_records, report_lines
+from frames import VideoError
 from judges import ClipText, make_judge, score_rows
 from metrics import over_seeds, paired_bootstrap, spread
 from moving_shapes import TASK_TYPES
@@ -232,9 +233,7 @@ def predict(run, records, stem, cache_dir):
         for i, text, end in zip(part, texts, ended):
             rows[i] |= dict(prediction=text, correct=BENCHMARK.correct(text, records[i]["answer"]), ended=end)
     left_out = {str(clip.path): reason for clip, reason in broken.items()}
-    aside = file.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_text(json.dumps(dict(fingerprint=mark, left_out=left_out, predictions=rows), indent=1))
-    os.replace(aside, file)
+    harness.write(file, json.dumps(dict(fingerprint=mark, left_out=left_out, predictions=rows), indent=1))
     print(f"{run.folder}: {len(todo)} questions answered in {time.time() - began:.0f} s", flush=True)
     return rows, left_out
 
@@ -496,7 +495,7 @@ def main_benchmarks(args):
 def write_predictions(run, name, rows):
     """<run>/benchmarks/<benchmark>.json, in the benchmark's own format."""
     for stem, content in in_own_format(name, rows).items() if rows else []:
-        write_aside(run.folder / "benchmarks" / f"{stem}.json", json.dumps(content, indent=1))
+        harness.write(run.folder / "benchmarks" / f"{stem}.json", json.dumps(content, indent=1))
 
 
 def write_report(scored, done, args):
@@ -512,17 +511,17 @@ def write_report(scored, done, args):
         return
     about = dict(command=" ".join(sys.argv), git_commit=harness.git_commit(), choose=args.choose)
     content = about | dict(results=results, differences=differences)
-    write_aside(Path(f"{out}.json"), json.dumps(content, indent=1) + "\n")
+    harness.write(Path(f"{out}.json"), json.dumps(content, indent=1) + "\n")
     text = [f"# Benchmarks: {', '.join(r['label'] for r in results)}", "Brackets: 95 % interval over videos. Shares in "
             "%, scores from 0 to 5. Metrics in `_all` count what could not be read as wrong.", as_markdown(rows)]
     text += ["## Where the numbers come from", facts(results)]
     for r in results:
         text += [f"## {r['label']}, by group", *group_tables(r)]
-    write_aside(Path(f"{out}.md"), "\n\n".join(text) + "\n")
+    harness.write(Path(f"{out}.md"), "\n\n".join(text) + "\n")
     lines = [json.dumps(dict(source=source.label, benchmark=name, id=row["id"], video=row["video"], said=row["said"],
                              verdict=row.get("verdict"), values=row["values"]))
              for source, said in done for name, (part, _, _) in said.items() for row in part]
-    write_aside(Path(f"{out}_items.jsonl"), "\n".join(lines) + "\n")
+    harness.write(Path(f"{out}_items.jsonl"), "\n".join(lines) + "\n")
     plot_benchmarks(results, f"{out}.png")
     print(f"\nwritten: {out}.json, {out}.md, {out}.png, {out}_items.jsonl")
 

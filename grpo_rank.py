@@ -72,7 +72,7 @@ ADVANTAGES = ("oracle_rank", "published", "signed", "score", "random")
 class Args(OracleArgs, harness.ShardArgs):  # flags of oracle.py, api_oracle.py, harness.py
     PRESETS = {"paper": dict(  # [OR]; lr, answer length and memory are ours (D7); no annotation: this is not a flag
         G=5, prompts_per_step=64, epochs=4, lora_r=64, lora_alpha=16, quantize="nf4", dtype="bfloat16",
-        gradient_checkpointing=True, tokens_per_micro_batch=1500, lr=3e-5, max_new_tokens=128)}
+        oracle_dtype="bfloat16", gradient_checkpointing=True, tokens_per_micro_batch=1500, lr=3e-5, max_new_tokens=128)}
     preset: str = HfArg(default="", help="paper: QLoRA at the published values; other flags still win")
     # -- the paper's hyper-parameters
     G: int = HfArg(default=5, help="answers per question [OR: 5]")

@@ -233,7 +233,7 @@ def setup_dist():
     """-> rank, world size, device, from torchrun's environment; one process without it initialises nothing.
 
     A process that dies takes the others with it: their next message to it fails. One that hangs in a video ends itself
-    (data.py), one that hangs elsewhere is given up after STEP, or where waiting is usual after PATIENCE."""
+    (frames.py), one that hangs elsewhere is given up after STEP, or where waiting is usual after PATIENCE."""
     Stop.watch()
     sys.excepthook = one_line_if_full
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -394,8 +394,9 @@ def open_run(folder, args, rank):
 
 def write(file, text):
     """A text file that is there as a whole or, after a kill, as it was."""
-    aside = file.with_name(f"{file.name}.tmp")
-    aside.write_text(text)
+    aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, file)
 
 

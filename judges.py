@@ -34,7 +34,8 @@ from transformers import AutoTokenizer, CLIPModel
 
 import api_oracle
 from api_oracle import ApiClient, ApiError, frames_as_urls
-from data import DataError, VideoError
+from data import DataError
+from frames import VideoError
 from metrics import (
     choice_values,
     class_hits,

@@ -37,7 +37,6 @@ Papers  [OR] Oracle-RLAIF arXiv:2510.02561    VLM-RLAIF arXiv:2402.03746    Iter
 import copy
 import hashlib
 import json
-import os
 import random
 import time
 from collections import Counter
@@ -50,7 +49,8 @@ from transformers.hf_argparser import HfArg
 
 import harness
 from api_oracle import ASPECTS, COUNTERS, MODES, ApiArgs, ApiClient, ApiError, ApiOracle
-from data import Clip, DataError, FeatureCache, clip_seconds, read_records
+from data import Clip, DataError, FeatureCache, read_records
+from frames import clip_seconds
 from preferences import reward_batch
 from ranks import (
     f1_parts,
@@ -82,6 +82,7 @@ class OracleArgs(ApiArgs):
                         "F1 with the label; several, comma-separated: the mean of their ranks")
     oracle_model: str = HfArg(default=ORACLE_SFT, help="the judging model, built if missing")
     reward_model: str = HfArg(default=REWARD_MODEL, help="the checkpoint that --oracle reward_model ranks by")
+    oracle_dtype: str = HfArg(default="float32", help="float32, or bfloat16: of the oracles' weights")
     api_mode: str = HfArg(default="listwise", help="listwise: one request a group | pairwise: one a pair and order")
 
     @property
@@ -94,6 +95,8 @@ class OracleArgs(ApiArgs):
                 raise ValueError(f"--oracle {self.oracle}: choose of {', '.join(ORACLES)}, each once")
         if self.api_mode not in MODES:
             raise ValueError(f"--api_mode {self.api_mode}: choose one of {', '.join(MODES)}")
+        if self.oracle_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"--oracle_dtype {self.oracle_dtype}: choose float32 or bfloat16")
         self.check_api(needed="api" in self.raters)
 
 
@@ -138,8 +141,9 @@ class ReferenceOracle:
 class JudgeOracle:
     """A video LLM compares answers two by two; `narrative=True` is the context-aware judge of VLM-RLAIF."""
 
-    def __init__(self, model_dir, cache_dir, narrative, device="cpu", clips=3, max_frames=20, rows=24):
-        self.model, self.processor = load_model(model_dir, device=device)
+    def __init__(self, model_dir, cache_dir, narrative, device="cpu", clips=3, max_frames=20, rows=24,
+                 dtype="float32"):
+        self.model, self.processor = load_model(model_dir, dtype=getattr(torch, dtype), device=device)
         self.model.requires_grad_(False).eval()
         self.cache = FeatureCache(self.model, self.processor, cache_dir)
         self.device, self.narrative, self.clips, self.max_frames, self.rows = device, narrative, clips, max_frames, rows
@@ -164,10 +168,7 @@ class JudgeOracle:
             texts = self.describe([part for v in some for part in cut(v, self.clips)])
             for k, video in enumerate(some):
                 self.told[video] = " ".join(texts[k * self.clips : (k + 1) * self.clips])
-                file = self.story_file(video)
-                aside = file.with_suffix(f".{os.getpid()}.tmp")
-                aside.write_text(self.told[video])
-                os.replace(aside, file)
+                harness.write(self.story_file(video), self.told[video])
         return [self.told[v] for v in videos]
 
     def story_file(self, video):
@@ -304,8 +305,8 @@ class JudgeOracle:
 class RewardModelOracle:
     """The reward of a model with a scalar head, trained on preferences by reward_model.py."""
 
-    def __init__(self, model_dir, cache_dir, device="cpu", rows=24, loaded=None):
-        self.model, self.processor = loaded or load_model(model_dir, device=device)
+    def __init__(self, model_dir, cache_dir, device="cpu", rows=24, loaded=None, dtype="float32"):
+        self.model, self.processor = loaded or load_model(model_dir, dtype=getattr(torch, dtype), device=device)
         if not self.model.config.scalar_head:
             raise DataError(f"{model_dir}: no reward model (it has no scalar head)")
         if not loaded:  # a network that plays other roles, too, belongs to the caller
@@ -320,7 +321,7 @@ class RewardModelOracle:
             raise DataError(f"{model_dir}/reward_model.json: no narrative_clips, narrative_model, answer_first and "
                             f"guided ({e!r})") from None
         if self.narrative or self.guided:  # it reads this model's narratives and answers
-            self.teller = JudgeOracle(model, cache_dir, True, device, clips=max(clips, 1))
+            self.teller = JudgeOracle(model, cache_dir, True, device, clips=max(clips, 1), dtype=dtype)
 
     @torch.no_grad()
     def score(self, videos, questions, answers):
@@ -391,14 +392,16 @@ def make_oracle(args, records, device="cpu", names=None, loaded=None):
         if name == "reference":
             raters[name] = ReferenceOracle(records)
         elif name == "reward_model":
-            raters[name] = RewardModelOracle(args.reward_model, args.cache, device, loaded=loaded)
+            raters[name] = RewardModelOracle(args.reward_model, args.cache, device, loaded=loaded,
+                                             dtype=args.oracle_dtype)
         elif name == "api":
             client = ApiClient(args.api_url, args.api_model, args.cache, args.api_concurrency, args.api_timeout,
                                args.api_retries)
             raters[name] = ApiOracle(client, args.api_mode, args.api_frames, args.api_size, args.api_max_tokens,
                                      args.seed)
         else:
-            judge = copy.copy(judge) or JudgeOracle(args.oracle_model, args.cache, False, device)  # one model for both
+            judge = copy.copy(judge) or JudgeOracle(args.oracle_model, args.cache, False, device,
+                                                    dtype=args.oracle_dtype)  # one model for both
             judge.narrative = name == "context"
             raters[name] = judge
     return raters[name] if len(raters) == 1 else MeanRankOracle(raters)

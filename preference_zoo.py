@@ -18,7 +18,6 @@ Paper  [W] Iter-W2S-RLAIF / MMAIP-V, arXiv:2411.16201, Sec. 3.1
 """
 
 import json
-import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +55,7 @@ def build_zoo(args, rank):
         seen = set(json.loads(Path(args.model).parent.joinpath("labelled_clips.json").read_text()))
         if rank == 0 and not labels.exists():
             rows = json.loads(Path(WORLD, "train.json").read_text())
-            write(labels, json.dumps([r for r in rows if str(Path(WORLD, r["video"])) in seen]))
+            harness.write(labels, json.dumps([r for r in rows if str(Path(WORLD, r["video"])) in seen]))
         # --num_clips, as many as there are: all of them; it makes SFT list the clips it saw
         command = f"sft.py --name zoo_{name}_s{args.seed} --data {labels} --video_root {WORLD} "
         command += f"--num_clips {len(seen)} --seed {1000 * number + args.seed} {POLICY_SFT} {flags} --resume"
@@ -140,13 +139,6 @@ class Server:
 # ---------------------------------------------------------------------------------------------------------------
 # Sampling and scoring, in parts
 # ---------------------------------------------------------------------------------------------------------------
-def write(file, text):
-    """Write aside and rename."""
-    aside = Path(f"{file}.{os.getpid()}.aside")
-    aside.write_text(text)
-    os.replace(aside, file)
-
-
 def in_parts(file, parts, rows_of, rank, world):
     """All rows of `file`, made part after part; what an earlier run wrote is kept up to its last whole part.
 
@@ -162,7 +154,7 @@ def in_parts(file, parts, rows_of, rank, world):
     rows = [json.loads(line) for line in lines[:whole]]
     harness.all_gather(None)  # every process has read before the first one writes
     if rank == 0 and done < len(parts):
-        write(file, "".join(lines[:whole]))
+        harness.write(file, "".join(lines[:whole]))
     for what, items, _ in parts[done:]:
         mine = items[rank::world]
         shares = harness.all_gather(rows_of(what, mine) if mine else [])

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+import harness
 from data import ROLES, DataError, is_text, parse_turns, read_rows
 from video_llm import Prefix
 
@@ -190,8 +191,5 @@ def write_preferences(path, pairs, format="vlm_rlaif"):
     if format not in ("vlm_rlaif", "trl"):
         raise ValueError(f"format {format!r}: choose vlm_rlaif or trl")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.dumps(preference_row(pair, format, path.parent), ensure_ascii=False) for pair in pairs]
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text("[\n" + ",\n".join(rows) + "\n]\n")
-    os.replace(aside, path)
+    harness.write(path, "[\n" + ",\n".join(rows) + "\n]\n")

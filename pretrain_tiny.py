@@ -35,7 +35,7 @@ from transformers.hf_argparser import HfArg
 
 import harness
 from compose import init_from_nothing
-from data import read_frames
+from frames import read_frames
 from moving_shapes import ACTIONS, COLORS, QUADRANTS, SHAPES
 from video_llm import TINY_QFORMER, TINY_VISION, VIDEO_TOKEN, VideoQFormer, VideoQFormerConfig
 

@@ -194,7 +194,7 @@ def collect(args, rank, world, device):
     asked = random.Random(f"{args.seed} prompts").sample(records, min(args.prompts, len(records)))
     with harness.one_line_errors(OSError):
         oracle = ReferenceOracle(records) if args.oracle == "reference" else JudgeOracle(
-            args.oracle_model, args.cache, args.oracle == "context", str(device), clips=args.clips)
+            args.oracle_model, args.cache, args.oracle == "context", str(device), clips=args.clips, dtype=args.dtype)
     for n in range(done, len(asked), 48):
         # Each question's draws are keyed by it alone: world size and interruptions do not change the answers.
         chunk = asked[n : n + 48]
@@ -315,15 +315,16 @@ def main(args):
     if "runs/sft/oracle/final" in (args.base, args.oracle_model * args.narrative):
         harness.build_if_missing("runs/sft/oracle/final", ["sft.py", "--name", "oracle", "--resume"],
                                  "about 6 minutes", rank)
+    if not args.own_file:  # the file of the default name, but of which flags?
+        with harness.one_line_errors(DataError, OSError):
+            report = json.loads(Path(args.preferences).with_suffix(".report.json").read_text())
+            check_flags(report["flags"], args, args.preferences)
     folder = f"runs/reward_model/{args.name}_s{args.seed}"
     checkpoint = harness.open_run(folder, args, rank)
     torch.manual_seed(args.seed)  # the initialisation of LoRA; every other draw has a key of its own
 
     # 1. Pairs: training and held-out ones share no video (D7)
     with harness.one_line_errors(DataError, OSError):
-        report_file = Path(args.preferences).with_suffix(".report.json")
-        if not args.own_file:  # the file of the default name, but of which flags?
-            check_flags(json.loads(report_file.read_text())["flags"], args, args.preferences)
         pairs, report = read_preferences(args.preferences.split(","), args.video_root)
         model, processor = load_model(checkpoint or args.base, **harness.load_options(args, device))
     if not checkpoint:
@@ -432,7 +433,8 @@ def tell(args, pairs, rank, world, device):
     stories, owns = {}, {}
     if args.narrative or args.guided:
         with harness.one_line_errors(OSError):
-            oracle = JudgeOracle(args.oracle_model, args.cache, True, str(device), clips=args.clips)
+            oracle = JudgeOracle(args.oracle_model, args.cache, True, str(device), clips=args.clips,
+                                 dtype=args.dtype)
     if args.narrative:
         clips = sorted({p["clip"] for p in pairs if p["clip"]}, key=str)
         oracle.narratives(clips[rank::world])

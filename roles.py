@@ -126,7 +126,8 @@ def value_prompts(args, roles, oracle, device):
     cache, teller = FeatureCache(unwrap(roles.value), roles.value_processor, args.cache), None
     if about["narrative_clips"]:
         teller = getattr(oracle, "teller", None) or JudgeOracle(about["narrative_model"], args.cache, True, device,
-                                                                clips=about["narrative_clips"])
+                                                                clips=about["narrative_clips"],
+                                                                dtype=args.oracle_dtype)
 
     def build(questions, clips, prefix):
         if args.value_model == "sft":

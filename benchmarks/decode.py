@@ -1,4 +1,4 @@
-"""Seconds to read 8 and 50 frames out of a video file, taking turns: `read_frames` of data.py, the video loader of
+"""Seconds to read 8 and 50 frames out of a video file, taking turns: `read_frames` of frames.py, the video loader of
 `transformers` with every backend that is installed, and a decoding of the whole file.
 
 Run      pip install decord opencv-python-headless        (torchcodec also needs ffmpeg's own libraries)
@@ -26,7 +26,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import harness  # noqa: E402
-from data import EXTENSIONS, read_frames  # noqa: E402
+from data import EXTENSIONS  # noqa: E402
+from frames import read_frames  # noqa: E402
 
 BACKENDS = ("pyav", "decord", "opencv", "torchcodec")
 FILES = dict(short=(2, (320, 240)), long=(600, (320, 240)), hd=(20, (1920, 1080)))

@@ -36,7 +36,8 @@ from api_oracle import (
     read_scores,
     retry_after,
 )
-from data import Clip, VideoError, read_frames
+from data import Clip
+from frames import VideoError, read_frames
 
 SECRET = "sk-Zu9-very-secret-4711"
 USAGE = dict(prompt_tokens=7, completion_tokens=3, total_tokens=10)

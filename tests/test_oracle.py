@@ -415,8 +415,18 @@ def test_the_oracles_of_the_flags(policy, tmp_path, monkeypatch):
     assert isinstance(make_oracle(args_of(**flags), [], names=["reference"]), ReferenceOracle)
 
 
+def test_a_judge_in_half_the_memory(policy, judge, clips, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = args_of(oracle="judge", oracle_model=str(policy), oracle_dtype="bfloat16")
+    half, asked = make_oracle(args, []), (clips[:2], ["what?", "where?"], [["red", "a blue square"]] * 2)
+    size = lambda m: sum(p.numel() * p.element_size() for p in m.parameters())
+    assert size(half.model) == size(judge.model) / 2
+    assert torch.allclose(half.score(*asked)[0], judge.score(*asked)[0], atol=0.02)
+
+
 @pytest.mark.parametrize("flags", [dict(oracle=""), dict(oracle="god"), dict(oracle="judge,judge"),
                                    dict(oracle="judge,"), dict(oracle="api"), dict(api_mode="all"),
+                                   dict(oracle_dtype="float16"),
                                    dict(oracle="judge,api", api_url="http://x/v1")], ids=str)
 def test_flags_that_name_no_oracle(flags):
     with pytest.raises(ValueError, match="--(oracle|api_)"):

@@ -8,7 +8,8 @@ import torch
 from peft import PeftModel
 
 import data
-from data import Clip, FeatureCache, VideoError, read_records
+from data import Clip, FeatureCache, read_records
+from frames import VideoError, read_frames
 from video_llm import (
     VIDEO_TOKEN,
     Prefix,
@@ -720,7 +721,7 @@ def test_too_many_frames_are_refused(start, cache, clips):
 
 def test_cached_features_are_those_of_the_vision_tower(start, cache, clips):
     model, processor = start
-    frames, _ = data.read_frames(clips[0].path, 8)
+    frames, _ = read_frames(clips[0].path, 8)
     pixels = processor.image_processor(images=list(frames), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         hidden = model.vision_tower(pixels, output_hidden_states=True).hidden_states
