@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,14 @@ def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)", text) + re.findall(r"<img[^>]* src=\"([^\"]+)\"", text):
         if not link.startswith(("http://", "https://", "#", "mailto:")):
             assert (page.parent / link.partition("#")[0]).exists(), f"{page.name} links to {link}"
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_files(page):
+    sys.path.insert(0, str(REPO / "docs"))
+    import fill
+
+    text = page.read_text()
+    assert text.count("<!-- end -->") == len(fill.BLOCK.findall(text)) == text.count("<!-- results/")
+    assert fill.filled(text) == text, f"python docs/fill.py: {page.name} shows other numbers than docs/results"
