@@ -26,7 +26,7 @@ A = {kind: rank_advantages(kind, ORACLE, POLICY)[0].tolist() for kind in KINDS}
 columns = [ORACLE[0].tolist(), POLICY[0].tolist(), *(x[0].tolist() for x in (gain(ORACLE)[0], gain(POLICY)[0])),
            penalty(ORACLE, POLICY)[0].tolist(), *A.values()]
 with open(HERE / "results" / "published_advantage.md", "w") as f:
-    f.write("| answer | oracle's rank t | policy's rank p | g(t) | g(p) | delta(t, p) | published | signed | oracle_rank |\n")
+    f.write("| answer | oracle's rank t | policy's rank p | g(t) | g(p) | delta(t, p) | " + " | ".join(KINDS) + " |\n")
     f.write("| --- |" + " ---: |" * len(columns) + "\n")
     for answer, *row in zip(ANSWERS, *columns):
         cells = [str(x) if isinstance(x, int) else f"{x:.4f}" for x in row[:5]] + [f"{x:+.4f}" for x in row[5:]]
