@@ -1,4 +1,4 @@
-# make demo    from nothing to a table 'SFT | SFT continued | GRPO_rank' and a plot (about 19 minutes on two cores)
+# make demo    from nothing to a table 'SFT | SFT continued | GRPO_rank' and a plot (about 20 minutes on two cores)
 # make test    the tests (about 13 minutes on two cores)
 # make test-slow   the long ones: every script killed twenty times, a thousand damaged videos (minutes)
 # All make .venv when it is not there; everything is resumable, what is finished is not done again.
