@@ -211,7 +211,7 @@ def collect(args, rank, world, device):
         pairs, counts = choose_pairs(rows, asked, args.min_margin)
         if not pairs:
             sys.exit(f"{file}: no preference among {len(rows)} questions: {counts}")
-        file.with_suffix(".report.json").write_text(json.dumps(dict(counts=counts, flags=flags_of(args)), indent=2))
+        harness.write(file.with_suffix(".report.json"), json.dumps(dict(counts=counts, flags=flags_of(args)), indent=2))
         write_preferences(file, pairs)
         print(f"{file}: {len(pairs)} pairs; " + ", ".join(f"{k} {v}" for k, v in counts.items()))
     harness.barrier()
@@ -225,8 +225,9 @@ def ask(batch, indices, policy, processor, cache, oracle, device, args):
     uniforms = torch.from_numpy(np.stack([draw(i) for i in indices]))
     eos = processor.tokenizer.eos_token_id
     tokens, lengths, _ = generate(policy, prefix, uniforms, eos, args.temperature)  # (B,samples,T)
-    distinct = [list({normalize(a): a for a in reversed(group)}.values())[::-1]  # the first of each kind, in order
-                for group in processor.decode_answers(tokens, lengths)]
+    sampled = processor.decode_answers(tokens, lengths)
+    distinct = [list({normalize(a): a for a in reversed(group)}.values()) for group in sampled]
+    distinct = [sorted(some, key=group.index) for some, group in zip(distinct, sampled)]  # the first of each kind
     K = max(map(len, distinct))
     groups = [(d * K)[:K] for d in distinct]  # filled up with copies, which are not compared
     if isinstance(oracle, ReferenceOracle):
@@ -287,8 +288,7 @@ def open_answers(file, args, rank):
         check_flags(json.loads(rows[0])["flags"], args, answers_file(file))
     harness.barrier()  # every process has read it before the first one writes
     if rank == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        answers_file(file).write_text("".join(f"{r}\n" for r in rows or [json.dumps(dict(flags=flags_of(args)))]))
+        harness.write(answers_file(file), "".join(f"{r}\n" for r in rows or [json.dumps(dict(flags=flags_of(args)))]))
     return max(0, len(rows) - 1)
 
 
@@ -335,7 +335,7 @@ def main(args):
     if words is not unwrap(model).get_input_embeddings().weight:
         words.requires_grad_(False)  # no word is predicted here
     for name, p in model.named_parameters():
-        if "score_head" in name and name.endswith("bias"):  # the loss cannot see it; D8 sets it
+        if "score_head" in name and name.endswith("bias"):  # Bradley-Terry cannot see it, and D8 sets it at the end
             p.requires_grad_(False)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     params, body = list(trained.values()), [p for n, p in trained.items() if "score_head" not in n]
@@ -420,10 +420,11 @@ def main(args):
 
 
 def split_by_video(pairs, share, seed):
-    """-> training pairs, held-out pairs; no video (not even another part of its file) is in both."""
-    paths = sorted({str(p["clip"] and p["clip"].path) for p in pairs})
-    held = set(random.Random(f"{seed} held out").sample(paths, round(share * len(paths))))
-    sides = [[p for p in pairs if (str(p["clip"] and p["clip"].path) in held) == side] for side in (False, True)]
+    """-> training pairs, held-out pairs; no video (not even another part of its file) is in both. Each video draws for
+    itself: it is on the same side in every file of pairs, and whatever happens to the others."""
+    video = lambda p: p["clip"].path if p["clip"] else p["question"]
+    held = {v: random.Random(f"{seed} held out {v}").random() < share for v in {str(video(p)) for p in pairs}}
+    sides = [[p for p in pairs if held[str(video(p))] == side] for side in (False, True)]
     return sides[0], sides[1]
 
 

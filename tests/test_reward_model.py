@@ -99,10 +99,12 @@ def test_choose_pairs():
 
 
 def test_held_out_pairs_share_no_video():
-    clips = [Clip(f"{k // 3}.mp4", *((None, None), (0.0, 1.0), (1.0, 2.0))[k % 3]) for k in range(60)]
+    clips = [Clip(f"{k // 3}.mp4", *((None, None), (0.0, 1.0), (1.0, 2.0))[k % 3]) for k in range(600)]
     pairs = [dict(clip=c, id=k) for k, c in enumerate(clips)]
     train, held = split_by_video(pairs, 0.2, 0)
-    assert len({p["clip"].path for p in held}) == 4 and len(train) + len(held) == 60
+    assert 30 <= len({p["clip"].path for p in held}) <= 50 and len(train) + len(held) == 600
+    some = split_by_video(pairs[::7], 0.2, 0)  # a file with other pairs, a video that is gone: the rest stays
+    assert all(p in side for side, part in zip((train, held), some) for p in part) and min(map(len, some)) > 5
     assert not {p["clip"].path for p in train} & {p["clip"].path for p in held}
     assert split_by_video(pairs, 0.2, 0) == (train, held) and split_by_video(pairs, 0.2, 1)[1] != held
     assert split_by_video(pairs[::-1], 0.2, 0)[1] == held[::-1]  # whatever their order in the file
