@@ -37,7 +37,7 @@ class DataError(Exception):
     """One line that names the annotation file, and the record where there is one, and says what is wrong with it."""
 
 
-def read_records(files, video_root=None):
+def read_records(files, video_root=None, labelled=True):
     """Read annotation files, as their makers publish them, into one record per answer. Returns (records, report).
 
     Files are .jsonl or .json (a list of rows, a dict with one as ``annotations`` or ``data``, or a dict id -> row).
@@ -50,11 +50,13 @@ def read_records(files, video_root=None):
     it), ``answer``, ``task_type`` (or None), ``file``. Texts are without video tokens; a system turn becomes the start
     of the first question. Videos are looked for in ``video_root``, then in the annotation file's folder and its
     ``videos`` (see _find), but not opened. Rows that cannot be used are skipped as a whole and counted in the report.
+    Without ``labelled`` the last question of a row may lack its answer: a record with ``answer`` None.
     """
     def answers(row, find):
-        turns, clip = parse_turns(row, find)
-        return [dict(clip=clip, question=turns[0]["content"] if n == 1 else turns[:n], answer=turns[n]["content"],
-                     task_type=row.get("task_type")) for n in range(1, len(turns), 2)]
+        turns, clip = parse_turns(row, find, labelled)
+        said = [t["content"] for t in turns] + [None] * (not labelled)
+        return [dict(clip=clip, question=said[0] if n == 1 else turns[:n], answer=said[n],
+                     task_type=row.get("task_type")) for n in range(1, len(said), 2)]
 
     return read_rows(files, video_root, answers)
 
@@ -138,9 +140,10 @@ def _load(file):
     return [(f"record {n}", row) for n, row in enumerate(data, 1)]
 
 
-def parse_turns(row, find):
+def parse_turns(row, find, labelled=True):
     """A row as (turns, Clip or None); DataError("reason: details") if it cannot be used. The turns are
-    [{"role": "user", "content": text}, {"role": "assistant", ..}, ..]; the last can be a question without answer."""
+    [{"role": "user", "content": text}, {"role": "assistant", ..}, ..]; the last can be a question without answer. An
+    answer that is missing or blank at the end is left out where none is needed (not ``labelled``)."""
     if not isinstance(row, dict):
         raise DataError(f"no JSON object: {row}")
     said = row.get("conversations", row.get("messages"))
@@ -151,6 +154,11 @@ def parse_turns(row, find):
         raise DataError(f"no question and answer: the keys are {', '.join(row)}")
     if not is_text(row.get("task_type", "")) and row["task_type"] is not None:
         raise DataError(f"task_type is no text: {row['task_type']}")
+    last = said[-1] if said and not labelled else {}
+    if ROLES.get(str(last.get("from", last.get("role")))) == "assistant":
+        content = last.get("value", last.get("content"))
+        if content is None or isinstance(content, str) and not content.strip():
+            said = said[:-1]  # VLM-RLAIF's prompts end with an answer of a line feed
     named, turns, opening, needs_video = {"video": [], "image": []}, [], "", "q" in row
     for key in ("video", "videos", "video_id", "image", "images"):
         if row.get(key) and not named[key[:5]]:
@@ -168,8 +176,8 @@ def parse_turns(row, find):
         if not text:
             raise DataError(f"empty text of {expected}")
         turns.append({"role": expected, "content": text if turns else (opening + text).strip()})
-    if len(turns) < 2:
-        raise DataError("no answer")
+    if len(turns) < 1 + labelled:
+        raise DataError("no answer" if labelled else "no question")
     return turns, _clip(row, named["video"], named["image"], needs_video, find)
 
 

@@ -205,7 +205,8 @@ def main(args):
 
     torch.manual_seed(args.seed)  # the initialisation of LoRA; every other draw has a key of its own
     with harness.one_line_errors(DataError, OSError):
-        records, report = read_records(args.data.split(","), args.video_root or None)
+        needed = "reference" in args.raters  # labels
+        records, report = read_records(args.data.split(","), args.video_root or None, labelled=needed)
         load = lambda path: load_model(path, **harness.load_options(args, device))
         model, processor = load(checkpoint or args.model)
         if args.lora_r and not checkpoint:

@@ -5,15 +5,15 @@
     points, ok = oracle.aspects(videos, questions, answers)  # (B,G,4) in [0,5]: relevance, accuracy, detail, clarity
 
 ranks (B,G) long, 0 = best, tied answers share the better place ("1224"); ok (B,) bool, False where the oracle could
-not rank a group: such a group is *counted and masked out* by the caller, never given a score.
+not rank a group (no label, no reply, a video that cannot be read): the caller *counts it and masks it out*.
 
   reference   token F1 against the labelled answer. An upper bound and a test double; not RLAIF.
   judge       a model compares two answers; its choice is read from the log-probabilities of the two replies (D1), both
               orders averaged, so that a preference for the first place cancels.      [OR Fig. 1; VLM-RLAIF Sec. 3.1]
   context     the same with a narrative: the video cut into 3 clips of at most 20 frames, each described with 'Describe
               this video in detail', joined and put before the question.              [VLM-RLAIF Sec. 3.1]
-  reward_     a checkpoint of reward_model.py: the reward at an answer's end, for a question with or without a
-    model     narrative, as it was trained.                                           [VLM-RLAIF Sec. 3.2]
+  reward_     a checkpoint of reward_model.py: its reward, read where it was trained to be read, with the narrative and
+    model     the judge's own answer if it was trained with them.                     [VLM-RLAIF Sec. 3.2]
   api         a server (api_oracle.py) sees frames, question and answers, and ranks them all at once or two by two.
   a,b,...     several raters: the mean of their ranks (D3).
 
@@ -35,9 +35,11 @@ Papers  [OR] Oracle-RLAIF arXiv:2510.02561    VLM-RLAIF arXiv:2402.03746    Iter
 """
 
 import copy
+import functools
 import hashlib
 import json
 import random
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -50,7 +52,7 @@ from transformers.hf_argparser import HfArg
 import harness
 from api_oracle import ASPECTS, COUNTERS, MODES, ApiArgs, ApiClient, ApiError, ApiOracle
 from data import Clip, DataError, FeatureCache, read_records
-from frames import clip_seconds
+from frames import VideoError, clip_seconds
 from preferences import reward_batch
 from ranks import (
     f1_parts,
@@ -108,7 +110,12 @@ def judge_prompt(question, first, second, narrative=None):
     see D1.
     """
     head = narrative or ""
-    return head, f"\nResponse 1: {first}\nResponse 2: {second}\nWhich response is better?\n{question}"
+    return head, f"\nResponse 1: {first}\nResponse 2: {second}\nWhich response is better?\n{as_text(question)}"
+
+
+def as_text(question):
+    """A question; one after earlier turns with all of them."""
+    return question if isinstance(question, str) else "\n".join(turn["content"] for turn in question)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -118,11 +125,14 @@ class ReferenceOracle:
     """Token F1 against the labelled answer; a question without one cannot be ranked."""
 
     def __init__(self, records):
-        self.answers = {(r["clip"], r["question"]): r["answer"] for r in records}
+        self.answers = {(r["clip"], as_text(r["question"])): r["answer"] for r in records}
+
+    def labels(self, videos, questions):
+        return [self.answers.get((v, as_text(q))) for v, q in zip(videos, questions)]
 
     def score(self, videos, questions, answers):
         """-> F1 (B,G) float, ok (B,) bool."""
-        refs = [self.answers.get(key) for key in zip(videos, questions)]
+        refs = self.labels(videos, questions)
         rows = [[0.0 if ref is None else token_f1(a, ref) for a in group] for ref, group in zip(refs, answers)]
         return torch.tensor(rows), torch.tensor([ref is not None for ref in refs])
 
@@ -132,10 +142,26 @@ class ReferenceOracle:
 
     def aspects(self, videos, questions, answers):
         """5 x precision, F1, recall, F1 against the label (B,G,4), which knows nothing of style. ok (B,)."""
-        refs = [self.answers.get(key) for key in zip(videos, questions)]
+        refs = self.labels(videos, questions)
         parts = lambda a, ref: (0.0, 0.0, 0.0) if ref is None else f1_parts(a, ref)
         rows = torch.tensor([[parts(a, ref) for a in group] for ref, group in zip(refs, answers)])  # (B,G,3)
         return 5 * rows[..., [0, 1, 2, 1]], torch.tensor([ref is not None for ref in refs])
+
+
+def readable_only(*width):
+    """For methods that give a row of numbers (of `width` each) per answer: groups whose video cannot be read get zeros
+    and ok False, and the run goes on."""
+    def around(method):
+        @functools.wraps(method)
+        def scored(self, videos, questions, answers):
+            bad = self.unreadable(videos)
+            keep = [b for b, video in enumerate(videos) if video not in bad]
+            out, ok = torch.zeros(len(videos), len(answers[0]), *width), torch.zeros(len(videos), dtype=torch.bool)
+            if keep:
+                out[keep], ok[keep] = method(self, *([x[b] for b in keep] for x in (videos, questions, answers)))
+            return out, ok
+        return scored
+    return around
 
 
 class JudgeOracle:
@@ -152,30 +178,52 @@ class JudgeOracle:
             weights.update(p.detach().cpu().float().numpy().tobytes())
         self.story_dir = Path(cache_dir) / "narratives" / weights.hexdigest()[:16]
         self.story_dir.mkdir(parents=True, exist_ok=True)
-        self.told = {}
+        self.told, self.checked = {}, {}
+
+    def unreadable(self, videos):
+        """Those of these videos that cannot be decoded, as a whole or in the parts that a narrative tells of: other
+        frames than the policy's, which were checked before the run. Each is named once."""
+        for video in dict.fromkeys(videos):
+            if video in self.checked:
+                continue
+            reason = self.cache.prepare([video], progress=False).get(video)
+            if self.narrative and not reason and not self.story_file(video).exists():
+                try:
+                    parts = self.cache.prepare(cut(video, self.clips), self.told_frames, progress=False)
+                    reason = next(iter(parts.values()), None)
+                except VideoError as e:  # its length is unknown
+                    reason = str(e)
+            if reason:
+                print(f"the judge cannot see a video, what is asked about it is not scored: {reason}", file=sys.stderr)
+            self.checked[video] = reason
+        return {video for video in videos if self.checked[video]}
+
+    @property
+    def told_frames(self):
+        return min(self.max_frames, self.processor.num_frames)
 
     # -- the narrative ------------------------------------------------------------------------------------------
     def narratives(self, videos):
-        """One text per video: `clips` parts of equal length, each described greedily, joined. Kept in memory and on
-        disk, so that a video is described once, also across resumed runs."""
+        """One text per video: `clips` parts of equal length, each described greedily, joined; None for one that cannot
+        be read. Kept in memory and on disk, so that a video is described once, also across resumed runs."""
+        bad = self.unreadable(videos)
         for video in dict.fromkeys(videos):
-            file = self.story_file(video)
-            if video not in self.told and file.exists():
-                self.told[video] = file.read_text()
-        new = [v for v in dict.fromkeys(videos) if v not in self.told]
+            if video not in bad and video not in self.told and self.story_file(video).exists():
+                self.told[video] = self.story_file(video).read_text()
+        new = [v for v in dict.fromkeys(videos) if v not in self.told and v not in bad]
         for i in range(0, len(new), self.rows // self.clips or 1):
             some = new[i : i + (self.rows // self.clips or 1)]
             texts = self.describe([part for v in some for part in cut(v, self.clips)])
             for k, video in enumerate(some):
                 self.told[video] = " ".join(texts[k * self.clips : (k + 1) * self.clips])
                 harness.write(self.story_file(video), self.told[video])
-        return [self.told[v] for v in videos]
+        return [self.told.get(v) for v in videos]
 
     def story_file(self, video):
         return self.story_dir / f"{self.cache.key(video, self.max_frames)[:32]}-{self.clips}.txt"
 
     def describe(self, clips):
-        return self.answer(clips, [DESCRIBE] * len(clips), min(self.max_frames, self.processor.num_frames))
+        return self.answer(clips, [DESCRIBE] * len(clips), self.told_frames)
 
     def answer(self, clips, questions, num_frames=None):
         """Greedy answers, one each."""
@@ -246,8 +294,10 @@ class JudgeOracle:
             p |= {one: torch.sigmoid(reply[2 * k] - reply[2 * k + 1]) for k, one in enumerate(row)}
         return p
 
+    @readable_only()
     def score(self, videos, questions, answers):
-        """Mean probability of winning against the other answers of the group (B,G), ok (B,)."""
+        """Mean probability of winning over the answers of the group, itself and its copies counted as 1/2 (B,G), ok
+        (B,). Its mean over a group is 1/2: a score that is only comparable within one."""
         prefers = self.preferences(videos, questions, answers)
         # rounding: copies of one answer sum the same numbers in another order and must stay tied
         return prefers.mean(-1).mul(1e5).round().div(1e5), torch.ones(len(videos), dtype=torch.bool)
@@ -258,6 +308,7 @@ class JudgeOracle:
 
     # -- scores 0-5 per aspect ----------------------------------------------------------------------------------
     @torch.no_grad()
+    @readable_only(4)
     def aspects(self, videos, questions, answers):
         """[D4] Each answer on its own, whatever else is in its group, against the answer that the judge itself gives:
 
@@ -323,9 +374,14 @@ class RewardModelOracle:
         if self.narrative or self.guided:  # it reads this model's narratives and answers
             self.teller = JudgeOracle(model, cache_dir, True, device, clips=max(clips, 1), dtype=dtype)
 
+    def unreadable(self, videos):
+        told = self.teller.unreadable(videos) if self.teller else set()
+        return told | set(self.cache.prepare(videos, progress=False))
+
     @torch.no_grad()
+    @readable_only()
     def score(self, videos, questions, answers):
-        """-> rewards (B,G), ok (B,). [D2] Of equal answers one is read."""
+        """-> rewards (B,G), ok (B,). [D2] Of equal answers one counts. A reward that is no number: ok False."""
         stories = self.teller.narratives(videos) if self.narrative else [None] * len(videos)
         owns = self.teller.answer(videos, questions) if self.guided else [None] * len(videos)
         rows = [[(q, story, a, own) for a in group]
@@ -337,8 +393,8 @@ class RewardModelOracle:
                                                    self.answer_first)
             values = token_scores(self.model, prefix, tokens, lengths).view(tokens.shape)  # (B,G,T)
             rewards.append(values.gather(-1, lengths.unsqueeze(-1) - 1).squeeze(-1).cpu())
-        same = torch.tensor(one_of_equals(answers))
-        return torch.cat(rewards).gather(1, same), torch.ones(len(videos), dtype=torch.bool)
+        rewards = torch.cat(rewards).gather(1, torch.tensor(one_of_equals(answers)))
+        return rewards.nan_to_num(), rewards.isfinite().all(-1)
 
     def rank(self, videos, questions, answers):
         scores, ok = self.score(videos, questions, answers)

@@ -277,7 +277,8 @@ def main(args):
 
     torch.manual_seed(args.seed)  # the initialisation of LoRA; every other draw has a key of its own
     with harness.one_line_errors(DataError, OSError):
-        records, report = read_records(args.data.split(","), args.video_root or None)
+        needed = "reference" in args.raters  # labels
+        records, report = read_records(args.data.split(","), args.video_root or None, labelled=needed)
         roles = Roles(args, checkpoint, device)
     processor, eos = roles.processor, roles.processor.tokenizer.eos_token_id
     optimizer = torch.optim.AdamW(  # I20

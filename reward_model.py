@@ -185,7 +185,8 @@ def collect(args, rank, world, device):
     question asked, dropped ones too; a killed collection goes on behind its last whole row."""
     file, done = Path(args.preferences), 0
     with harness.one_line_errors(DataError, OSError):
-        records, report = read_records(args.data.split(","), args.video_root or None)
+        needed = args.oracle == "reference"  # labels
+        records, report = read_records(args.data.split(","), args.video_root or None, labelled=needed)
         policy, processor = load_model(args.model, device=str(device))
         done = open_answers(file, args, rank)
     policy.requires_grad_(False).eval()

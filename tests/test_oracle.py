@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import oracle
 from api_oracle import ApiOracle
 from data import Clip, DataError, read_records
+from frames import VideoError
 from oracle import (
     DESCRIBE,
     JudgeOracle,
@@ -349,6 +351,22 @@ def test_rewards_are_read_at_the_end_of_the_text(rewarding, policy, clips, tmp_p
     assert ranks[1][scores[1].argsort(descending=True)].tolist() == [0, 1, 2, 3]
 
 
+def test_a_reward_that_is_no_number_is_not_ranked(rewarding, policy, clips, tmp_path, monkeypatch):
+    """Nothing is greater than NaN: it would have rank 0, the best."""
+    (rewarding / "reward_model.json").write_text(json.dumps(dict(narrative_clips=0, narrative_model=str(policy),
+                                                                 answer_first=True, guided=False)))
+    rater, real = RewardModelOracle(rewarding, tmp_path), oracle.token_scores
+
+    def spoilt(*args):
+        values = real(*args)
+        values[1] = float("nan")  # the second answer to the first question
+        return values
+
+    monkeypatch.setattr(oracle, "token_scores", spoilt)
+    scores, ok = rater.score(clips, QUESTIONS, ANSWERS)
+    assert ok.tolist() == [False, True, True] and scores.isfinite().all()
+
+
 def test_what_is_no_reward_model_is_refused(rewarding, policy, tmp_path):
     with pytest.raises(DataError, match="scalar head"):
         RewardModelOracle(policy, tmp_path)
@@ -475,6 +493,40 @@ def test_narratives_are_told_once(policy, clips, tmp_path, monkeypatch):
     assert context.narratives([clips[1]]) == [told[1]]
     assert JudgeOracle(policy, tmp_path, narrative=True).narratives([clips[1], clips[0]]) == [told[1], told[0]]
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_video_damaged_where_only_the_narrative_looks_is_not_scored(policy, clips, tmp_path, monkeypatch, capsys):
+    """The policy's frames of a long video can be sound and those of a third of it not: the run goes on."""
+    real = data.read_frames
+
+    def damaged(path, num_frames, start=None, end=None, sampling="linspace"):
+        if path == clips[1].path and start:
+            raise VideoError(f"{path}: damaged at {start}")
+        return real(path, num_frames, start, end, sampling)
+
+    monkeypatch.setattr(data, "read_frames", damaged)
+    context, asked = JudgeOracle(policy, tmp_path, narrative=True), (clips, QUESTIONS, ANSWERS)
+    for _ in range(2):
+        scores, ok = context.score(*asked)
+        points, fine = context.aspects(*asked)
+        assert ok.tolist() == fine.tolist() == [True, False, True] and not scores[1].any() and not points[1].any()
+    assert not context.score(clips[1:2], QUESTIONS[1:2], ANSWERS[1:2])[1].any()  # alone
+    said = capsys.readouterr().err
+    assert said.count("damaged at") == said.count("\n") == 1 and clips[1].path in said  # named once
+    alone = JudgeOracle(policy, tmp_path, narrative=True).score(*([x[0], x[2]] for x in asked))[0]
+    torch.testing.assert_close(scores[[0, 2]], alone)
+    assert context.narratives(clips)[1] is None and all(context.narratives([clips[0], clips[2]]))
+
+
+def test_a_question_after_earlier_turns(judge, clips):
+    """The judge reads their words, not Python's idea of a list; a label is found for the question behind them."""
+    turns = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a circle"},
+             {"role": "user", "content": "where does it go?"}]
+    tail = judge_prompt(turns, "left", "right")[1]
+    assert tail.endswith("Which response is better?\nwhat is it?\na circle\nwhere does it go?") and "role" not in tail
+    assert judge.score(clips[:1], [turns], [["left", "right"]])[1].all()
+    reference = ReferenceOracle([dict(clip=clips[0], question=turns, answer="left")])
+    assert reference.score(clips[:1], [turns], [["left", "right"]])[0].tolist() == [[1.0, 0.0]]
 
 
 def test_another_model_tells_its_own_narratives(policy, clips, judge, tmp_path, monkeypatch):

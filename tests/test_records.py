@@ -170,6 +170,21 @@ def test_report(one, tmp_path):
         f"skipped 1 rows, empty text of assistant; {tmp_path / 'x.json'} record 12: empty text of assistant"]
 
 
+def test_questions_without_labels(tmp_path):
+    touch(tmp_path / "a.mp4")
+    rows = [{"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\nwhat?"}]},
+            {"video": "a.mp4", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "\n"}]},
+            {"video_id": "a", "q": "what?"}, {"video_id": "a", "q": "what?", "a": None}, qa("a.mp4", "what?", "red")]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    records, report = read_records([str(tmp_path / "x.json")], labelled=False)
+    assert [(r["question"], r["answer"]) for r in records] == [("what?", None)] * 4 + [("what?", "red")]
+    assert not report["skipped"] and read_records([str(tmp_path / "x.json")])[1]["records"] == 1
+    rows[0]["conversations"] = [*qa("a.mp4", "what?", "red")["conversations"], {"from": "human", "value": "and then?"}]
+    (tmp_path / "x.json").write_text(json.dumps(rows[:1]))
+    first, second = read_records([str(tmp_path / "x.json")], labelled=False)[0]
+    assert first["answer"] == "red" and second["answer"] is None and second["question"][-1]["content"] == "and then?"
+
+
 @pytest.mark.parametrize("name, data, words", [
     ("x.json", "", "cannot be read"), ("x.json", "[{", "cannot be read"), ("x.json", "[" * 99999, "cannot be read"),
     ("x.json", "[]", "no rows"), ("x.json", "3", "no list of rows"), ("x.json", '{"a": []}', "no list of rows"),
