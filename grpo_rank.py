@@ -13,9 +13,9 @@ Differs  D1  the advantage. [OR] ranks the answers twice, by the oracle (t) and 
              and rewards the answers on which both agree. That is agreement, not quality: a bad answer that the policy
              already ranks last has penalty 0 and is pushed *up*; the best answer, if the policy finds it unlikely, has
              the largest penalty and is pushed *down*. `--advantage published` does what is printed (and loses
-             accuracy); the default `oracle_rank` judges an answer as if it were the one shown, at slot 0, so that its
-             penalty is that of showing an answer of its rank; `signed` keeps [OR]'s penalty and takes the direction
-             from p - t. Same penalty function, same zero-sum form in all three.
+             accuracy). The default, `oracle_rank`, does not use p: delta_i = delta(0 -> t_i) = 1 - g(t_i), the gain
+             that is lost where the place of the best answer holds the answer of rank t_i. `signed` keeps [OR]'s penalty
+             and takes the direction from p - t. All three are zero-sum, with the same penalty function.
          D2  the penalty's closed form. [OR] as available to us prints no formula, only two values, delta(0->4) = 0.4830
              and delta(4->3) = 0.0243, and three properties (zero-sum, bounded, top-heavy). `penalty` is the simplest
              form found that meets both values and all three; the form in second-hand notes, 1 - DCG(p)/DCG(t), gives
@@ -30,17 +30,25 @@ Differs  D1  the advantage. [OR] ranks the answers twice, by the oracle (t) and 
              have zero expected gradient.
          D7  unpublished in [OR]: learning rate, beta, clip range, entropy coefficient, temperature. Ours are tuned on
              the embedded world; the published ones are G = 5, batch 64, 4 epochs (we read: passes over the
-             questions), QLoRA r = 64, alpha = 16, 50 frames, 32 queries: --preset paper.
+             questions), QLoRA r = 64, alpha = 16: --preset paper; 50 frames, 32 queries: a start made that way.
+         D8  an answer cut at --max_new_tokens is ranked as it stands; no EOS enters its loss.
+
+Masked       a group the oracle could not rank: no advantage, no KL, no entropy, no tokens in the mean. Nothing ranked
+             in a step: no update; in three in a row: the run ends, as it does where a server refuses key or address.
+Left out     before step 0: videos that cannot be decoded (broken_videos.json), clips whose labels SFT saw.
+Gradient     flows through the log-probabilities and the entropy of step 4 alone; tokens, ranks, A, pi_old, pi_ref are
+             constants.
 
 symbol        name          shape    meaning                                                       made in
+B             len(mine)     ()       questions of this process in a step                           step 1
 G             args.G        ()       answers per question                                          --G
 o_{i,t}       tokens        (B,G,T)  sampled answers; n = G * questions of a micro-batch           step 1
 m_{i,t}       mask          (n,T)    1 on answer tokens *including EOS*, from lengths              step 4
 t_i           oracle_ranks  (B,G)    the oracle's rank, 0 = best, ties share the better place      step 2
-p_i           policy_ranks  (B,G)    rank by the policy's own sequence log-probability             step 3
+p_i           policy_ranks  (B,G)    rank by the policy's summed log-probability of the answer     step 3
 g(r)          gain          (B,G)    log2(2+r)/(1+r): 1, .7925, .6667, .5805, .5170                step 3
-delta_i       delta         (B,G)    rank penalty in [0,1)                                         step 3
-A_i           advantages    (B,G)    mean_j delta_j - delta_i                                      step 3
+delta_i       delta         (B,G)    rank penalty in [0,1): delta(0 -> t_i), or delta(t_i -> p_i)  step 3
+A_i           advantages    (B,G)    mean_j delta_j - delta_i (D1), over the group's deviation (D3)  step 3
 rho_{i,t}     ratio         (n,T)    pi / pi_old                                                   step 4
 """
 
@@ -73,13 +81,15 @@ class Args(OracleArgs, harness.ShardArgs):  # flags of oracle.py, api_oracle.py,
     PRESETS = {"paper": dict(  # [OR]; lr, answer length and memory are ours (D7); no annotation: this is not a flag
         G=5, prompts_per_step=64, epochs=4, lora_r=64, lora_alpha=16, quantize="nf4", dtype="bfloat16",
         oracle_dtype="bfloat16", gradient_checkpointing=True, tokens_per_micro_batch=1500, lr=3e-5, max_new_tokens=128)}
-    preset: str = HfArg(default="", help="paper: QLoRA at the published values; other flags still win")
+    preset: str = HfArg(default="", help="paper: the published G, batch, epochs and QLoRA, with rates, lengths and "
+                        "precision of ours (D7); other flags still win")
     # -- the paper's hyper-parameters
     G: int = HfArg(default=5, help="answers per question [OR: 5]")
     advantage: str = HfArg(default="oracle_rank", help="oracle_rank | published | signed (D1) | score: GRPO on the "
                            "oracle's scores [G] | random: control, ranks drawn at random")
     scale_advantages: bool = HfArg(default=True, help="divide by the group's standard deviation (D3)")
-    clip_range: float = HfArg(default=0.2, help="epsilon of the clipped surrogate [G Eq. 3]")
+    clip_range: float = HfArg(default=0.2, help="epsilon of the clipped surrogate [G Eq. 3]; acts from the second of "
+                              "--inner_epochs on, as pi is pi_old in the first")
     beta: float = HfArg(default=0.03, help="weight of the KL to the SFT start, k3 in the loss (D6)")
     entropy_coef: float = HfArg(default=0.0, help="weight of the entropy bonus")
     inner_epochs: int = HfArg(default=1, help="optimizer steps per batch of answers; the second and later ones clip")
@@ -124,7 +134,10 @@ class Args(OracleArgs, harness.ShardArgs):  # flags of oracle.py, api_oracle.py,
         harness.above_zero(self, "clip_range", "temperature", "lr")
         if self.clip_range >= 1:
             raise ValueError(f"--clip_range {self.clip_range}: must be below 1")
+        if self.epochs and self.steps != type(self).steps:
+            raise ValueError("--steps and --epochs: give one of them (--preset paper sets 4 epochs: add --epochs 0)")
         self.model = self.model or sft_start(self.seed)
+        harness.check_start(self, "model")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -158,7 +171,7 @@ def penalty(true_ranks, shown_ranks):
 
 def rank_advantages(kind, oracle_ranks, policy_ranks):
     """[OR; D1] Zero-sum advantages (B,G) of a group's answers from two rankings of them, (B,G) each."""
-    if kind == "oracle_rank":  # delta(0 -> t) = 1 - g(t): the answer as if it were the one shown
+    if kind == "oracle_rank":  # delta(0 -> t) = 1 - g(t): the answer of rank t in the place of the best
         delta = 1 - gain(oracle_ranks)[0]
         A = delta.mean(-1, keepdim=True) - delta
     elif kind == "published":  # as printed: what policy and oracle agree on is pushed up, good or bad
@@ -236,9 +249,13 @@ def main(args):
               "queries, [OR] 50 with 32; sft.py --preset paper makes such a start")
     log = harness.Log(folder, args.steps, start, rank)
 
-    for step in range(start, args.steps):
-        if evals and step % args.eval_steps == 0:
+    for step in range(start, args.steps + 1):
+        if evals and (step % args.eval_steps == 0 or step == args.steps):
             log.add("eval/accuracy", *count_correct(evals[rank::world], model, processor, cache))
+            if step == args.steps:
+                log.step(step, show=["eval/accuracy"])
+        if step == args.steps:
+            break
         clock = [time.time()]
         mine = question_indices(len(records), step, args)[rank::world]  # B of this process
         batch = [records[i] for i in mine]
@@ -265,7 +282,8 @@ def main(args):
         clock.append(time.time())
 
         # 3. Advantage                                                                                 [OR; D1-D4]
-        #    All log-probabilities come from one function, in micro-batches of groups of like length.
+        #    In micro-batches of groups of like length. The log-probabilities of the loss come from `token_logprobs`;
+        #    those noted while sampling, summed over an answer, serve the policy's ranks alone.
         micros = micro_batches(prefix.attention_mask.sum(-1) + lengths.sum(-1), args.tokens_per_micro_batch)
 
         def logprobs_of(m, i):  # -> (n,T), (n,T): log-probability and entropy of every answer token, n = len(i)*G
@@ -285,6 +303,7 @@ def main(args):
             advantages = scale_by_std(advantages)
         advantages = (advantages * ok.unsqueeze(-1)).float().to(device)  # (B,G), 0 where the oracle gave no order
         n_tokens = harness.all_sum((lengths * ok.to(device).unsqueeze(-1)).sum().double()).clamp(min=1)  # D5: global
+        learns = harness.any_scored(log, ok, step)
 
         # 4. Update: `inner_epochs` steps on J - beta KL + c H                                     [G Eq. 3; D5, D6]
         for g in optimizer.param_groups:
@@ -307,7 +326,8 @@ def main(args):
             grad_norm = harness.clip_gradients(params)
             asked = [{"question": str(q), "answers": a} for q, a in zip(questions, answers)]
             harness.stop_if_not_finite(grad_norm, log, folder, step, asked)
-            optimizer.step()
+            if learns:
+                optimizer.step()
             optimizer.zero_grad()
             log.add("policy/grad_norm", grad_norm)
         clock.append(time.time())

@@ -44,6 +44,8 @@ STEP = timedelta(minutes=30)  # for what all processes do at about the same time
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KL_WARNING = 10.0  # nats: so far from its start a policy says something else altogether
 WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; the others get nothing
+NEUTRAL = ("tokens_per_micro_batch", "micro_batch_size", "gradient_checkpointing", "unpack_nf4", "save_steps",
+           "api_url", "api_concurrency", "api_timeout", "api_retries")  # may differ when resumed: no number changes
 TRAINED = whole.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
@@ -127,6 +129,13 @@ def check_training(args, batch=None):
     elif batch and size % (world * args.micro_batch_size):
         raise ValueError(f"--{batch} {size} must be a multiple of processes x --micro_batch_size "
                          f"({world} x {args.micro_batch_size})")
+
+
+def check_start(args, flag):
+    """ValueError where the model of `--flag` is an adapter: without it, it is no reference for what is trained next."""
+    path = Path(getattr(args, flag))
+    if (path / "adapter_config.json").exists():
+        raise ValueError(f"--{flag} {path}: an adapter; name the merged model, final/ beside it")
 
 
 @contextlib.contextmanager
@@ -362,18 +371,20 @@ def git_commit():
 def open_run(folder, args, rank):
     """Create the run folder, or find where to continue. -> checkpoint to resume from (Path) or None.
 
-    Without --resume a folder in use is refused. With it, changed flags are refused, a finished run ends the script,
-    and a folder that does not exist yet is simply a new run. A folder that another run is writing to is refused always.
+    Without --resume a folder in use is refused. With it, changed flags are refused (but those of NEUTRAL), a finished
+    run ends the script, and a folder that does not exist yet is simply a new run; so is one of a run that ended before
+    it did anything, a mistyped --data for example. A folder that another run is writing to is refused always.
     """
     folder = Path(folder)
     own(folder / "lock", rank)
     flags = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name not in ("resume", "stage")}
     last = None
-    if (folder / "args.json").exists():
+    if {p.name for p in folder.glob("*")} - {"args.json", "lock", "broken_videos.json"}:
         if not args.resume:
             sys.exit(f"{folder} is in use: continue it with --resume, or choose another --name")
         saved = json.loads((folder / "args.json").read_text())
-        changed = [k for k, v in flags.items() if saved["args"].get(k) != json.loads(json.dumps(v))]
+        now = json.loads(json.dumps(flags)).items()
+        changed = [k for k, v in now if saved["args"].get(k) != v and k not in NEUTRAL]
         if changed:
             sys.exit(f"{folder} was started with another --{changed[0]}: resume it with the same flags")
         if (folder / "final").exists():
@@ -384,6 +395,7 @@ def open_run(folder, args, rank):
     all_gather(None)  # every rank has looked before rank 0 writes
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "broken_videos.json").unlink(missing_ok=True)
         for half in list(folder.rglob("*.tmp")):  # what a killed run left behind
             shutil.rmtree(half) if half.is_dir() else half.unlink(missing_ok=True)
         about = dict(args=flags, git_commit=git_commit(), torch=torch.__version__, command=" ".join(sys.argv),
@@ -481,18 +493,17 @@ class Log:
 
     `add(key, total, count)` gathers sums over micro-batches; `step` adds them up over all processes and divides once,
     so a logged mean is the true mean over the global batch, whatever the micro-batch size and the number of processes.
-    Every process must add the same keys.
-    """
+    Every process must add the same keys."""
 
     def __init__(self, folder, steps, first_step, rank):
         self.steps, self.first, self.rank, self.sums = steps, first_step, rank, {}
-        self.stop, self.not_finite, self.warned = 0, None, False
+        self.stop, self.not_finite, self.warned, self.unscored = 0, None, False, 0
         self.began = self.last = time.time()
         if rank == 0:
             self.file = Path(folder, "metrics.jsonl")
             for file in Path(folder).glob("*.jsonl"):  # the steps behind the checkpoint are done again
-                rows = file.read_text().splitlines()
-                kept = [r for r in rows if r.endswith("}") and json.loads(r)["step"] < first_step]
+                rows = file.read_text().split("\n")[:-1]  # half a row, which a kill leaves, has no line feed
+                kept = [r for r in rows if json.loads(r)["step"] < first_step]
                 write(file, "".join(r + "\n" for r in kept))
             self.board = SummaryWriter(folder, purge_step=first_step)
 
@@ -540,11 +551,22 @@ def prepare_videos(cache, clips, folder, rank, world):
     for part in all_gather(cache.prepare(mine, progress=rank == 0)):
         broken |= part
     if rank == 0 and broken:
-        listed = {f"{c.path} [{c.start}, {c.end}]": reason for c, reason in broken.items()}
-        Path(folder, "broken_videos.json").write_text(json.dumps(listed, indent=2))
+        file = Path(folder, "broken_videos.json")  # of training and of held-out questions
+        listed = json.loads(file.read_text()) if file.exists() else {}
+        listed |= {f"{c.path} [{c.start}, {c.end}]": reason for c, reason in broken.items()}
+        write(file, json.dumps(listed, indent=2))
         for reason in list(broken.values())[:5]:
             print(f"left out: {reason}")
     return broken
+
+
+def any_scored(log, ok, step):
+    """Could the oracle rank any group in this step, ok (B,)? If not, momentum alone must not move the weights; three
+    such steps in a row end the run."""
+    log.unscored = 0 if all_sum(ok.sum().double()) else log.unscored + 1
+    if log.unscored == 3:
+        sys.exit(f"step {step}: for three steps the oracle has ranked nothing; when it can again: {resume_command()}")
+    return not log.unscored
 
 
 def stop_if_not_finite(grad_norm, log, folder, step, batch):

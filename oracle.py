@@ -373,6 +373,7 @@ class RewardModelOracle:
                             f"guided ({e!r})") from None
         if self.narrative or self.guided:  # it reads this model's narratives and answers
             self.teller = JudgeOracle(model, cache_dir, True, device, clips=max(clips, 1), dtype=dtype)
+            self.told_by = model, self.teller.clips
 
     def unreadable(self, videos):
         told = self.teller.unreadable(videos) if self.teller else set()

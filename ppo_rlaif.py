@@ -16,18 +16,21 @@ Differs  D1  masks. In the released code of [V] the score stands at the last *te
              over pads, and losses are means over all positions, so that short answers learn slowly. Here every mask
              comes from lengths, and every mean is over the real tokens of all processes.
          D2  the KL is k1 = log pi - log pi_ref as it is. [V] clamps it at 0 per token, which makes a penalty whose
-             expectation is not the KL: it punishes all change and never pays back.
+             expectation is not the KL: a token that became likelier pays, one that became less likely gets nothing.
          D3  scores are normalised once: mean 0, standard deviation 1 over the first batch, as [Z] does with answers of
              the start. [V] multiplies by 10 (--reward_scale 10). kl_coef and the value's clip range then mean the same
              for every oracle.
          D4  G answers to a question, so that video and question are encoded once for all (video_llm.packed). [V]: one.
          D5  a value model that starts from a reward model reads its narrative before the question: a critic may know
              more of the video than the policy, as long as nothing the policy does changes it. [V]: for the judge alone.
+             Its prompt: narrative, question, then the answer token by token, also where the reward model reads the
+             answer first.
          D6  `tiny` trains all weights, so policy, reference and value model (and reward model) are networks of their
              own. With --lora_r they are adapters of *one* base network: policy adapter, value adapter, reference =
              adapters off, and the reward model's adapter, where it has the same base: four roles, one set of weights.
          D7  early stop: every --eval_steps steps *another* oracle than the one that gives the reward compares greedy
-             answers with those of the start (--stop_oracle); final/ is the best of these policies. Not in [V].
+             answers with those of the start (--stop_oracle); final/ is the best of these policies, the start among
+             them. Not in [V].
          D8  rates, KL and schedule are ours, tuned on the embedded world; --preset paper has those of [V]'s script.
          D9  scores are centred within the G answers to a question (--center_scores). Bradley-Terry fixes rewards only
              up to a constant for every question, so what a reward model says of one question beside another is noise
@@ -45,7 +48,8 @@ The implementation details of PPO for language models: what, from where, and whe
          I8  scores normalised to mean 0 and standard deviation 1 before training [Z, S]                  normal_of
          I9  an answer without EOS pays a penalty [Z, N+, L]; a long one can [L]                          shaped_scores
          I10 adaptive KL coefficient, a log-space proportional controller [Z Sec. 2.2]; fixed in [V]       next_kl_coef
- value   I11 a network of its own, initialised from the reward model [S, O, L], head rescaled as I8       Roles, step 2
+ value   I11 a network of its own, initialised from the reward model [S, O, L]; its head rescaled as I8, or zero where
+             scores are centred or another oracle's                                               Roles, rescale_head
          I12 without a reward model: from the start, head zero [Z]                                       add_scalar_head
          I13 V(s_t) is read before token t; behind the end V = 0: the episode is over                     token_scores
          I14 gamma = 1 [Z]; lambda = 0.95 [Z] or 1 [V, L]                                                  gae
@@ -73,6 +77,7 @@ rho_t         ratio          (N,T)   pi / pi_old                                
 
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +196,7 @@ class Args(OracleArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py,
         if self.stop_oracle == "api":
             self.check_api(needed=True)
         self.model = self.model or sft_start(self.seed)
+        harness.check_start(self, "model")
         self.value_model = self.value_model or (self.reward_model if "reward_model" in self.raters else "sft")
 
 
@@ -293,6 +299,8 @@ def main(args):
     with harness.one_line_errors(DataError, OSError):
         loaded = (roles.policy, processor) if "reward" in roles.adapters else None
         oracle = make_oracle(args, records, str(device), loaded=loaded)
+        if args.stop_oracle and len(evals) < world:
+            sys.exit(f"{args.eval_data}: {len(evals)} usable questions; --stop_oracle needs one for each process")
         validate = Validation(args, evals[rank::world], roles, cache, str(device))
         value_prompt = value_prompts(args, roles, oracle, str(device))
     if rank == 0:
@@ -304,7 +312,8 @@ def main(args):
 
     for step in range(start, args.steps + 1):
         if evals and (step % args.eval_steps == 0 or step == args.steps):
-            stop = validate(log, roles, step, state, folder, rank)
+            with harness.one_line_errors(ApiError):
+                stop = validate(log, roles, step, state, folder, rank)
             if stop or step == args.steps:
                 log.step(step, show=["eval/accuracy", "eval/margin"])
         if step == args.steps or stop:
@@ -320,6 +329,7 @@ def main(args):
         draw = lambda i: np.random.default_rng([args.seed, step, i]).random((args.G, args.max_new_tokens))
         uniforms = torch.from_numpy(np.stack([draw(i) for i in mine]))  # (B,G,T)
         with roles.as_("policy") as policy:
+            # The log-probabilities noted here are not used: step 3 computes them as the update will, so that rho is 1.
             tokens, lengths, _ = generate(policy, prefix, uniforms, eos, args.temperature)  # (B,G,T), (B,G)
         answers = processor.decode_answers(tokens, lengths)
         clock.append(time.time())
@@ -330,13 +340,15 @@ def main(args):
         if args.random_reward:
             scores = random_scores(answers, mine, step, args.seed)
         scores, ok = scores.float().to(device), ok.to(device)
+        scored = harness.any_scored(log, ok, step)  # nothing to learn where not
         relative = centered(scores) if args.center_scores else scores  # D9
-        if state["normal"] is None:  # I8, D3: from the first batch, for good
+        if state["normal"] is None and scored:  # I8, D3: from the first batch, for good
             state["normal"] = normal_of(relative, ok, args.reward_scale)
-            if args.value_model != "sft":  # what is expected of centred scores is 0, whatever the question
+            if args.value_model != "sft":  # I11; what is expected of centred scores is 0, whatever the question
                 mean, gain = state["normal"]
-                roles.rescale_head(mean, 0.0 if args.center_scores else gain)
-        mean, gain = state["normal"]
+                its_own = args.raters == ["reward_model"] and args.value_model == args.reward_model
+                roles.rescale_head(mean, gain if its_own and not args.center_scores else 0.0)
+        mean, gain = state["normal"] or (0.0, 1.0)
         ended = tokens.gather(-1, (lengths - 1).unsqueeze(-1)).squeeze(-1) == eos  # (B,G)
         shaped = shaped_scores((relative - mean) * gain, ended, lengths, args.missing_eos_penalty, args.length_penalty,
                                args.max_new_tokens)  # (B,G)
@@ -412,7 +424,8 @@ def main(args):
                         log.add("policy/grad_norm", grad_norm)
                     else:
                         log.add("val/grad_norm", grad_norm)
-                optimizer.step()
+                if scored:
+                    optimizer.step()
                 optimizer.zero_grad()
         clock.append(time.time())
 
@@ -434,7 +447,7 @@ def main(args):
                                    "val/explained_variance", "rollout/len"])
 
         # 6. The KL coefficient for the next batch; save
-        if args.target_kl:
+        if args.target_kl and scored:
             state["kl_coef"] = next_kl_coef(state["kl_coef"], row["objective/kl"], args.target_kl,
                                             args.prompts_per_step * args.G, args.kl_horizon)
         if rank == 0 and step % 25 == 0:

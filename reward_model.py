@@ -138,6 +138,7 @@ class Args(harness.ModelArgs):  # --dtype, ...: harness.py
         if self.stage == "collect" and "," in self.preferences:
             raise ValueError(f"--preferences {self.preferences}: --stage collect writes one file")
         self.model = self.model or sft_start(self.seed)
+        harness.check_start(self, "base")
         self.own_file = bool(self.preferences)
         parts = f"_c{self.clips}" if self.oracle == "context" else ""
         default = f"runs/reward_model/preferences/{self.oracle}{parts}_s{self.seed}.json"

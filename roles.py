@@ -125,7 +125,8 @@ def value_prompts(args, roles, oracle, device):
     about = json.loads(file.read_text()) if file.exists() else dict(narrative_clips=0)
     cache, teller = FeatureCache(unwrap(roles.value), roles.value_processor, args.cache), None
     if about["narrative_clips"]:
-        teller = getattr(oracle, "teller", None) or JudgeOracle(about["narrative_model"], args.cache, True, device,
+        same = getattr(oracle, "told_by", None) == (about["narrative_model"], about["narrative_clips"])
+        teller = oracle.teller if same else JudgeOracle(about["narrative_model"], args.cache, True, device,
                                                                 clips=about["narrative_clips"],
                                                                 dtype=args.oracle_dtype)
 
