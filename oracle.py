@@ -368,6 +368,7 @@ class RewardModelOracle:
             about = json.loads(Path(model_dir, "reward_model.json").read_text())
             clips, model = int(about["narrative_clips"]), str(about["narrative_model"])
             self.narrative, self.answer_first, self.guided = clips > 0, about["answer_first"], about["guided"]
+            self.limits = about.get("max_prompt_tokens"), about.get("max_answer_tokens")  # as in training
         except (ValueError, LookupError, TypeError) as e:
             raise DataError(f"{model_dir}/reward_model.json: no narrative_clips, narrative_model, answer_first and "
                             f"guided ({e!r})") from None
@@ -391,7 +392,7 @@ class RewardModelOracle:
         for n in range(0, len(videos), self.rows):
             some = slice(n, n + self.rows)
             prefix, tokens, lengths = reward_batch(rows[some], videos[some], self.processor, self.cache, self.device,
-                                                   self.answer_first)
+                                                   self.answer_first, *self.limits)
             values = token_scores(self.model, prefix, tokens, lengths).view(tokens.shape)  # (B,G,T)
             rewards.append(values.gather(-1, lengths.unsqueeze(-1) - 1).squeeze(-1).cpu())
         rewards = torch.cat(rewards).gather(1, torch.tensor(one_of_equals(answers)))

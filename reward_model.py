@@ -10,24 +10,26 @@ Papers   [V] VLM-RLAIF arXiv:2402.03746, Sec. 3.1      [BT] Bradley and Terry 19
 Makes    runs/reward_model/<name>_s<seed>/final: what `oracle.py --oracle reward_model` and `ppo_rlaif.py` read, and
          runs/reward_model/preferences/*.json: a preference file in VLM-RLAIF's own format
 
-Differs  D1  the two answers compared are the first two *different* ones of --samples draws. [V] draws two; those of a
-             7B model are long and never agree, those of `tiny` are a word or two and often do.
+Differs  D1  every two *different* answers among --samples draws are compared (equal but for case, punctuation and
+             articles: the same), up to six pairs a question. [V] draws two; those of a 7B model are long and never
+             agree, those of `tiny` are a word or two and often do.
          D2  near-ties (--min_margin) are dropped and counted. [V] asks the judge once and takes what it says; ours is
-             asked in both orders, and where the two nearly cancel its choice is its taste for a place.
+             asked in both orders, and where the two nearly cancel its choice is its taste for a place. An exact tie is
+             always dropped; nobody learns to prefer an empty answer, but one can be rejected.
          D3  the answer stands *before* the question, as in the judge's task ("Response 1: .. Which response is better?
              <question>"), and the reward is the scalar at the prompt's last token: a small model compares an answer
              with what it would say itself where it is about to say it. [V] shows it last; its code pads on the left and
-             reads position -1 behind a turn that asks for a quality score. `--answer_first False`: at the answer's last
-             token (EOS), found by its length; a row of the ablation.
+             reads position -1 behind a turn that asks for a quality score. `--guided False --answer_first False`: at
+             the answer's last token (EOS), found by its length; a row of the ablation.
          D4  the reward model reads the narrative too (--narrative). [V]'s reward prompt has a slot for a caption that
              the released code fills with None. `--narrative False` leaves it out: a row of the ablation.
          D5  what it starts from (--base): the SFT model that judges and describes, as in [V] (there the 13B model),
              and not the weaker one that answers; from that one: another row of the ablation.
          D6  the centring term is [C]'s mean of squares per pair; [V]'s |batch mean| depends on the micro-batch.
          D7  accuracy is measured on pairs whose *videos* were not trained on; [V]'s scripts pass one file for both.
-         D8  at the end the rewards are shifted and scaled to mean 0 and deviation 1 over the training answers [N], in
-             the weights of the head, so that PPO's KL weight means the same whatever the reward model; [V] multiplies
-             the reward by 10.
+         D8  at the end the head is shifted and scaled so that the rewards have mean 0 and deviation 1 over (up to 1,000
+             groups of) the training pairs [N]: rewards of different models can be read side by side, and --reward_scale
+             of ppo_rlaif.py means the same for each; by default PPO normalises again. [V] multiplies by 10.
          D9  `tiny` trains all weights; [V]: LoRA r = 64, alpha = 16, learning rate 2e-5, one epoch, 40k pairs.
          D10  the judge's own answer to the question stands beside the one to be rewarded (--guided), so that the prompt
              is the judge's task word for word. A scalar that is read where the network has only just made up its mind
@@ -36,7 +38,10 @@ Differs  D1  the two answers compared are the first two *different* ones of --sa
          D11  the head has a learning rate of its own: it starts from zero, and at the rate of weights that know
              something it would spend most of a short training on growing. [V]: one rate for all.
 
-One thing makes it fast: the pairs about one video share one prefix, video and narrative (`packed` in video_llm.py).
+What is read (the narrative told anew by --oracle_model, the one in a file is not read):
+         <video> narrative / Response 1: the answer / Response 2: the judge's own / Which response is better? / question
+and r stands at the last token. One thing makes it fast: the pairs about one video share one prefix, video and narrative
+(`packed` in video_llm.py).
 
 symbol        name        shape    meaning                                                          made in
 P             p           ()       judge's probability that the first answer is better, both orders  collect
@@ -81,7 +86,7 @@ class Args(harness.ModelArgs):  # --dtype, ...: harness.py
                         "reference: token F1 with the label, not RLAIF")
     clips: int = HfArg(default=3, help="parts the video is cut into for the narrative [V: 3]")
     prompts: int = HfArg(default=10000, help="questions to collect answers to [V: 40k]")
-    samples: int = HfArg(default=4, help="answers drawn to a question; the different ones are compared (D1) [V: 2]")
+    samples: int = HfArg(default=4, help="answers drawn to a question; all different ones are compared (D1) [V: 2]")
     temperature: float = HfArg(default=1.0, help="sampling temperature [V: 1.0]")
     max_new_tokens: int = HfArg(default=16, help="longest sampled answer, EOS included")
     min_margin: float = HfArg(default=0.1, help="drop pairs with |P - 1/2| below this (D2)")
@@ -197,6 +202,13 @@ def collect(args, rank, world, device):
     with harness.one_line_errors(OSError):
         oracle = ReferenceOracle(records) if args.oracle == "reference" else JudgeOracle(
             args.oracle_model, args.cache, args.oracle == "context", str(device), clips=args.clips, dtype=args.dtype)
+    if args.oracle != "reference":
+        unseen = unseen_by(oracle, [r["clip"] for r in asked], rank, world)
+        asked = [r for r in asked if r["clip"] not in unseen]
+    harness.barrier()
+    before = [json.loads(row)["id"] for row in answers_file(file).read_text().splitlines()[1 : done + 1]]
+    if before != [r["id"] for r in asked[:done]]:
+        sys.exit(f"{answers_file(file)}: its answers are to other questions (videos or labels have changed); remove it")
     for n in range(done, len(asked), 48):
         # Each question's draws are keyed by it alone: world size and interruptions do not change the answers.
         chunk = asked[n : n + 48]
@@ -314,7 +326,7 @@ def main(args):
             sys.exit(f"{args.preferences} is there already")
     if args.stage == "collect":
         return
-    if "runs/sft/oracle/final" in (args.base, args.oracle_model * args.narrative):
+    if "runs/sft/oracle/final" in (args.base, args.oracle_model * (args.narrative or args.guided)):
         harness.build_if_missing("runs/sft/oracle/final", ["sft.py", "--name", "oracle", "--resume"],
                                  "about 6 minutes", rank)
     if not args.own_file:  # the file of the default name, but of which flags?
@@ -347,13 +359,19 @@ def main(args):
     start = harness.load_trainer(checkpoint, optimizer) if checkpoint else 0
     cache = FeatureCache(unwrap(model), processor, args.cache)
     broken = harness.prepare_videos(cache, [p["clip"] for p in pairs if p["clip"]], folder, rank, world)
+    judge = None
+    if args.narrative or args.guided:
+        with harness.one_line_errors(OSError):
+            judge = JudgeOracle(args.oracle_model, args.cache, args.narrative, str(device), clips=args.clips,
+                                dtype=args.dtype)
+        broken |= dict.fromkeys(unseen_by(judge, [p["clip"] for p in pairs if p["clip"]], rank, world))
     train, held = split_by_video([p for p in pairs if p["clip"] not in broken], args.eval_share, args.seed)
     train = random.Random(f"{args.seed} share").sample(train, math.ceil(args.share * len(train)))
     groups, held_groups = by_video(train, args.pack), by_video(held, args.pack)
     if len(groups) < args.prompts_per_step or len(held_groups) < world:
         sys.exit(f"{args.preferences}: {len(train)} pairs to train on and {len(held)} held out are too few")
     steps = math.ceil(args.epochs * len(groups) / args.prompts_per_step)
-    stories, owns = tell(args, train + held, rank, world, device)
+    stories, owns = tell(args, judge, train + held, rank, world)
     if rank == 0:
         print("\n".join(report_lines(report)))
         print(f"{len(train)} pairs to train on, {len(held)} on other videos to measure; {len(broken)} broken videos")
@@ -387,7 +405,8 @@ def main(args):
 
         # 3. Update
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        harness.stop_if_not_finite(grad_norm, log, folder, step, [[str(p["question"]), p["chosen"]] for p in pairs])
+        asked = [[str(p["question"]), p["chosen"], p["rejected"]] for group in mine for p in group]
+        harness.stop_if_not_finite(grad_norm, log, folder, step, asked)
         optimizer.step()
         optimizer.zero_grad()
         log.add("policy/grad_norm", grad_norm)
@@ -416,7 +435,8 @@ def main(args):
     mean, std = total / n, math.sqrt(max(squares / n - (total / n) ** 2, 1e-12))
     normalise_head(unwrap(model).score_head, mean, std)
     settings = dict(narrative_clips=args.clips if args.narrative else 0, narrative_model=args.oracle_model,
-                    answer_first=args.answer_first, guided=args.guided, mean=mean, std=std, pairs=len(train),
+                    answer_first=args.answer_first, guided=args.guided, max_prompt_tokens=args.max_prompt_tokens,
+                    max_answer_tokens=args.max_answer_tokens, mean=mean, std=std, pairs=len(train),
                     held_out_pairs=len(held), **{k: row[k] for k in row if "eval/" in k})
     harness.finish(folder, model, processor, rank, about={"reward_model.json": settings})
 
@@ -430,23 +450,25 @@ def split_by_video(pairs, share, seed):
     return sides[0], sides[1]
 
 
-def tell(args, pairs, rank, world, device):
+def unseen_by(judge, clips, rank, world):
+    """The clips that the judge cannot read, whole or in the parts it tells of; the same set on every process."""
+    mine = sorted(set(clips), key=str)[rank::world]
+    return set().union(*harness.all_gather(judge.unreadable(mine)))
+
+
+def tell(args, judge, pairs, rank, world):
     """-> {clip: narrative}, {id: the judge's own answer}: what the reward model reads beside the answers, empty where
     it does not. Narratives are cached on disk."""
     stories, owns = {}, {}
-    if args.narrative or args.guided:
-        with harness.one_line_errors(OSError):
-            oracle = JudgeOracle(args.oracle_model, args.cache, True, str(device), clips=args.clips,
-                                 dtype=args.dtype)
     if args.narrative:
         clips = sorted({p["clip"] for p in pairs if p["clip"]}, key=str)
-        oracle.narratives(clips[rank::world])
+        judge.narratives(clips[rank::world])
         harness.barrier()
-        stories = dict(zip(clips, oracle.narratives(clips)))
+        stories = dict(zip(clips, judge.narratives(clips)))
     if args.guided:
         asked = {about(p): p for p in pairs if p["clip"]}
         mine = sorted(asked)[rank::world]
-        said = oracle.answer([asked[k]["clip"] for k in mine], [asked[k]["question"] for k in mine])
+        said = judge.answer([asked[k]["clip"] for k in mine], [asked[k]["question"] for k in mine])
         owns = {k: v for part in harness.all_gather(dict(zip(mine, said))) for k, v in part.items()}
     return stories, owns
 
