@@ -20,31 +20,4 @@ for s in $SEEDS; do
   echo "rm_truth_s$s $r truth --oracle reference"
 done | side_by_side
 
-$PY - $SEEDS >docs/results/reward_model.md <<'PY'
-import json, statistics, sys
-from pathlib import Path
-
-ROWS = {"context": "3 clips (default)", "clips1": "1 clip", "nocontext": "no context, in judge and reward model",
-        "videoonly": "3 clips for the judge, none for the reward model", "weakbase": "3 clips, from the policy's SFT",
-        "share50": "3 clips, 50 % of the pairs", "share25": "3 clips, 25 % of the pairs",
-        "truth": "ground-truth preferences, 3 clips"}
-print("| in % | pairs | judge, truth | reward model, judge | reward model, truth | seeds |")
-print("| --- | ---: | ---: | ---: | ---: | --- |")
-for name, label in ROWS.items():
-    found = []
-    for seed in sys.argv[1:]:
-        run = Path(f"runs/reward_model/{name}_s{seed}")
-        if not (run / "final").exists():
-            continue
-        about = json.loads((run / "final/reward_model.json").read_text())
-        file = Path(json.loads((run / "args.json").read_text())["args"]["preferences"])
-        counts = json.loads(file.with_suffix(".report.json").read_text())["counts"]
-        found.append((seed, about["pairs"], counts["oracle_accuracy_all"], about["eval/accuracy"],
-                      about["eval/truth_accuracy"]))
-    if found:
-        show = lambda k: (f"{100 * statistics.mean(f[k] for f in found):.1f}"
-                          + (f" ± {100 * statistics.stdev(f[k] for f in found):.1f}" if len(found) > 1 else ""))
-        print(f"| {label} | {statistics.mean(f[1] for f in found):.0f} | {show(2)} | {show(3)} | {show(4)} | "
-              f"{' '.join(f[0] for f in found)} |")
-PY
-cat docs/results/reward_model.md
+$PY benchmarks/reward_model.py --seeds $SEEDS --out docs/results/reward_model.md
