@@ -4,6 +4,7 @@ Labels are scarce, as in life: SFT sees the answers of few clips, feedback is gi
 """
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -42,14 +43,22 @@ def usable_questions(model_dir, records, report, cache, folder, rank, world):
     """The questions feedback may be asked about: not those whose clips the SFT start saw the labels of, no broken
     videos, no requests for descriptions (an oracle that compares short answers cannot rank them)."""
     seen_file = Path(model_dir).parent / "labelled_clips.json"
-    seen = set(json.loads(seen_file.read_text())) if seen_file.exists() else set()
-    records = [r for r in records if r["clip"] and r["question"] != DESCRIBE and str(r["clip"].path) not in seen]
+    seen = {real(path) for path in json.loads(seen_file.read_text())} if seen_file.exists() else set()
+    known = {r["clip"] for r in records if r["clip"] and real(r["clip"].path) in seen}
+    records = [r for r in records if r["clip"] and r["question"] != DESCRIBE and r["clip"] not in known]
     broken = harness.prepare_videos(cache, [r["clip"] for r in records], folder, rank, world)
     records = [r for r in records if r["clip"] not in broken]
     if rank == 0:
         print("\n".join(report_lines(report)))
-        print(f"{len(records)} questions; {len(seen)} clips left out (labelled in SFT); {len(broken)} broken")
+        left_out = len({clip.path for clip in known})
+        print(f"{len(records)} questions; {left_out} of {len(seen)} clips labelled in SFT are there and left out; "
+              f"{len(broken)} broken")
     return records
+
+
+def real(path):
+    """A video's path, however it is spelt; frames (a tuple, or in a file its text) as they are."""
+    return str(path) if isinstance(path, tuple) or path.startswith("(") else os.path.realpath(path)
 
 
 def choose_questions(args, records, report, cache, folder, rank, world):

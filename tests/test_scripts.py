@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import random
 import shutil
 import sys
@@ -21,6 +22,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 import grpo_rank
 import harness
+import sft
 from video_llm import VideoLLM, load_model
 
 Done = namedtuple("Done", "code out err")
@@ -284,13 +286,15 @@ def test_grpo_rank_with_lora(script, world, policy, quantize):
 
 def test_grpo_rank_evaluates_and_leaves_the_labelled_clips_out(script, world, policy):
     flags = [*REFERENCE, "--eval_data", "data/moving_shapes/val.json", "--eval_steps", "1", "--eval_questions", "5"]
+    flags += ["--video_root", "./data/moving_shapes"]  # SFT found them without it: their paths are spelt differently
     done = script("grpo_rank", *flags, "--name", "with_eval")
     assert done.code == 0, done.err
     folder = world / "runs/grpo_rank/with_eval_s0"
     assert all(0 <= row["eval/accuracy"] <= 1 for row in rows(folder))
+    assert [row["step"] for row in rows(folder)][-1] == len(rows(folder)) - 1 and "losses/kl_loss" not in rows(folder)[-1]
     labelled = set(json.loads((policy.parent / "labelled_clips.json").read_text()))
-    asked = {sample["video"] for sample in rows(folder, "samples.jsonl")}
-    assert asked and not asked & labelled and "6 clips left out" in done.out
+    asked = {os.path.normpath(sample["video"]) for sample in rows(folder, "samples.jsonl")}
+    assert asked and not asked & labelled and "6 of 6 clips labelled in SFT are there and left out" in done.out
 
 
 def test_oracle_agreement(script, world, policy):
@@ -399,12 +403,33 @@ def test_two_runs_into_one_folder_are_refused(script, world, name, flags, folder
     folder = world / folder.format("busy")
     folder.mkdir(parents=True)
     (folder / "args.json").write_text('{"args": {}}')
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
     done = script(name, *flags, "--name", "busy")
     assert done.code == 1 and done.err.count("\n") == 1 and "in use" in done.err and "--resume" in done.err
     assert (folder / "args.json").read_text() == '{"args": {}}'
-    assert {file.name for file in folder.iterdir()} == {"args.json", "lock"}
+    assert {file.name for file in folder.iterdir()} == {"args.json", "lock", "metrics.jsonl"}
     done = script(name, *flags, "--name", "busy", "--resume")  # started with other flags
     assert done.code == 1 and done.err.count("\n") == 1 and "same flags" in done.err
+
+
+def test_a_mistyped_file_leaves_the_name_free(world, tmp_path, monkeypatch):
+    """Before anything was done there is nothing to lose; and what changes no number may change on the way."""
+    monkeypatch.chdir(tmp_path)
+    args = lambda **flags: sft.Args(name="mine", **flags)
+    assert harness.open_run("runs/sft/mine", args(data="my.jsn"), 0) is None
+    harness.unlock()
+    assert harness.open_run("runs/sft/mine", args(data="my.json", micro_batch_size=8), 0) is None
+    saved = json.loads(Path("runs/sft/mine/args.json").read_text())["args"]
+    assert saved["data"] == "my.json"
+    Path("runs/sft/mine/checkpoint-3").mkdir()
+    for flags, said in ((dict(data="other.json", resume=True), "another --data"), (dict(data="my.json"), "in use")):
+        harness.unlock()
+        with pytest.raises(SystemExit, match=said):
+            harness.open_run("runs/sft/mine", args(**flags), 0)
+    harness.unlock()
+    resumed = harness.open_run("runs/sft/mine", args(data="my.json", micro_batch_size=4, resume=True), 0)
+    assert resumed.name == "checkpoint-3"
+    harness.unlock()
 
 
 def write_sound(path):
