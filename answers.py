@@ -103,7 +103,8 @@ class Answering:
             self.read()
         todo = {self.key(row, ask): (row, ask) for row in rows if row["clip"] for ask in row["asks"]}
         mine = [(key, *pair) for key, pair in todo.items() if key not in self.kept]
-        mine = sorted(mine, key=lambda job: (str(job[1]["clip"]), job[2]))[self.rank :: self.world]
+        order = lambda job: (str(job[1]["clip"]), json.dumps(job[2]))  # a question after earlier turns is a list
+        mine = sorted(mine, key=order)[self.rank :: self.world]
         harness.barrier()  # everyone has looked before anyone writes
         if mine:
             self.ask(name, mine)
@@ -161,6 +162,16 @@ def content_mark(file, small=2**21):
     if stat.st_size > small:
         return [stat.st_size, stat.st_mtime_ns]
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def fits(processor, record, max_prompt_tokens):
+    """Can the record's prompt be cut to so many tokens? Only its last question is ever cut, so long earlier turns, or
+    video tokens in too little room, leave nothing of it: such a record must be left out before it is asked."""
+    try:
+        processor.prompt_ids(record["question"], record["clip"] is not None, max_prompt_tokens)
+    except ValueError:
+        return False
+    return True
 
 
 def fitting(processor, model, ask, room=64):
