@@ -197,13 +197,17 @@ def group_runs(arguments, labels=None):
     """Arguments of --runs -> {label: [Run, ...]}: a column per argument. Arguments with the same label, such as seeds
     of one name that the shell's own glob found, are one column. ValueError says what is wrong."""
     found = [[find_run(p) for p in ([a] if os.path.exists(a) else sorted(glob.glob(a)) or [a])] for a in arguments]
-    labels = labels or [runs[0].name for runs in found]
+    named, labels = bool(labels), labels or [runs[0].name for runs in found]
     if len(labels) != len(found):
         raise ValueError(f"--labels has {len(labels)} names, --runs {len(found)} arguments")
     groups = {}
     for label, runs in zip(labels, found):
         groups.setdefault(label, []).extend(runs)
     for label, runs in groups.items():
+        places = sorted({re.sub(r"_s\d+$", "", str(run.folder.resolve().parent)) for run in runs})
+        if len(places) > 1 and not named:  # several scripts call a run "context": that is not one column of seeds
+            where = " and ".join(map(os.path.relpath, places[:2]))
+            raise ValueError(f"--runs: column {label!r} would mix runs of {where}; name the columns by --labels")
         seeds = {run.seed for run in runs}
         if len(runs) > 1 and (None in seeds or len(seeds) < len(runs)):
             raise ValueError(f"--runs: column {label!r} needs folders of different _s<seed>; part columns by --labels")

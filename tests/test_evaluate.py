@@ -146,6 +146,10 @@ def test_columns_of_seeds(tmp_path, monkeypatch):
         "other": groups["other"]
     }  # what an unquoted glob gives
     assert list(ev.group_runs(["a/sft_s0", "a/sft_s1"], ["x", "y"])) == ["x", "y"]
+    for seed in "01":  # folders that differ by the seed alone are one place; what --labels names is the user's choice
+        fake_run(Path(f"dpo/run_s{seed}/iteration_2_s{seed}"))
+    assert [r.seed for r in ev.group_runs(["dpo/run_s*/iteration_2_s*"])["iteration_2"]] == [0, 1]
+    assert [r.seed for r in ev.group_runs(["a/sft_s0", "dpo/run_s1/iteration_2_s1"], ["x", "x"])["x"]] == [0, 1]
     bare = fake_run(Path("b/checkpoint"), ".")
     assert ev.find_run("b/checkpoint")[:2] == (bare, bare)
 
@@ -156,13 +160,15 @@ def test_columns_of_seeds(tmp_path, monkeypatch):
         (["nowhere"], None, "nowhere is no folder"),
         (["nowhere*"], None, r"nowhere\* is no folder"),
         (["empty"], None, "holds no final/"),
-        (["a/x_s0", "b/x_s0"], None, "'x' needs folders of different _s<seed>"),
+        (["a/x_s0", "a/x_s0"], None, "'x' needs folders of different _s<seed>"),
+        (["a/x_s0", "b/x_s1"], None, "'x' would mix runs of a and b; name the columns by --labels"),
+        (["*/x_s*"], None, "'x' would mix runs of a and b"),
         (["a/x_s0", "b/x_s0"], ["one"], "--labels has 1 names, --runs 2"),
     ],
 )
 def test_wrong_runs_are_named(tmp_path, monkeypatch, runs, labels, message):
     monkeypatch.chdir(tmp_path)
-    for name in ("a/x_s0", "b/x_s0"):
+    for name in ("a/x_s0", "b/x_s0", "b/x_s1"):
         fake_run(Path(name))
     Path("empty").mkdir()
     with pytest.raises(ValueError, match=message):
