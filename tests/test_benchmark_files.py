@@ -285,6 +285,7 @@ def test_prediction_files_side_by_side(tmp_path, monkeypatch, capsys):
     (["--predictions", "a.json", "--benchmark", "msvd_qa", "--limit", "-1"], 2, "--limit"),
     (["--predictions", "a.json", "--benchmark", "msvd_qa"], 1, "a.json: cannot be read"),
     (["--predictions", "b.json", "--benchmark", "msvd_qa"], 1, "give the benchmark's files with --data"),
+    (["--predictions", "b.json", "--benchmark", "cvrr_es", "--data", "."], 1, "--data is not for cvrr_es"),
 ])  # fmt: skip
 def test_wrong_flags_and_files_are_one_line(tmp_path, monkeypatch, capsys, flags, code, message):
     monkeypatch.chdir(tmp_path)
