@@ -66,6 +66,7 @@ from report import (
     plot_runs,
     side_by_side,
     summarise,
+    uneven_counts,
 )
 from video_llm import load_model, unwrap
 
@@ -510,7 +511,8 @@ def write_report(scored, done, args):
     differences = {r["label"]: {name: paired(first[name], mine[name]) for name in mine if name in first}
                    for r, mine in others}
     rows = side_by_side(results, differences) if others else overview(results[0])
-    print("\n" + as_text(rows))
+    uneven = uneven_counts(results)
+    print("\n" + as_text(rows) + "".join(f"\n\n{line}" for line in uneven))
     print("\n" + facts(results))
     out = args.out or (str(done[0][0].run.folder / "benchmarks" / "report") if args.checkpoint else "")
     if not out:
@@ -519,7 +521,9 @@ def write_report(scored, done, args):
     content = about | dict(results=results, differences=differences)
     harness.write(Path(f"{out}.json"), json.dumps(content, indent=1) + "\n")
     text = [f"# Benchmarks: {', '.join(r['label'] for r in results)}", "Brackets: 95 % interval over videos. Shares in "
-            "%, scores from 0 to 5. Metrics in `_all` count what could not be read as wrong.", as_markdown(rows)]
+            "%, scores from 0 to 5. Metrics in `_all` count an answer that could not be read, and a question without a "
+            "prediction in a file, as wrong; questions whose video a checkpoint could not read count nowhere.",
+            as_markdown(rows), *uneven]
     text += ["## Where the numbers come from", facts(results)]
     for r in results:
         text += [f"## {r['label']}, by group", *group_tables(r)]
