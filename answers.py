@@ -51,7 +51,8 @@ def answer(model, processor, cache, records, max_new_tokens=48, batch_size=100, 
 
 
 def fingerprint(checkpoint, records):
-    """Hash of all that predictions depend on: the checkpoint (an adapter's base included), questions, videos."""
+    """Hash of the checkpoint (an adapter's base included), the questions with their labels, and the videos; not of the
+    code, so after a change there the kept predictions are to be deleted by hand."""
     digest = hashlib.sha256()
     for file in sorted(checkpoint.iterdir()):
         if file.suffix in (".safetensors", ".json", ".jinja", ".model") and not file.name.startswith("predictions_"):
@@ -103,7 +104,8 @@ class Answering:
             self.read()
         todo = {self.key(row, ask): (row, ask) for row in rows if row["clip"] for ask in row["asks"]}
         mine = [(key, *pair) for key, pair in todo.items() if key not in self.kept]
-        mine = sorted(mine, key=lambda job: (str(job[1]["clip"]), job[2]))[self.rank :: self.world]
+        order = lambda job: (str(job[1]["clip"]), json.dumps(job[2]))  # a question after earlier turns is a list
+        mine = sorted(mine, key=order)[self.rank :: self.world]
         harness.barrier()  # everyone has looked before anyone writes
         if mine:
             self.ask(name, mine)
@@ -123,7 +125,7 @@ class Answering:
         self.folder.mkdir(parents=True, exist_ok=True)
         began, size, choose = time.time(), self.size, self.choose == "likelihood"
         with open(self.folder / f"answers.{self.rank}.jsonl", "a") as file:
-            file.write("\n")  # behind half a line of a killed run
+            file.write("\n")  # after half a line of a killed run
             write = lambda **line: file.write(json.dumps(line) + "\n")
             broken = cache.prepare([row["clip"] for _, row, _ in jobs], progress=False)
             for key, row, _ in jobs:
@@ -163,6 +165,16 @@ def content_mark(file, small=2**21):
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
+def fits(processor, record, max_prompt_tokens):
+    """Can the record's prompt be cut to so many tokens? Only its last question is ever cut, so long earlier turns, or
+    video tokens in too little room, leave nothing of it: such a record must be left out before it is asked."""
+    try:
+        processor.prompt_ids(record["question"], record["clip"] is not None, max_prompt_tokens)
+    except ValueError:
+        return False
+    return True
+
+
 def fitting(processor, model, ask, room=64):
     """The prompt, its longest line cut until the decoder has positions for it: subtitles, never question or options."""
     most = unwrap(model).config.text_config.max_position_embeddings - room
@@ -177,7 +189,7 @@ def fitting(processor, model, ask, room=64):
 @torch.no_grad()
 def best_options(model, processor, cache, rows):
     """[D1] Per row the letter of the option with the highest mean log-probability per token, EOS included. All rows
-    have the same number of options; they are packed behind one prefix (video_llm.packed)."""
+    have the same number of options; they are packed after one prefix (video_llm.packed)."""
     device = next(model.parameters()).device
     asks = [f"{row['subtitles']}\n{row['question']}" if row.get("subtitles") else row["question"] for row in rows]
     prefix = Prefix.build(processor, cache, asks, [row["clip"] for row in rows], device)

@@ -404,6 +404,8 @@ def annotation_files(benchmark, data):
     """The annotation files of a benchmark: `data` itself, or the first pattern that matches below it."""
     if os.path.isfile(data):
         return [str(data)]
+    if benchmark in ONLY_PREDICTIONS:
+        raise DataError(f"{data}: --data is not for {benchmark}, whose questions are in its prediction files")
     files = BENCHMARKS[benchmark]
     folders = [Path(data, name) for name in files.folders if Path(data, name).is_dir()] + [Path(data)]
     for folder in folders:

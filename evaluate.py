@@ -66,6 +66,7 @@ from report import (
     plot_runs,
     side_by_side,
     summarise,
+    uneven_counts,
 )
 from video_llm import load_model, unwrap
 
@@ -197,13 +198,17 @@ def group_runs(arguments, labels=None):
     """Arguments of --runs -> {label: [Run, ...]}: a column per argument. Arguments with the same label, such as seeds
     of one name that the shell's own glob found, are one column. ValueError says what is wrong."""
     found = [[find_run(p) for p in ([a] if os.path.exists(a) else sorted(glob.glob(a)) or [a])] for a in arguments]
-    labels = labels or [runs[0].name for runs in found]
+    named, labels = bool(labels), labels or [runs[0].name for runs in found]
     if len(labels) != len(found):
         raise ValueError(f"--labels has {len(labels)} names, --runs {len(found)} arguments")
     groups = {}
     for label, runs in zip(labels, found):
         groups.setdefault(label, []).extend(runs)
     for label, runs in groups.items():
+        places = sorted({re.sub(r"_s\d+$", "", str(run.folder.resolve().parent)) for run in runs})
+        if len(places) > 1 and not named:  # several scripts call a run "context": that is not one column of seeds
+            where = " and ".join(map(os.path.relpath, places[:2]))
+            raise ValueError(f"--runs: column {label!r} would mix runs of {where}; name the columns by --labels")
         seeds = {run.seed for run in runs}
         if len(runs) > 1 and (None in seeds or len(seeds) < len(runs)):
             raise ValueError(f"--runs: column {label!r} needs folders of different _s<seed>; part columns by --labels")
@@ -317,8 +322,10 @@ def main_runs(args):
         if not records:
             raise DataError(f"{args.data}: no labelled question about a video")
         print("\n".join(report_lines(report)))
-        if os.path.exists(args.chance_data):
+        try:  # the training videos need not be here to score the held-out ones
             guesses = chance(BENCHMARK.questions([args.chance_data], args.video_root or None)[0], records)
+        except DataError as e:
+            print(f"no chance column: {e}")
         for label, runs in args.groups.items():
             done = [predict(run, records, "+".join(Path(f).stem for f in files), args.cache) for run in runs]
             predictions[label] = [rows for rows, _ in done]
@@ -504,7 +511,8 @@ def write_report(scored, done, args):
     differences = {r["label"]: {name: paired(first[name], mine[name]) for name in mine if name in first}
                    for r, mine in others}
     rows = side_by_side(results, differences) if others else overview(results[0])
-    print("\n" + as_text(rows))
+    uneven = uneven_counts(results)
+    print("\n" + as_text(rows) + "".join(f"\n\n{line}" for line in uneven))
     print("\n" + facts(results))
     out = args.out or (str(done[0][0].run.folder / "benchmarks" / "report") if args.checkpoint else "")
     if not out:
@@ -513,7 +521,9 @@ def write_report(scored, done, args):
     content = about | dict(results=results, differences=differences)
     harness.write(Path(f"{out}.json"), json.dumps(content, indent=1) + "\n")
     text = [f"# Benchmarks: {', '.join(r['label'] for r in results)}", "Brackets: 95 % interval over videos. Shares in "
-            "%, scores from 0 to 5. Metrics in `_all` count what could not be read as wrong.", as_markdown(rows)]
+            "%, scores from 0 to 5. Metrics in `_all` count an answer that could not be read, and a question without a "
+            "prediction in a file, as wrong; questions whose video a checkpoint could not read count nowhere.",
+            as_markdown(rows), *uneven]
     text += ["## Where the numbers come from", facts(results)]
     for r in results:
         text += [f"## {r['label']}, by group", *group_tables(r)]

@@ -40,9 +40,7 @@ def read_frames(video, num_frames, start=None, end=None, sampling="linspace"):
     name, images = ("list of images", video) if is_list else (video, None)
     try:
         if not is_list and os.path.isdir(video):
-            files = [f for f in os.listdir(video) if re.fullmatch(r"[^.].*\.(jpe?g|png)", f, re.I | re.S)]
-            files.sort(key=lambda f: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", f)])  # 2 before 10
-            images = [os.path.join(video, f) for f in files]
+            images = image_files(video)
         with _watched(name):
             if images is None:
                 return _read_video(video, num_frames, start, end, sampling)
@@ -75,9 +73,15 @@ def video_files(path):
     """The files that a video's content lies in: itself, or its images."""
     if isinstance(path, (list, tuple)):
         return list(path)
-    if os.path.isdir(path):
-        return sorted(os.path.join(path, f) for f in os.listdir(path))
-    return [path]
+    return image_files(path) if os.path.isdir(path) else [path]
+
+
+def image_files(folder):
+    """The frames in a folder: its visible jpg and png files in natural order, 2 before 10; nothing else counts."""
+    names = [f.name for f in os.scandir(folder)
+             if re.fullmatch(r"[^.].*\.(jpe?g|png)", f.name, re.I | re.S) and not f.is_dir()]
+    names.sort(key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name)])
+    return [os.path.join(folder, name) for name in names]
 
 
 _reading = threading.local()  # of the video that this thread reads: .until, .last, .beats; see _watched

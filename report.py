@@ -112,6 +112,18 @@ def side_by_side(results, differences):
     return rows
 
 
+def uneven_counts(results):
+    """[] or one line: the metrics for which the columns count different numbers of items."""
+    counts = {}
+    for r in results:
+        for name, part in r["benchmarks"].items():
+            for m, value in part["metrics"].items():
+                counts.setdefault((name, m), []).append(value["n"])
+    apart = [f"{name} {m} {', '.join(map(str, n))}" for (name, m), n in counts.items() if len(set(n)) > 1]
+    return [f"Warning: the columns do not count equally many items: {'; '.join(apart)}. A difference is over the items "
+            "that both columns count, a value over all that its own column counts."] if apart else []
+
+
 def group_tables(result):
     """Markdown of every benchmark's groups."""
     out = []

@@ -7,15 +7,17 @@ Run      python sft.py                                            the embedded w
 Paper    [V] VLM-RLAIF, arXiv:2402.03746, Sec. 3.2 (curriculum), Sec. 4.1 (hyper-parameters)
 Makes    runs/sft/<name>/final: the start of every RL script; with labels in plenty also the oracle that judges it
 
-Differs  D1  stage two trains on easy *and* hard records, [V] on the hard ones alone: at this size the easy skills are
-             forgotten otherwise.
+Differs  D1  stage two trains on easy *and* hard records, [V] on the hard ones alone: we expect a model this small
+             to forget the easy skills otherwise; not measured.
          D2  every example counts the same (mean over its tokens, then over examples), not every token: with one-word
              answers beside 50-word descriptions, the words of the descriptions would be nearly all of the loss.
          D3  a share of the batches teaches the judge's task, choosing the better of two answers (--judge_share):
-             [V] asks the SFT model to judge zero-shot, which a 7B model can and a model of a million weights cannot.
+             [V]'s 7B SFT model judges without such training; whether a model of a million weights can: not measured.
              Built from the labelled clips alone: the right answer against another answer to the same question.
+             The judge replies with the *text* of the better answer, not its number. Its prompt (oracle.judge_prompt):
+             "[narrative of the clip] / Response 1: .. / Response 2: .. / Which response is better? / the question".
 
-One thing makes it fast: the questions about one clip are packed behind one video. Video and Q-Former are computed once
+One thing makes it fast: the questions about one clip are packed after one video. Video and Q-Former are computed once
 for up to `--pack` examples, and a block mask keeps them from seeing each other (`packed` in video_llm.py).
 
 symbol      name          shape     meaning
@@ -37,9 +39,11 @@ import torch
 from transformers.hf_argparser import HfArg
 
 import harness
+from answers import fits
 from compose import compose
 from data import DataError, FeatureCache, read_records, report_lines
 from oracle import DESCRIBE, judge_prompt
+from ranks import normalize
 from video_llm import Prefix, add_lora, load_model, save_model, token_logprobs, unwrap
 
 WORLD = "data/moving_shapes"
@@ -62,9 +66,10 @@ class Args(harness.ShardArgs):  # --dtype, --shard, ...: harness.py
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
     # -- budget
     steps: int = HfArg(default=700, help="optimizer steps")
-    batch_size: int = HfArg(default=32, help="clips per optimizer step, over all processes")
+    batch_size: int = HfArg(default=32, help="groups (up to --pack examples about one clip) per optimizer step, "
+                            "over all processes")
     pack: int = HfArg(default=6, help="examples about one clip that share its video, at most")
-    micro_batch_size: int = HfArg(default=4, help="clips (times --pack examples) per forward pass and process")
+    micro_batch_size: int = HfArg(default=4, help="groups per forward pass and process")
     lr: float = HfArg(default=1.5e-3, help="peak learning rate; linear warm-up, then linear to zero: an annealed end")
     warmup: float = HfArg(default=0.03, help="share of the steps that warm up")
     weight_decay: float = HfArg(default=0.05, help="AdamW weight decay")
@@ -80,8 +85,9 @@ class Args(harness.ShardArgs):  # --dtype, --shard, ...: harness.py
     llm: str = HfArg(default=f"{WORLD}/hub/llm", help="LLaMA-class decoder, folder or hub name; a tokenizer alone: "
                      "tiny, from nothing")
     num_frames: int = HfArg(default=8, help="frames a video is sampled at, for a composed model [V: 50]")
-    max_prompt_tokens: int = HfArg(default=512, help="longer questions are cut at their end, never the video")
-    max_answer_tokens: int = HfArg(default=96, help="longer answers are cut and then carry no EOS")
+    max_prompt_tokens: int = HfArg(default=512, help="longer questions are cut at their end, never the video; where "
+                                   "earlier turns or a comparison leave no room, they are left out")
+    max_answer_tokens: int = HfArg(default=96, help="longer answers are cut and then carry no EOS; in comparisons too")
     # -- plumbing
     name: str = HfArg(default="oracle", help="run name: runs/sft/<name>")
     seed: int = HfArg(default=0, help="initialisation, choice of labelled clips, order of the data")
@@ -125,25 +131,36 @@ def lr_at(step, args):
     return args.lr * min((step + 1) / warm, (args.steps - step) / max(1, args.steps - warm))
 
 
-def comparison(record, pools, stories, rng):
+def comparison(record, pools, stories, rng, processor, args):
     """[D3] One judge example out of a labelled record -> {"clip", "question": (head, tail), "answer": the better one}.
 
     The wrong answer is another record's answer to the same question (else: to the same type of task); the order is
     random; half of the time the clip's narrative stands before the question, as the context-aware judge will see it.
+    None where no other answer is there, where the two are the same once cut, or where the prompt is too long: to cut a
+    narrative or a question here would ask for a verdict on something else.
     """
     if not isinstance(record["question"], str) or record["question"] == DESCRIBE:
         return None
+    right = normalize(record["answer"])
     for key in (record["question"], record["task_type"]):
-        wrong = [a for a in pools.get(key, []) if a != record["answer"]]
+        wrong = [answer for answer, plain in pools.get(key, []) if plain != right]
         if wrong:
             break
     else:
         return None
-    pair = [record["answer"], rng.choice(wrong)]
+    pair = [shorten(text, processor, args.max_answer_tokens) for text in (record["answer"], rng.choice(wrong))]
     rng.shuffle(pair)
-    story = stories.get(record["clip"].path)
-    question = judge_prompt(record["question"], *pair, narrative=story)
+    question = judge_prompt(record["question"], *pair, narrative=stories.get(record["clip"].path))
+    length = sum(map(len, processor.split_prompt_ids(*question)))
+    if normalize(pair[0]) == normalize(pair[1]) or length > args.max_prompt_tokens:
+        return None
     return {"clip": record["clip"], "question": question, "answer": record["answer"]}
+
+
+def shorten(text, processor, max_tokens):
+    """The text, of one that is longer the first `max_tokens` tokens: what `encode` leaves of an answer."""
+    ids = processor.answer_ids(text)
+    return text if len(ids) <= max_tokens else processor.tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -151,7 +168,7 @@ def comparison(record, pools, stories, rng):
 # ---------------------------------------------------------------------------------------------------------------
 def main(args):
     rank, world, device = harness.setup_dist()
-    if WORLD in args.data or WORLD in args.clip:
+    if needs_world(args):
         harness.build_if_missing(f"{WORLD}/hub", ["pretrain_tiny.py"], "about 5 minutes", rank)
     folder = f"runs/sft/{args.name}"
     checkpoint = harness.open_run(folder, args, rank)
@@ -184,13 +201,19 @@ def main(args):
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
     start = harness.load_trainer(checkpoint, optimizer, model) if checkpoint else 0
 
-    # 3. Videos: each is decoded and encoded once; what cannot be read is left out, counted and listed
+    # 3. Videos: each is decoded and encoded once; what cannot be read is left out, counted and listed. So are records
+    #    whose prompt cannot be cut to fit: met within a step they would end the run, and again at every --resume.
     cache = FeatureCache(unwrap(model), processor, args.cache)
     clips = [r["clip"] for r in records if r["clip"]]
     broken = harness.prepare_videos(cache, clips, folder, rank, world)
-    records = [r for r in records if r["clip"] not in broken]
+    readable = [r for r in records if r["clip"] not in broken]
+    records = [r for r in readable if fits(processor, r, args.max_prompt_tokens)]
+    count = (f"{len(records)} records are used; {len(broken)} clips cannot be read, {len(readable) - len(records)} "
+             f"prompts cannot be cut to --max_prompt_tokens {args.max_prompt_tokens}")
+    if not records:
+        sys.exit(f"{args.data}: {count}")
     if rank == 0:
-        print(*report_lines(report), f"{len(records)} records are used; {len(broken)} clips cannot be read", sep="\n")
+        print(*report_lines(report), count, sep="\n")
     lengths = np.array([len(processor.answer_ids(r["answer"])) for r in records])
     easy = easy_and_hard(lengths, args.easy_share)
     easy_groups = by_clip([r for r, e in zip(records, easy) if e], args.pack)
@@ -207,7 +230,7 @@ def main(args):
         for k, group in enumerate(groups):
             if group[0]["clip"] and rng.random() < args.judge_share:
                 told = stories if rng.random() < 0.5 else {}
-                groups[k] = [c for r in group if (c := comparison(r, pools, told, rng))] or group
+                groups[k] = [c for r in group if (c := comparison(r, pools, told, rng, processor, args))] or group
         n_examples = sum(map(len, groups))
 
         # 5. Likelihood of the answers. Sorted by length, so that a micro-batch holds little padding.
@@ -240,6 +263,11 @@ def main(args):
     harness.finish(folder, model, processor, rank)
 
 
+def needs_world(args):
+    """Is anything that the run reads part of the embedded world? With --model no parts are composed."""
+    return any(WORLD in path for path in [args.data] + [args.clip, args.qformer, args.llm] * (not args.model))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Records -> tensors
 # ---------------------------------------------------------------------------------------------------------------
@@ -253,15 +281,15 @@ def choose_clips(records, num_clips, seed):
 
 
 def judge_material(records):
-    """-> {question or task type: [answers]}, {video path: narrative}. A narrative is what the labels say to
-    `DESCRIBE`: the parts of a clip in order where there are such, else the whole."""
+    """-> {question or task type: [(answer, the same normalised)]}, {video path: narrative}. A narrative is what the
+    labels say to `DESCRIBE`: the parts of a clip in order where there are such, else the whole."""
     pools, parts = {}, {}
     for r in records:
         if r["question"] == DESCRIBE:
             parts.setdefault(r["clip"].path, []).append((r["clip"].start is None, r["clip"].start or 0, r["answer"]))
         elif isinstance(r["question"], str):
             for key in {r["question"], r["task_type"]}:
-                pools.setdefault(key, []).append(r["answer"])
+                pools.setdefault(key, []).append((r["answer"], normalize(r["answer"])))
     stories = {}
     for path, told in parts.items():
         whole = all(w for w, _, _ in told)

@@ -1,6 +1,6 @@
 """The one model of this repository: a video language model small enough to read, real enough to run at 7B.
 
-    MP4 --PyAV--> F frames --CLIP (frozen, layer -2)--> F x P patch features      computed once per video, cached
+    MP4 --PyAV--> F frames --CLIP (frozen, layer -2)--> F x S patch features      computed once per video, cached
         --+ learned time embedding--> Q-Former (Q queries read all patches of all frames) --projection--> Q tokens
         --put where <video> stands in the prompt--> LLaMA --> answer
 
@@ -8,12 +8,12 @@ Everything here is *plumbing that the papers only name*: frames, processor, feat
 Losses, advantages and training loops live in the scripts (`sft.py`, `grpo_rank.py`, ...), one algorithm each.
 
 Three things are worth reading even if you only came for an algorithm:
-  `packed`          the G answers trained behind *one* prefix: the numbers of G passes at a fraction of the cost;
+  `packed`          the G answers trained after *one* prefix: the numbers of G passes at a fraction of the cost;
   `generate`        samples in the same way: one prefill of video + question, one copy of its keys and values;
   `load_model`      NF4 on a CPU, and the kernel that silently breaks its gradients.
 
 Shapes: B prompts, G answers each, N = B*G; P prompt tokens (left padded, Q of them video), T answer tokens
-(right padded); F frames, S patches a frame, D width, V vocabulary.  Masks come from lengths, never from token ids.
+(right padded); F frames of S tokens (patches and CLIP's class token), D width, V vocabulary. Masks come from lengths.
 
 Papers  CLIP arXiv:2103.00020 | Q-Former BLIP-2 arXiv:2301.12597 | LLaMA arXiv:2302.13971 | QLoRA arXiv:2305.14314
 """
@@ -180,7 +180,7 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def encode_frames(self, pixel_values):
-        """pixel_values (F,3,H,W) -> features (F,S,D) of CLIP's layer `vision_layer`; those behind are not computed."""
+        """pixel_values (F,3,H,W) -> features (F,S,D) of CLIP's layer `vision_layer`; those after are not computed."""
         tower = self.vision_tower
         hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(tower.dtype)))
         for layer in tower.encoder.layers[: self.config.vision_layer % (len(tower.encoder.layers) + 1)]:
@@ -216,7 +216,7 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
                     layer.training = torch.is_grad_enabled() and not use_cache
         kwargs |= dict(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
                        past_key_values=past_key_values, use_cache=use_cache)
-        if scores:  # read behind the decoder's last norm; no logits are computed
+        if scores:  # read after the decoder's last norm; no logits are computed
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden = self.language_model.get_decoder()(**kwargs).last_hidden_state[:, keep]
             return CausalLMOutputWithPast(logits=self.score_head(hidden.float()))
@@ -306,7 +306,7 @@ class VideoLLMProcessor(ProcessorMixin):
         return ids
 
     def split_prompt_ids(self, head, tail):
-        """The prompt `head + tail` as two lists of ids: many tails can be packed behind one head (oracle.py)."""
+        """The prompt `head + tail` as two lists of ids: many tails can be packed after one head (oracle.py)."""
         content = f"{VIDEO_TOKEN}\n{self.clean(head)}\x00\n{self.clean(tail)}"  # `clean` leaves no other \x00
         return [self._ids(part) for part in self._template([{"role": "user", "content": content}]).split("\x00")]
 
@@ -359,8 +359,8 @@ def load_model(path, quantize="none", dtype=torch.float32, device="cpu", attn_im
 
     NF4 on a CPU: with AVX512-BF16, bitsandbytes repacks the weights at the first forward without gradients (any
     rollout) and later backward passes run through a kernel without autograd: the loss still falls, the LoRA gradient
-    is wrong (cosine 0.2-0.4 against dequantised weights). Switching that kernel off on every layer cures it;
-    tests/test_quantize.py compares the gradient after a rollout.
+    is wrong. Switching that kernel off on every layer cures it; tests/test_quantize.py compares the gradient after a
+    rollout with that of the dequantised weights.
     """
     if not (find(path, "config.json") or find(path, "adapter_config.json")) or (
             Path(path).is_dir() and not list(Path(path).glob("*.safetensors"))):
@@ -394,8 +394,8 @@ def load_model(path, quantize="none", dtype=torch.float32, device="cpu", attn_im
 
 
 def add_lora(model, r, alpha, train_bridge=False):
-    """LoRA on every linear layer of the decoder (papers: r=64, alpha=16); train_bridge: Q-Former, projection too.
-    A scalar head is trained as a whole."""
+    """LoRA on every linear layer of the decoder; train_bridge: Q-Former, projection too. A scalar head is trained as a
+    whole. VLM-RLAIF: r=32, alpha=32 in SFT, r=64, alpha=16 in reward model and PPO."""
     targets = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     whole = ["qformer", "projection"] * train_bridge + ["score_head"] * model.config.scalar_head
     for name in whole:
@@ -479,14 +479,14 @@ def mask_kind(model):
 
 @torch.no_grad()
 def generate(model, prefix, uniforms, eos_id, temperature=1.0):
-    """Sample G answers per prompt from *one* prefill; G tokens a step go behind it in one row, under `packed`'s mask.
+    """Sample G answers per prompt from *one* prefill; G tokens a step go after it in one row, under `packed`'s mask.
 
     So the keys and values of a prompt are held and read once for its G answers: P + G*T places and not G*(P + T).
     Finished answers leave the row, finished groups the batch: a step costs what still runs.
 
     uniforms (B,G,T) in [0,1): one number a token decides everything (inverse of the cumulated probabilities), so a
     caller who keys them by (seed, step, question) gets the same answers on any number of processes and after a resume.
-    temperature 0 is greedy. -> tokens (B,G,T'), T' <= T, behind EOS: EOS; lengths (B,G) with EOS; logprobs (B,G) of
+    temperature 0 is greedy. -> tokens (B,G,T'), T' <= T, after EOS: EOS; lengths (B,G) with EOS; logprobs (B,G) of
     the whole answers.
     """
     B, G, T = uniforms.shape
@@ -533,12 +533,12 @@ def generate(model, prefix, uniforms, eos_id, temperature=1.0):
 
 
 def packed(model, prefix, tokens, lengths, before=True, **kwargs):
-    """What `model` gives for tokens (B,G,T), a group's answers packed behind one prefix: out (B,1+A,..), read at the
-    last token of the prefix and behind it, and at (B,G*T): where in `out` to look for an answer's token; before: one
+    """What `model` gives for tokens (B,G,T), a group's answers packed after one prefix: out (B,1+A,..), read at the
+    last token of the prefix and after it, and at (B,G*T): where in `out` to look for an answer's token; before: one
     place earlier, where it is predicted.
 
         prefix  a1 a1 a1  a2  a3 a3 ...     one row of P + sum of lengths tokens instead of G rows of P + T
-    Block mask: an answer's token sees the prefix and its own past, never another answer; positions restart behind the
+    Block mask: an answer's token sees the prefix and its own past, never another answer; positions restart after the
     prefix for every answer. So each answer gets exactly what a forward pass of its own would give (tests: 1e-5 in
     values and gradients), but video and question pass the Q-Former and the decoder once per group, not G times.
     Logits are computed where they are read, nowhere else: the last prefix token predicts every answer's first token,
@@ -571,7 +571,7 @@ def packed(model, prefix, tokens, lengths, before=True, **kwargs):
 
 
 def token_logprobs(model, prefix, tokens, lengths, temperature=1.0):
-    """log pi(token) and entropy of every answer token: (N,T), (N,T), row b*G + g; zero behind an answer's end.
+    """log pi(token) and entropy of every answer token: (N,T), (N,T), row b*G + g; zero after an answer's end.
 
     The one place that knows the causal shift and the sampling temperature: behaviour, reference and new policy all
     come through here.
@@ -586,7 +586,7 @@ def token_logprobs(model, prefix, tokens, lengths, temperature=1.0):
 
 
 def token_scores(model, prefix, tokens, lengths, before=False):
-    """The scalar head's value (N,T) at every answer token, row b*G + g; zero behind an answer's end.
+    """The scalar head's value (N,T) at every answer token, row b*G + g; zero after an answer's end.
 
     A reward stands at an answer's last token (lengths - 1, its EOS). before=True: read where token t is predicted, that
     is V(s_t) of PPO, which has not seen the token.

@@ -277,6 +277,18 @@ def test_prediction_files_side_by_side(tmp_path, monkeypatch, capsys):
     assert "difference to a" in capsys.readouterr().out
 
 
+def test_columns_that_count_other_items_are_warned_about(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": f"v_{k}_1", "question": "what?", "answer": "cat", "pred": "cat"} for k in range(8)]
+    put(tmp_path, "a.json", rows)
+    put(tmp_path, "b.json", rows[:6])
+    script(monkeypatch, "--compare", "a.json", "b.json", "--benchmark", "msvd_qa", "--out", "r")
+    warning = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: ")]
+    assert len(warning) == 1 and "msvd_qa exact 8, 6" in warning[0] and warning[0] in (tmp_path / "r.md").read_text()
+    script(monkeypatch, "--compare", "a.json", "./a.json", "--benchmark", "msvd_qa")
+    assert "Warning" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags, code, message", [
     ([], 2, "give one of --runs"), (["--predictions", "a.json"], 2, "name it with --benchmark"),
     (["--predictions", "a.json", "--benchmark", "nope"], 2, "--benchmark nope"),
@@ -285,6 +297,7 @@ def test_prediction_files_side_by_side(tmp_path, monkeypatch, capsys):
     (["--predictions", "a.json", "--benchmark", "msvd_qa", "--limit", "-1"], 2, "--limit"),
     (["--predictions", "a.json", "--benchmark", "msvd_qa"], 1, "a.json: cannot be read"),
     (["--predictions", "b.json", "--benchmark", "msvd_qa"], 1, "give the benchmark's files with --data"),
+    (["--predictions", "b.json", "--benchmark", "cvrr_es", "--data", "."], 1, "--data is not for cvrr_es"),
 ])  # fmt: skip
 def test_wrong_flags_and_files_are_one_line(tmp_path, monkeypatch, capsys, flags, code, message):
     monkeypatch.chdir(tmp_path)

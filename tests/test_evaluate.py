@@ -16,6 +16,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 import evaluate as ev  # noqa: E402
 import harness  # noqa: E402
+from answers import fits  # noqa: E402
 from compose import compose  # noqa: E402
 from data import Clip  # noqa: E402
 from moving_shapes import TASK_TYPES, write_video  # noqa: E402
@@ -145,6 +146,10 @@ def test_columns_of_seeds(tmp_path, monkeypatch):
         "other": groups["other"]
     }  # what an unquoted glob gives
     assert list(ev.group_runs(["a/sft_s0", "a/sft_s1"], ["x", "y"])) == ["x", "y"]
+    for seed in "01":  # folders that differ by the seed alone are one place; what --labels names is the user's choice
+        fake_run(Path(f"dpo/run_s{seed}/iteration_2_s{seed}"))
+    assert [r.seed for r in ev.group_runs(["dpo/run_s*/iteration_2_s*"])["iteration_2"]] == [0, 1]
+    assert [r.seed for r in ev.group_runs(["a/sft_s0", "dpo/run_s1/iteration_2_s1"], ["x", "x"])["x"]] == [0, 1]
     bare = fake_run(Path("b/checkpoint"), ".")
     assert ev.find_run("b/checkpoint")[:2] == (bare, bare)
 
@@ -155,13 +160,15 @@ def test_columns_of_seeds(tmp_path, monkeypatch):
         (["nowhere"], None, "nowhere is no folder"),
         (["nowhere*"], None, r"nowhere\* is no folder"),
         (["empty"], None, "holds no final/"),
-        (["a/x_s0", "b/x_s0"], None, "'x' needs folders of different _s<seed>"),
+        (["a/x_s0", "a/x_s0"], None, "'x' needs folders of different _s<seed>"),
+        (["a/x_s0", "b/x_s1"], None, "'x' would mix runs of a and b; name the columns by --labels"),
+        (["*/x_s*"], None, "'x' would mix runs of a and b"),
         (["a/x_s0", "b/x_s0"], ["one"], "--labels has 1 names, --runs 2"),
     ],
 )
 def test_wrong_runs_are_named(tmp_path, monkeypatch, runs, labels, message):
     monkeypatch.chdir(tmp_path)
-    for name in ("a/x_s0", "b/x_s0"):
+    for name in ("a/x_s0", "b/x_s0", "b/x_s1"):
         fake_run(Path(name))
     Path("empty").mkdir()
     with pytest.raises(ValueError, match=message):
@@ -351,6 +358,35 @@ def test_script_answers_once_draws_again_and_notices_changes(place, monkeypatch,
     assert ev.fingerprint(run.checkpoint, [{**r, "question": "else ?"} for r in records]) != after
     os.utime("0.mp4", ns=(1, 1))
     assert ev.fingerprint(run.checkpoint, records) != after
+
+
+def test_missing_training_videos_cost_the_chance_column_alone(place, monkeypatch, capsys):
+    rows = json.loads((place / "test.json").read_text())
+    (place / "labels.json").write_text(json.dumps([row | {"video": "elsewhere.mp4"} for row in rows]))
+    script(place, monkeypatch, "--runs", "runs/tiny_s1", "--data", "test.json", "--chance_data", "labels.json")
+    out = capsys.readouterr().out
+    assert "no chance column: labels.json: none of 7 rows can be used" in out and "accuracy in %" in out
+    assert not any("chance" in line for line in out[out.index("accuracy in %"):].splitlines())
+
+
+def test_questions_after_earlier_turns_are_asked(place, monkeypatch):
+    turns = [("human", "<video>\nwhat is it ?"), ("gpt", "a red circle"), ("human", "is it red ?"), ("gpt", "red"),
+             ("human", "is it a circle ?"), ("gpt", "a circle")]  # fmt: skip
+    rows = [dict(id="t", video="0.mp4", conversations=[{"from": who, "value": text} for who, text in turns])]
+    (place / "multi_turn.json").write_text(json.dumps(rows))
+    script(place, monkeypatch, "--checkpoint", "runs/tiny_s1", "--benchmark", "held_out", "--data", "multi_turn.json")
+    items = (place / "runs/tiny_s1/benchmarks/report_items.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in items] == ["t", "t#2", "t#3"]
+
+
+def test_a_record_fits_if_its_last_question_alone_need_be_cut(place):
+    _, processor = ev.load_model(place / "runs/tiny_s1/final")
+    ask = lambda text: {"role": "user", "content": text}
+    talk = [ask("what is it ? " * 30), {"role": "assistant", "content": "a red circle"}, ask("is it red ? " * 30)]
+    earlier = len(processor.prompt_ids([*talk[:2], ask("is")]))
+    record = lambda question: dict(question=question, clip=Clip("0.mp4"))
+    assert fits(processor, record(talk), earlier) and not fits(processor, record(talk), earlier - 1)
+    assert fits(processor, record("what is it ? " * 30), 20) and not fits(processor, record("what is it ?"), 5)
 
 
 def test_answer_tells_which_answers_ended(place, monkeypatch):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import frames
-from frames import VideoError, read_frames
+from data import Clip
+from frames import VideoError, clip_seconds, read_frames, video_files
 
 
 def write(path, numbers, codec="libx264", stamps=None, rotation=None, pix_fmt="yuv420p", size=(88, 48), **options):
@@ -167,6 +168,16 @@ def test_images(tmp_path):
                           ([paths[0], tmp_path / "large.png"], "large.png: frames of different sizes")):
         with pytest.raises(VideoError, match=reason):
             read_frames(video, 2)
+
+
+def test_whatever_else_lies_in_a_folder_of_frames_is_no_frame(tmp_path):
+    images = [write(tmp_path / f"{k}.png", [k], "png", pix_fmt="rgb24") for k in range(11)]
+    for name in (".DS_Store", "times.txt", "._3.png"):
+        (tmp_path / name).write_text("no image")
+    (tmp_path / "thumbs.png").mkdir()
+    assert [str(f) for f in video_files(str(tmp_path))] == [str(f) for f in images]  # 2 before 10
+    assert clip_seconds(Clip(str(tmp_path))) == (0, 11)
+    assert numbers(read_frames(str(tmp_path), 11)[0]) == list(range(11))
 
 
 def broken(tmp_path):

@@ -9,6 +9,7 @@ import sys
 from collections import namedtuple
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -23,6 +24,7 @@ from transformers import AutoTokenizer, CLIPModel
 import grpo_rank
 import harness
 import sft
+from data import Clip
 from video_llm import VideoLLM, load_model
 
 Done = namedtuple("Done", "code out err")
@@ -150,6 +152,64 @@ def test_sft_with_lora(script, world, policy, quantize):
     assert all(n.endswith("proj.weight") for n in moved if n.startswith("language_model"))
     model, _ = load_model(folder / "adapter", quantize)
     assert sum("lora_" in n for n, _ in model.named_parameters()) == 42
+
+
+def annotate(file, *talks):
+    """An annotation file; a talk is (video, question, answer, question, answer, ...)."""
+    rows = [dict(video=str(video), conversations=[{"from": who, "value": text} for who, text in zip(
+        ["human", "gpt"] * len(turns), (f"<video>\n{turns[0]}", *turns[1:]))]) for video, *turns in talks]  # fmt: skip
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def test_sft_leaves_out_what_cannot_be_cut_to_fit(script, world, policy):
+    """Earlier turns are never cut: the prompt of the second answer is too long, and would end the training midway."""
+    video = next((world / "data/moving_shapes/videos/train").glob("*.mp4")).relative_to(world)
+    file = annotate(world / "long.json", (video, "what moves? " * 50, "one", "which colour?", "red"))
+    flags = ["--steps", "1", "--batch_size", "4", "--model", policy, "--max_prompt_tokens", "60"]
+    done = script("sft", *flags, "--data", file, "--name", "long")
+    assert done.code == 0, done.err
+    assert "1 records are used; 0 clips cannot be read, 1 prompts cannot be cut to --max_prompt_tokens 60" in done.out
+    (world / "nothing.mp4").write_bytes(b"")
+    annotate(file, ("nothing.mp4", "what moves?", "one"))
+    done = script("sft", *flags, "--data", file, "--name", "nothing")
+    said = [line for line in done.err.splitlines() if line.strip() and not line.startswith("video features")]
+    assert done.code == 1 and len(said) == 1 and "long.json: 0 records are used; 1 clips cannot be read" in said[0]
+
+
+def test_the_world_is_built_for_what_reads_it_alone():
+    needs = lambda **flags: sft.needs_world(sft.Args(**flags))
+    assert needs() and needs(model="my_start") and needs(data="my.json")  # my own data, the embedded CLIP
+    assert not needs(data="my.json", model="my_start")
+    assert not needs(data="my.json", clip="c", qformer="32", llm="l") and needs(data="my.json", clip="c", qformer="32")
+
+
+class Words:
+    """A processor whose tokens are words."""
+
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(ids))
+
+    def answer_ids(self, text):
+        return [*text.split(), "EOS"]
+
+    def split_prompt_ids(self, *parts):
+        return [part.split() for part in parts]
+
+
+def test_comparisons_are_of_two_answers_and_within_the_limits():
+    long = "blue " * 50
+    records = [dict(clip=Clip("a.mp4"), question="which colour?", answer=answer, task_type="Attribute Perception")
+               for answer in ("red", "The red.", "red!", long)]  # fmt: skip
+    pools, _ = sft.judge_material(records)
+    args = SimpleNamespace(max_prompt_tokens=17, max_answer_tokens=5)
+    for seed in range(10):
+        make = lambda record, told=(): sft.comparison(record, pools, dict(told), random.Random(seed), Words(), args)
+        head, tail = make(records[0])["question"]
+        assert tail.count("blue") == 5 and "The" not in tail and "red!" not in tail and len(tail.split()) == 16
+        assert make(records[0], [("a.mp4", "a narrative")]) is None  # too long together
+        assert make(records[3])["answer"] == long  # `encode` cuts what is learned
+    same = [records[3], records[3] | {"answer": long + "and green"}]
+    assert sft.comparison(records[3], sft.judge_material(same)[0], {}, random.Random(0), Words(), args) is None
 
 
 # --- grpo_rank -----------------------------------------------------------------------------------------------------
