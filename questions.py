@@ -13,6 +13,7 @@ import numpy as np
 
 import evaluate
 import harness
+from answers import fits
 from data import DataError, read_records, report_lines
 from oracle import DESCRIBE, build_oracle
 
@@ -39,15 +40,20 @@ def policy_sft_command(seed):
     return f"sft.py --name policy_s{seed} {data} {POLICY_SFT} --resume".split()
 
 
-def usable_questions(model_dir, records, report, cache, folder, rank, world):
-    """The questions feedback may be asked about: not those whose clips the SFT start saw the labels of, no broken
-    videos, no requests for descriptions (an oracle that compares short answers cannot rank them)."""
-    seen_file = Path(model_dir).parent / "labelled_clips.json"
+def usable_questions(args, records, report, cache, folder, rank, world):
+    """The questions feedback may be asked about: not those whose clips the SFT start --model saw the labels of, no broken
+    videos, no requests for descriptions (an oracle that compares short answers cannot rank them), none whose earlier
+    turns alone exceed --max_prompt_tokens, where the script has that flag."""
+    seen_file = Path(args.model).parent / "labelled_clips.json"
     seen = {real(path) for path in json.loads(seen_file.read_text())} if seen_file.exists() else set()
     known = {r["clip"] for r in records if r["clip"] and real(r["clip"].path) in seen}
     records = [r for r in records if r["clip"] and r["question"] != DESCRIBE and r["clip"] not in known]
     broken = harness.prepare_videos(cache, [r["clip"] for r in records], folder, rank, world)
     records = [r for r in records if r["clip"] not in broken]
+    if longest := getattr(args, "max_prompt_tokens", None):
+        records, before = [r for r in records if fits(cache.processor, r, longest)], len(records)
+        if rank == 0 and len(records) < before:
+            print(f"{before - len(records)} questions left out: their earlier turns exceed --max_prompt_tokens")
     if rank == 0:
         print("\n".join(report_lines(report)))
         left_out = len({clip.path for clip in known})
@@ -63,7 +69,7 @@ def real(path):
 
 def choose_questions(args, records, report, cache, folder, rank, world):
     """The questions RL may ask, and those that measure it. -> records, held-out records."""
-    records = usable_questions(args.model, records, report, cache, folder, rank, world)
+    records = usable_questions(args, records, report, cache, folder, rank, world)
     if len(records) < args.prompts_per_step:
         sys.exit(f"{args.data}: {len(records)} usable questions, fewer than --prompts_per_step {args.prompts_per_step}")
     return records, held_out_questions(args, cache, folder, rank, world)

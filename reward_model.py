@@ -197,7 +197,7 @@ def collect(args, rank, world, device):
         done = open_answers(file, args, rank)
     policy.requires_grad_(False).eval()
     cache = FeatureCache(policy, processor, args.cache)
-    records = usable_questions(args.model, records, report, cache, file.parent, rank, world)
+    records = usable_questions(args, records, report, cache, file.parent, rank, world)
     asked = random.Random(f"{args.seed} prompts").sample(records, min(args.prompts, len(records)))
     with harness.one_line_errors(OSError):
         oracle = ReferenceOracle(records) if args.oracle == "reference" else JudgeOracle(
