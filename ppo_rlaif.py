@@ -48,8 +48,7 @@ The implementation details of PPO for language models: what, from where, and whe
          I8  scores normalised to mean 0 and standard deviation 1 before training [Z, S]                  normal_of
          I9  an answer without EOS pays a penalty [Z, N+, L]; a long one can [L]                          shaped_scores
          I10 adaptive KL coefficient, a log-space proportional controller [Z Sec. 2.2]; fixed in [V]       next_kl_coef
- value   I11 a network of its own, initialised from the reward model [S, O, L]; its head rescaled as I8, or zero where
-             scores are centred or another oracle's                                               Roles, rescale_head
+ value   I11 a network of its own, from the reward model [S, O, L]; head rescaled as I8, or zero (D9)     step 2
          I12 without a reward model: from the start, head zero [Z]                                       add_scalar_head
          I13 V(s_t) is read before token t; behind the end V = 0: the episode is over                     token_scores
          I14 gamma = 1 [Z]; lambda = 0.95 [Z] or 1 [V, L]                                                  gae

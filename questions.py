@@ -41,9 +41,9 @@ def policy_sft_command(seed):
 
 
 def usable_questions(args, records, report, cache, folder, rank, world):
-    """The questions feedback may be asked about: not those whose clips the SFT start --model saw the labels of, no broken
-    videos, no requests for descriptions (an oracle that compares short answers cannot rank them), none whose earlier
-    turns alone exceed --max_prompt_tokens, where the script has that flag."""
+    """The questions feedback may be asked about: not those whose clips the SFT start (--model) saw the labels of, no
+    broken videos, no requests for descriptions (an oracle that compares short answers cannot rank them), none whose
+    earlier turns alone exceed --max_prompt_tokens, where the script has that flag."""
     seen_file = Path(args.model).parent / "labelled_clips.json"
     seen = {real(path) for path in json.loads(seen_file.read_text())} if seen_file.exists() else set()
     known = {r["clip"] for r in records if r["clip"] and real(r["clip"].path) in seen}

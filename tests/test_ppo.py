@@ -200,11 +200,20 @@ def test_every_implementation_detail_is_where_the_header_says():
     assert [int(n) for n, _ in listed] == list(range(1, len(listed) + 1)) and len(listed) >= 20
     used = {int(n) for n in re.findall(r"\bI(\d+)\b", body)}
     assert used == set(range(1, len(listed) + 1)), f"not in the file: {set(range(1, len(listed) + 1)) - used}"
-    modules = [(REPO / f"{name}.py").read_text() for name in ("ppo_rlaif", "video_llm", "roles")]
-    for _, line in listed:
+    functions = {n.name: ast.get_source_segment(text, n) for n in ast.walk(ast.parse(text))
+                 if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    elsewhere = [(REPO / f"{name}.py").read_text() for name in ("video_llm", "roles")]
+    steps = re.split(r"^        # (\d)\. ", body, flags=re.M)
+    steps = dict(zip(map(int, steps[1::2]), steps[2::2]))  # {number of the step: its text}
+    for n, line in listed:
         where = re.split(r"\s{2,}", line.strip())[-1]
-        for name in re.findall(r"[A-Za-z_.]{6,}", where):
-            assert any(name.split(".")[-1] in source for source in modules), f"{line}: no {name}"
+        places = [steps[int(k)] for k in re.findall(r"step (\d)", where)]
+        for name in (name.split(".")[-1] for name in re.findall(r"[A-Za-z_.]{3,}", where.replace("step", ""))):
+            if name in functions:
+                places.append(functions[name])
+            else:
+                assert any(re.search(rf"(def|class) {name}\b", source) for source in elsewhere), f"{line}: no {name}"
+        assert all(re.search(rf"\bI{n}\b", place) for place in places), f"I{n} is not where the header says: {where}"
 
 
 def preset(*flags, monkeypatch):
