@@ -13,25 +13,24 @@ for s in $SEEDS; do
   echo "rm_truth_s$s $r --name truth --oracle reference"
   sft_continued $s
 done | side_by_side
-for s in $SEEDS; do
-  echo "rm_weak_s$s $PY reward_model.py --seed $s --resume --name weak --narrative False --guided False --share 0.1"
-done | side_by_side
+echo "rm_weak_s0 $PY reward_model.py --resume --name weak --narrative False --guided False --share 0.1" | side_by_side
 
 # 150 steps x 48 questions x 5 answers = 36,000 sampled answers each
-for s in $SEEDS; do
-  p="$PY ppo_rlaif.py --seed $s --resume" g="$PY grpo_rank.py --seed $s --resume" rm=runs/reward_model
-  echo "ppo_rm_s$s $p --name reward_model --reward_model $rm/context_s$s/final --stop_oracle context"
-  echo "ppo_truth_s$s $p --name truth --reward_model $rm/truth_s$s/final --stop_oracle context"
-  echo "ppo_reference_s$s $p --name reference --oracle reference"
-  echo "ppo_random_s$s $p --name random --oracle reference --random_reward True"
-  echo "grpo_rm_s$s $g --name reward_model --oracle reward_model --reward_model $rm/context_s$s/final"
-  echo "grpo_score_s$s $g --name reward_score --oracle reward_model --reward_model $rm/context_s$s/final --advantage score"
-  echo "ppo_hacked_s$s $p --name hacked --reward_model $rm/weak_s$s/final --kl_coef 0 --lr 1e-3"
-done | side_by_side
+{
+  echo "ppo_hacked_s0 $PY ppo_rlaif.py --resume --name hacked --reward_model runs/reward_model/weak_s0/final --kl_coef 0 --lr 1e-3"
+  for s in $SEEDS; do
+    p="$PY ppo_rlaif.py --seed $s --resume" g="$PY grpo_rank.py --seed $s --resume" rm=runs/reward_model
+    echo "ppo_rm_s$s $p --name reward_model --reward_model $rm/context_s$s/final --stop_oracle context"
+    echo "ppo_truth_s$s $p --name truth --reward_model $rm/truth_s$s/final --stop_oracle context"
+    echo "ppo_random_s$s $p --name random --oracle reference --random_reward True"
+    echo "grpo_rm_s$s $g --name reward_model --oracle reward_model --reward_model $rm/context_s$s/final"
+    echo "grpo_score_s$s $g --name reward_score --oracle reward_model --reward_model $rm/context_s$s/final --advantage score"
+  done
+} | side_by_side
 
 $PY evaluate.py --runs "runs/sft/policy_s*" "runs/sft/continued_s*" "runs/ppo_rlaif/random_s*" \
-  "runs/ppo_rlaif/reward_model_s*" "runs/ppo_rlaif/truth_s*" "runs/ppo_rlaif/reference_s*" \
-  --labels "SFT,SFT continued,random reward,PPO,PPO on the truth's pairs,PPO on token F1" --out docs/results/ppo_rlaif
+  "runs/ppo_rlaif/reward_model_s*" "runs/ppo_rlaif/truth_s*" \
+  --labels "SFT,SFT continued,random reward,PPO,PPO on the truth's pairs" --out docs/results/ppo_rlaif
 $PY evaluate.py --runs "runs/sft/policy_s*" "runs/ppo_rlaif/reward_model_s*" "runs/grpo_rank/reward_model_s*" \
   "runs/grpo_rank/reward_score_s*" --labels "SFT,PPO,GRPO_rank,GRPO on scores" --out docs/results/ppo_fair
 $PY benchmarks/ppo_rlaif.py --runs "runs/sft/policy_s*" "runs/ppo_rlaif/reward_model_s*" \
