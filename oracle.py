@@ -97,6 +97,11 @@ class OracleArgs(ApiArgs):
                 raise ValueError(f"--oracle {self.oracle}: choose of {', '.join(ORACLES)}, each once")
         if self.api_mode not in MODES:
             raise ValueError(f"--api_mode {self.api_mode}: choose one of {', '.join(MODES)}")
+        if not getattr(self, "data", WORLD).startswith(WORLD):  # moving shapes are all that the default ones know
+            for flag, default, names in (("oracle_model", ORACLE_SFT, ("judge", "context")),
+                                         ("reward_model", REWARD_MODEL, ("reward_model",))):
+                if set(names) & set(self.raters) and getattr(self, flag) == default:
+                    raise ValueError(f"--{flag} {default} knows the embedded world only: another for --data {self.data}")
         if self.oracle_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--oracle_dtype {self.oracle_dtype}: choose float32 or bfloat16")
         self.check_api(needed="api" in self.raters)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import data
+import grpo_rank
+import harness
 import oracle
 from api_oracle import ApiOracle
 from data import Clip, DataError, read_records
@@ -440,6 +443,16 @@ def test_a_judge_in_half_the_memory(policy, judge, clips, tmp_path, monkeypatch)
     size = lambda m: sum(p.numel() * p.element_size() for p in m.parameters())
     assert size(half.model) == size(judge.model) / 2
     assert torch.allclose(half.score(*asked)[0], judge.score(*asked)[0], atol=0.02)
+
+
+@pytest.mark.parametrize("flags", [[], ["--oracle", "judge,reference"], ["--oracle", "reward_model"]], ids=str)
+def test_the_embedded_oracles_do_not_judge_other_videos(flags, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["grpo_rank.py", "--data", "my.json", "--eval_data", "", *flags])
+    with pytest.raises(SystemExit) as end:
+        harness.parse_args(grpo_rank.Args)
+    assert end.value.code == 2 and "knows the embedded world only" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--oracle_model", "mine", "--reward_model", "mine"])
+    assert harness.parse_args(grpo_rank.Args).oracle_model == "mine"
 
 
 @pytest.mark.parametrize("flags", [dict(oracle=""), dict(oracle="god"), dict(oracle="judge,judge"),
