@@ -183,11 +183,11 @@ def make_pairs(groups, min_gap):
             continue
         scored = [t for t in total if t is not None]
         pair = dict(id=g["record"]["id"], clip=g["record"]["clip"], question=g["record"]["question"], scores={},
-                    sources={}, margin=round(max(scored) - min(scored), 4))
+                    sources={}, ended={}, margin=round(max(scored) - min(scored), 4))
         for side, places in zip(SIDES, found):
             i = min(places, key=lambda i: (uses[side][g["sources"][i]], i))
             uses[side][g["sources"][i]] += 1
-            pair[side], pair["sources"][side] = g["answers"][i], g["sources"][i]
+            pair[side], pair["sources"][side], pair["ended"][side] = g["answers"][i], g["sources"][i], g["ended"][i]
             pair["scores"][side] = dict(zip(ASPECTS, g["scores"][i]))
         pairs.append(pair)
     return pairs, dropped
@@ -254,13 +254,14 @@ def main(args):
             sources = {name_of(s): start_of(pairs_of) if s == "policy" else s for s in args.zoo}
             which = questions_of(pairs_of, len(records), args)
             with harness.one_line_errors(ApiError, OSError):
-                groups = collect(stage(pairs_of), pairs_of, sources, records, which, oracle, args, device, rank, world)
+                groups, cost = collect(stage(pairs_of), pairs_of, sources, records, which, oracle, args, device, rank,
+                                       world)
             found, dropped = make_pairs(groups, args.min_gap)
             pairs = cap_share(found, args.max_share) if len(sources) > 1 else found
             dropped["over --max_share"] = len(found) - len(pairs)
             if rank == 0 and pairs_of == k:
                 write_preferences(stage(k) / "preferences.json", pairs, "trl")
-                write_card(stage(k), k, pairs, dropped, groups, cache.processor, getattr(oracle, "counters", {}))
+                write_card(stage(k), k, pairs, dropped, groups, cache.processor, cost)
         if len(pairs) < args.prompts_per_step:
             sys.exit(f"iteration {k}: {len(pairs)} pairs, fewer than --prompts_per_step {args.prompts_per_step}")
         if args.stage == "build":
@@ -286,7 +287,7 @@ def main(args):
         logps_of = lambda m, some: answer_logps(m, some, processor, cache, args, device)
         for step in range(k * args.steps if trained else max(start, (k - 1) * args.steps), k * args.steps):
             if evals and step % args.eval_steps == 0:
-                log_greedy(log, evals[rank::world], model, processor, cache)
+                log_greedy(log, evals[rank::world], model, processor, cache, args)
             began, local = time.time(), step - (k - 1) * args.steps
             mine = [pairs[i] for i in question_indices(len(pairs), step, args)[rank::world]]
             mine.sort(key=lambda p: max(len(p["chosen"]), len(p["rejected"])))  # micro-batches of like length
@@ -316,10 +317,10 @@ def main(args):
             harness.save_checkpoint(stage(k), "theta", model, processor)
 
         # 5. ExPO     theta_k + alpha (theta_k - theta_{k-1}), alpha chosen by the oracle            [W Sec. 4.2; E; D3]
-        way, curve, answers = way_of(model, reference), [], []
+        line, curve, answers = line_of(model, reference), [], []
         for alpha in args.alphas:
-            go_to(way, alpha)
-            texts, row = greedy(evals[rank::world], model, processor, cache)
+            go_to(line, alpha)
+            texts, row = greedy(evals[rank::world], model, processor, cache, args)
             curve.append({"alpha": alpha} | all_means(row | rewards_on(pairs[:192][rank::world], logps_of, model,
                                                                        reference, args)))
             answers.append(texts)
@@ -328,7 +329,7 @@ def main(args):
         for row, mine in zip(curve, scores):
             row |= all_means({"score": mine})
         alpha = choose_alpha(args.alphas, [row.get("score", 0.0) for row in curve])
-        go_to(way, alpha)
+        go_to(line, alpha)
 
         # 6. The result is the next start and the next reference                                        [W Sec. 4.1; D4]
         if rank == 0:
@@ -344,31 +345,41 @@ def main(args):
 # Parts of the algorithm that need a model
 # ---------------------------------------------------------------------------------------------------------------
 def answer_logps(model, pairs, processor, cache, args, device):
-    """log pi of both answers of B pairs, packed behind one prefix -> logps (B,2), lengths (B,2) with EOS."""
+    """log pi of both answers of B pairs, packed behind one prefix -> logps (B,2), lengths (B,2), EOS counted."""
     prefix = Prefix.build(processor, cache, [p["question"] for p in pairs], [p["clip"] for p in pairs], device,
                           args.max_prompt_tokens)
-    ids = [processor.answer_ids(p[side], args.max_new_tokens) for p in pairs for side in SIDES]
+    ids = [ids_of(p, side, processor, args.max_new_tokens) for p in pairs for side in SIDES]
     tokens = processor.pad(ids, "right")[0].view(len(pairs), 2, -1).to(device)  # (B,2,T)
     lengths = torch.tensor([len(i) for i in ids]).view(-1, 2).to(device)
     return token_logprobs(model, prefix, tokens, lengths)[0].sum(-1).view(-1, 2), lengths
 
 
-def way_of(model, reference):
-    """From theta_{k-1} to theta_k: [(parameter, its theta_k, its theta_{k-1})].
+def ids_of(pair, side, processor, max_length=None):
+    """An answer's ids, with EOS where it ended; a file that does not say so holds answers that did."""
+    ids, ended = processor.answer_ids(pair[side], max_length), pair.get("ended", {}).get(side, True)
+    return ids if ended or ids[-1] != processor.tokenizer.eos_token_id else ids[:-1]
+
+
+def line_of(model, reference):
+    """The line through theta_{k-1} and theta_k: [(parameter, its theta, its theta_ref)].
 
     [D5] W = W_0 + s B A with LoRA: A held, B goes from 0 to B_k, so the merged weights go exactly from W_0 to W_k.
     """
-    if isinstance(model, PeftModel):
-        return [(p, p.detach().clone(), torch.zeros_like(p)) for n, p in model.named_parameters() if "lora_B" in n]
+    lora = isinstance(model, PeftModel)
     with reference() as ref:
-        old = dict(ref.named_parameters())
-    return [(p, p.detach().clone(), old[n]) for n, p in model.named_parameters() if p.requires_grad]
+        before = dict(ref.named_parameters())
+    line = []
+    for name, p in model.named_parameters():
+        if "lora_B" in name if lora else p.requires_grad:
+            theta, theta_ref = p.detach().clone(), torch.zeros_like(p) if lora else before[name]
+            line.append((p, theta, theta_ref))
+    return line
 
 
 @torch.no_grad()
-def go_to(way, alpha):
+def go_to(line, alpha):
     """Put the model at theta_k + alpha (theta_k - theta_{k-1})."""
-    for p, theta, theta_ref in way:
+    for p, theta, theta_ref in line:
         p.copy_(extrapolated(theta, theta_ref, alpha))
 
 
@@ -393,11 +404,11 @@ def pair_metrics(loss, rewards, logps):
     return dict(zip(PAIR_METRICS, values))
 
 
-def greedy(records, model, processor, cache):
-    """Greedy answers, and {"accuracy", "len"}: (sum, count)."""
-    texts = evaluate.answer(model, processor, cache, records)
-    right = sum(evaluate.is_correct(t, r["answer"]) for t, r in zip(texts, records))
-    return texts, {"accuracy": (right, len(texts)),
+def greedy(records, model, processor, cache, args):
+    """Greedy answers, and {"accuracy", "len"}: (sum, count). A question without label counts for no accuracy."""
+    texts = evaluate.answer(model, processor, cache, records, args.max_new_tokens)
+    right = [evaluate.is_correct(t, r["answer"]) for t, r in zip(texts, records) if r["answer"] is not None]
+    return texts, {"accuracy": (sum(right), len(right)),
                    "len": (sum(len(processor.answer_ids(t)) for t in texts), len(texts))}
 
 
@@ -407,9 +418,8 @@ def oracle_scores(oracle, records, answers):
         return [(0.0, 0)] * len(answers)
     groups = score(oracle, [r["clip"] for r in records], [r["question"] for r in records],
                    [list(group) for group in zip(*answers)])
-    texts = list(zip(*answers))  # an empty answer is worth 0; a question that the oracle left out counts for no alpha
-    whole = [g for g, said in zip(groups, texts) if all(s is not None or not text for s, text in zip(g, said))]
-    return [(sum(sum(g[a]) / len(g[a]) if g[a] else 0.0 for g in whole), len(whole)) for a in range(len(answers))]
+    whole = [g for g in groups if None not in g]  # a question that the oracle could not score counts for no alpha
+    return [(sum(sum(g[a]) / len(g[a]) for g in whole), len(whole)) for a in range(len(answers))]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -454,8 +464,8 @@ def log_pairs(log, loss, rewards, logps, lengths):
     log.add("length/rejected", lengths[:, 1].sum(), len(loss))
 
 
-def log_greedy(log, records, model, processor, cache):
-    sums = greedy(records, model, processor, cache)[1]
+def log_greedy(log, records, model, processor, cache, args):
+    sums = greedy(records, model, processor, cache, args)[1]
     log.add("eval/accuracy", *sums["accuracy"])
     log.add("eval/len", *sums["len"])
 
@@ -485,32 +495,41 @@ def write_curve(folder, k, chosen, curve):
 
 def write_card(folder, k, pairs, dropped, groups, processor, cost):
     """data_card.json and .md: what is in the pairs. Labels, where the questions have some, are read here alone."""
-    truth = {g["record"]["id"]: g["record"]["answer"] for g in groups}
-    mean = lambda values: round(sum(values) / max(len(pairs), 1), 4)
-    right = {side: [evaluate.is_correct(p[side], truth[p["id"]]) for p in pairs] for side in SIDES}
-    card = dict(iteration=k, questions=len(groups), answers=sum(len(g["answers"]) for g in groups),
-                no_answer=sum(not a for g in groups for a in g["answers"]), pairs=len(pairs), dropped=dict(dropped))
+    truth = {g["record"]["id"]: g["record"]["answer"] for g in groups if g["record"]["answer"] is not None}
+    labelled = [p for p in pairs if p["id"] in truth]
+    mean = lambda values: round(sum(values) / max(len(values), 1), 4)
+    missing = Counter(source for g in groups for source, a in zip(g["sources"], g["answers"]) if a is None)
+    card = dict(iteration=k, questions=len(groups), labelled=len(truth), answers=sum(len(g["answers"]) for g in groups),
+                no_answer=sum(not a for g in groups for a in g["answers"]), missing=dict(missing), pairs=len(pairs),
+                dropped=dict(dropped))
     for side in SIDES:
         card[side] = dict(
             sources=dict(Counter(p["sources"][side] for p in pairs).most_common()),
-            tokens=mean([len(processor.answer_ids(p[side])) for p in pairs]),
-            score=mean([sum(p["scores"][side].values()) / len(ASPECTS) for p in pairs]), right=mean(right[side]),
-            token_f1=mean([token_f1(p[side], truth[p["id"]]) for p in pairs]))
-    decided = [c for c, r in zip(right["chosen"], right["rejected"]) if c != r]
-    card["right_before_wrong"] = dict(share=round(sum(decided) / max(len(decided), 1), 4), pairs=len(decided))
+            tokens=mean([len(ids_of(p, side, processor)) for p in pairs]),
+            cut=sum(not p["ended"][side] for p in pairs),
+            score=mean([sum(p["scores"][side].values()) / len(ASPECTS) for p in pairs]))
     card["oracle"] = {key: round(n, 1) for key, n in cost.items()}  # requests, tokens and refusals of a server
-    harness.write(folder / "data_card.json", json.dumps(card, indent=1) + "\n")
     listed = lambda counts: ", ".join(f"{name} {n}" for name, n in counts.items() if n) or "none"
-    rows = [("questions", card["questions"]), ("answers", f"{card['answers']} ({card['no_answer']} empty or missing)"),
+    rows = [("questions", f"{card['questions']} ({len(truth)} with a label)"),
+            ("answers", f"{card['answers']} ({card['no_answer']} empty or missing)"), ("missing", listed(missing)),
             ("pairs", card["pairs"]), ("questions without a pair", listed(dropped))]
     for side in SIDES:
         c = card[side]
         rows += [(f"{side}: sources", listed(c["sources"])), (f"{side}: mean length in tokens", c["tokens"]),
-                 (f"{side}: mean score, 0-5", c["score"]), (f"{side}: share that equals the label", c["right"]),
-                 (f"{side}: token F1 with the label", c["token_f1"])]
-    share = card["right_before_wrong"]
-    rows.append(("chosen right, of the pairs with one right answer", f"{share['share']} of {share['pairs']}"))
+                 (f"{side}: answers that were cut", c["cut"]), (f"{side}: mean score, 0-5", c["score"])]
+    if labelled:
+        right = {side: [evaluate.is_correct(p[side], truth[p["id"]]) for p in labelled] for side in SIDES}
+        for side in SIDES:
+            c = card[side]
+            c |= dict(right=mean(right[side]), token_f1=mean([token_f1(p[side], truth[p["id"]]) for p in labelled]))
+            rows += [(f"{side}: share that equals the label", c["right"]),
+                     (f"{side}: token F1 with the label", c["token_f1"])]
+        decided = [c for c, r in zip(right["chosen"], right["rejected"]) if c != r]
+        share = card["right_before_wrong"] = dict(share=mean(decided), pairs=len(decided))
+        rows.append(("chosen right, of the pairs with one right answer", f"{share['share']} of {share['pairs']}"))
+    rows += [("oracle", listed(card["oracle"]))] if cost else []
     lines = [f"# Preference pairs of iteration {k}", "", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
+    harness.write(folder / "data_card.json", json.dumps(card, indent=1) + "\n")
     harness.write(folder / "data_card.md", "\n".join(lines) + "\n")
     print(f"iteration {k}: {len(pairs)} pairs; no pair: {listed(dropped)}; {folder}/data_card.md", flush=True)
 
