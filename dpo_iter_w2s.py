@@ -54,7 +54,7 @@ from oracle import SCORERS, OracleArgs, make_oracle, normalize, token_f1
 from preference_zoo import build_zoo, check_source, collect, default_zoo, name_of, score
 from preferences import read_preferences, write_preferences
 from questions import build_embedded, choose_questions, held_out_questions, question_indices, sft_start
-from video_llm import Prefix, add_lora, load_model, merged, reference_of, token_logprobs
+from video_llm import Prefix, add_lora, load_model, merged, reference_of, token_logprobs, unwrap
 
 WORLD = "data/moving_shapes"
 SIDES = ("chosen", "rejected")
@@ -114,6 +114,8 @@ class Args(OracleArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py,
             raise ValueError(f"--oracle {self.oracle}: those that score four aspects are {', '.join(SCORERS)}")
         if self.stage not in ("build", "all"):
             raise ValueError(f"--stage {self.stage}: choose build or all")
+        if self.stage == "build" and self.preferences:
+            raise ValueError("--stage build makes the pairs of the first iteration, --preferences gives them: drop one")
         harness.at_least(self, samples=1, min_gap=0, iterations=1, questions=1, steps=1, prompts_per_step=1,
                          micro_batch_size=1, max_prompt_tokens=1, max_new_tokens=1, eval_questions=0, eval_steps=1,
                          save_steps=1, lora_r=0)
@@ -427,18 +429,17 @@ def oracle_scores(oracle, records, answers):
 # ---------------------------------------------------------------------------------------------------------------
 def open_data(args, folder, rank, world, device):
     """-> records to ask about, pairs given by --preferences, held-out records, the oracle, the cache of features."""
+    given, records, report = [], [], {}
     with harness.one_line_errors(DataError, OSError):
-        files = args.preferences.split(",") if args.preferences else []
-        given, read = read_preferences(files, args.video_root or None)
-        records, report = read_records(args.data.split(","), args.video_root or None) if args.collects else ([], {})
-        cache = FeatureCache(*load_model(args.model, device=str(device)), args.cache)
-    given = [p for p in given if p["clip"]]
-    broken = harness.prepare_videos(cache, [p["clip"] for p in given], folder, rank, world)
-    given = [p for p in given if p["clip"] not in broken]
-    if rank == 0 and files:
-        print("\n".join(report_lines(read)))
-        cut = sum(len(cache.processor.answer_ids(p[side])) > args.max_new_tokens for p in given for side in SIDES)
-        print(f"{len(given)} pairs; {len(broken)} broken videos; {cut} answers are cut at --max_new_tokens")
+        if args.preferences:
+            given, read = read_preferences(args.preferences.split(","), args.video_root or None)
+        if args.collects:
+            labelled = "reference" in args.raters  # no other oracle reads a label
+            records, report = read_records(args.data.split(","), args.video_root or None, labelled=labelled)
+        cache = features_alone(args, device)
+    if args.preferences:
+        print("\n".join(report_lines(read))) if rank == 0 else None
+        given = usable_pairs(given, args, cache, folder, rank, world)
     if args.collects:
         records, evals = choose_questions(args, records, report, cache, folder, rank, world)
     else:
@@ -446,6 +447,33 @@ def open_data(args, folder, rank, world, device):
     with harness.one_line_errors(DataError, OSError):
         oracle = make_oracle(args, records + evals, str(device))
     return records, given, evals, oracle, cache
+
+
+def features_alone(args, device):
+    """The cache of CLIP features. It lives as long as the run: decoder and Q-Former would lie there unused."""
+    model, processor = load_model(args.model, **harness.load_options(args, device))
+    model = unwrap(model)
+    del model.language_model, model.qformer, model.projection
+    return FeatureCache(model, processor, args.cache)
+
+
+def usable_pairs(read, args, cache, folder, rank, world):
+    """Of the pairs of --preferences those with a video that can be read and with two answers that still differ where
+    --max_new_tokens cuts them. None at all ends the run: it would go on with pairs of its own."""
+    seen = [p for p in read if p["clip"]]
+    broken = harness.prepare_videos(cache, [p["clip"] for p in seen], folder, rank, world)
+    whole = [p for p in seen if p["clip"] not in broken]
+    ids = lambda p, length=None: [ids_of(p, side, cache.processor, length) for side in SIDES]
+    given = [p for p in whole if len({*map(tuple, ids(p, args.max_new_tokens))}) == 2]
+    cut = sum(len(answer) > args.max_new_tokens for p in given for answer in ids(p))
+    if rank == 0:
+        print(f"{len(given)} pairs; {len(broken)} broken videos; {cut} answers are cut at --max_new_tokens "
+              f"{args.max_new_tokens}; {len(whole) - len(given)} pairs left out, equal once cut")
+    if not given:
+        sys.exit(f"{args.preferences}: none of {len(read)} pairs can be used ({len(read) - len(seen)} without video, "
+                 f"{len(seen) - len(whole)} with a broken one, {len(whole)} equal at --max_new_tokens "
+                 f"{args.max_new_tokens})")
+    return given
 
 
 def questions_of(k, count, args):

@@ -636,6 +636,7 @@ def test_preference_files_of_every_format(world, policy, monkeypatch, tmp_path, 
         {"video": clips[5], "question": "what moves?", "chosen": "red", "rejected": "blue"},  # RLAIF-V
         {"videos": [clips[6]], "messages": chat + said("red"), "rejected_response": "blue"},  # chat
         {"video": clips[0], "prompt": "what moves?", "chosen": "red", "rejected": "red"},  # no preference
+        {"video": clips[0], "prompt": "what moves?", "chosen": "red circle", "rejected": "red dot"},  # equal once cut
         {"prompt": "what moves?", "chosen": "red", "rejected": "blue"}]  # no video
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     used = []
@@ -648,7 +649,28 @@ def test_preference_files_of_every_format(world, policy, monkeypatch, tmp_path, 
     assert set(used) == {(clip, "what moves?", "red", "blue") for clip in clips}
     said = capfd.readouterr().out
     assert "7 pairs; 0 broken videos; 14 answers are cut" in said and "skipped 1 rows" in said
+    assert "1 pairs left out, equal once cut" in said
     assert not list((world / "runs/dpo_iter_w2s/formats_s0").glob("*/answers.jsonl"))
+
+
+def test_preferences_of_which_none_can_be_used_are_not_replaced(world, policy, monkeypatch, tmp_path):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"prompt": "what moves?", "chosen": "red", "rejected": "blue"}))
+    with pytest.raises(SystemExit) as stop:
+        main_of(monkeypatch, world, "dpo_iter_w2s.py", *SELF, "--preferences", tmp_path / "text.jsonl", "--name", "no")
+    assert "text.jsonl: none of 1 pairs can be used (1 without video" in stop.value.code
+
+
+def test_memory_holds_no_second_decoder_and_greedy_answers_have_the_length_of_sampled_ones(world, policy, monkeypatch):
+    monkeypatch.chdir(world)
+    cache = dpo_iter_w2s.features_alone(Args(model=str(policy)), "cpu")
+    assert {name.split(".")[0] for name, _ in cache.model.named_parameters()} == {"vision_tower"}
+    model, processor = load_model(policy)
+    lively(model, seed=2)  # it does not end soon
+    asked = [dict(clip=clip, question="what moves?", answer=None) for clip in clips_of(world, 3)]
+    near(cache([c["clip"] for c in asked])[0], FeatureCache(model, processor, "cache")([c["clip"] for c in asked])[0])
+    long, short = (dpo_iter_w2s.evaluate.answer(model, processor, cache, asked, n) for n in (48, 2))
+    texts, sums = dpo_iter_w2s.greedy(asked, model, processor, cache, Args(max_new_tokens=2))
+    assert texts == short != long and sums["accuracy"] == (0, 0)
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
@@ -754,7 +776,8 @@ def test_a_server_is_a_source(world, policy, monkeypatch, server, capfd):
     "--min_gap -1", "--min_gap nan", "--max_share 0.1", "--max_share 1.5", "--zoo policy policy", "--zoo ftp://x#m",
     "--zoo http://x/v1", "--zoo a/final b/a/final", "--stage train", "--oracle god", "--oracle reward_model",
     "--quantize nf4", "--alphas 0.5 --eval_data=", "--alphas nan", "--prompts_per_step 7", "--prompts_per_step 0",
-    "--questions 0", "--lora_r -1", "--fresh_pairs maybe", "--gap 1", "stray"])
+    "--stage build --preferences x.json", "--questions 0", "--lora_r -1", "--fresh_pairs maybe", "--gap 1",
+    "stray"])
 def test_bad_flags(flags, world, monkeypatch, capfd):
     with pytest.raises(SystemExit) as stop:
         main_of(monkeypatch, world, "dpo_iter_w2s.py", *flags.split())
