@@ -6,14 +6,15 @@ Run      torchrun --nproc_per_node=4 dpo_iter_w2s.py             the embedded wo
          python dpo_iter_w2s.py --zoo policy --samples 10 --name self     pairs out of the policy's own answers alone
          python dpo_iter_w2s.py --oracle reference --name upper  a perfect oracle: the upper bound, not RLAIF
 Papers   [W] Iter-W2S-RLAIF / MMAIP-V, arXiv:2411.16201      [D] DPO, arXiv:2305.18290      [E] ExPO, arXiv:2404.16792
-Claim    with few labels, the answers of weak models, scored by an AI that sees the video, improve the policy; where
-         iterating and extrapolating help and where not stands, measured, in docs/dpo_iter_w2s.md.
+Claim    with few labels, the answers of weak models, scored by an AI that sees the video, improve the policy. Not yet
+         measured here, nor where iterating and extrapolating help: docs/dpo_iter_w2s.md says what is missing.
 
 Differs  D1  the zoo. [W] samples from well-aligned models of other makers; our embedded zoo is the policy and relatives
              of it that saw the same labels (preference_zoo.py says why). `policy` in --zoo is the policy of the moment.
-         D2  pairs. [W] takes the best and the worst answer. So do we, where their scores differ by --min_gap at least:
-             of what an oracle hardly tells apart one learns its noise. No source may give more than --max_share of the
-             chosen answers (the least sure ones go first), else DPO learns to imitate one model's style.
+         D2  pairs. [W] takes the best and the worst answer. So do we, but only where their scores differ by --min_gap
+             or more: if the oracle hardly tells two answers apart, the pair would teach its noise. No source may give
+             more than --max_share of the chosen answers (pairs with the smallest gap go first), else DPO learns to
+             imitate one model's style. An empty answer scores 0: it can be rejected, never chosen.
          D3  alpha. [W] prints none, [E] tunes it on a development set. Here the oracle scores the greedy answers of
              all --alphas to held-out questions; 0 is always among them, so by this measure extrapolating never hurts.
              The list goes on to the other side: alpha = -1 is theta_{k-1} again, so neither does iterating.
@@ -24,12 +25,25 @@ Differs  D1  the zoo. [W] samples from well-aligned models of other makers; our 
          D6  unpublished in [W]: beta, learning rate, number of iterations, alpha. Ours are tuned on the embedded world;
              the public relatives use beta 0.1, 3-4 iterations with fresh pairs, alpha 0.3-0.5.
 
-symbol      name           shape    meaning                                                            made in
-y_w, y_l    tokens         (B,2,T)  chosen and rejected answer to B questions, one prefix for both     step 3
-log pi      logps          (B,2)    log-probability of each answer as a whole                          step 4
-r           rewards        (B,2)    beta (log pi - log pi_ref), the implicit reward                    step 4
-theta_k     theta          (..)     weights after iteration k; theta_0: the SFT start                  step 4
-alpha       args.alphas    ()       how far behind theta_k, in units of the way that it came           step 5
+Oracle   --oracle scores each answer 0-5 on four aspects (relevance, accuracy, detail, clarity); their mean is the score
+         of the answer. Of several raters the mean counts, aspect by aspect.
+Missing  an answer that a source did not give (no reply, broken video: preference_zoo.py) has no score; nor has any
+         answer to a question that the oracle could not score. A question with fewer than two scores makes no pair; the
+         data card counts it. In step 5 a question that could not be scored counts for no alpha. A server that answers
+         401 or 404 ends the run.
+Cut      an answer that did not end within --max_new_tokens is trained without EOS: to be cut is not to end.
+Gradient only log pi has one. The reference and CLIP are frozen; all other weights are trained, with --lora_r the
+         adapters of the decoder alone.
+Loss     the sum over all pairs of all processes, divided by --prompts_per_step.
+
+symbol      name       shape    meaning                                                                made in
+y_w, y_l    tokens     (B,2,T)  chosen and rejected answer to B questions, one prefix for both         answer_logps
+log pi      logps      (B,2)    log-probability of each answer as a whole                              answer_logps
+r           rewards    (B,2)    beta (log pi - log pi_ref), the implicit reward                        dpo_loss
+theta_k     theta      (..)     weights after iteration k; theta_0: the SFT start                      line_of
+theta_k-1   theta_ref  (..)     weights before it: start and reference. With LoRA both are B's (D5)    line_of
+alpha       alpha      ()       how far to go beyond theta_k, as a multiple of the step theta_k - theta_{k-1};
+                                negative: back                                                         step 5
 """
 
 import json
@@ -75,16 +89,19 @@ class Args(OracleArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py,
     fresh_pairs: bool = HfArg(default=True, help="new questions and answers of the current policy in each iteration")
     alphas: list[float] = HfArg(default_factory=lambda: [-1.0, -0.5, 0.0, 0.3, 0.5], help="extrapolations to choose "
                                 "from (D3); 0 is always among them, those below go back towards theta_{k-1}")
-    beta: float = HfArg(default=0.1, help="DPO's beta: how dear it is to leave the reference")
+    beta: float = HfArg(default=0.1, help="DPO's beta, scale of the implicit rewards; larger keeps the policy nearer "
+                        "to the reference")
     lora_r: int = HfArg(default=0, help="LoRA rank on the decoder (D5); 0 trains all weights but CLIP's")
     lora_alpha: int = HfArg(default=16, help="LoRA alpha")
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
     # -- budget (D6)
     questions: int = HfArg(default=1600, help="questions of an iteration")
     steps: int = HfArg(default=75, help="optimizer steps of an iteration")
-    prompts_per_step: int = HfArg(default=48, help="pairs (each of another question) per step, over all processes")
+    prompts_per_step: int = HfArg(default=48, help="pairs per step, over all processes; where an epoch ends one can "
+                                  "come twice")
     micro_batch_size: int = HfArg(default=12, help="pairs per forward pass and process")
-    lr: float = HfArg(default=1e-4, help="peak learning rate; short warm-up, then linear to zero, in each iteration")
+    lr: float = HfArg(default=1e-4, help="scale of the learning rate: the smaller of a rise over 10 steps and a linear "
+                      "fall to zero, in each iteration")
     max_prompt_tokens: int = HfArg(default=512, help="longer questions are cut at their end, never the video")
     max_new_tokens: int = HfArg(default=16, help="longest answer, EOS included; longer ones of --preferences are cut")
     temperature: float = HfArg(default=1.0, help="sampling temperature of the zoo's checkpoints")
