@@ -6,14 +6,15 @@ Run      torchrun --nproc_per_node=4 dpo_iter_w2s.py             the embedded wo
          python dpo_iter_w2s.py --zoo policy --samples 10 --name self     pairs out of the policy's own answers alone
          python dpo_iter_w2s.py --oracle reference --name upper  a perfect oracle: the upper bound, not RLAIF
 Papers   [W] Iter-W2S-RLAIF / MMAIP-V, arXiv:2411.16201      [D] DPO, arXiv:2305.18290      [E] ExPO, arXiv:2404.16792
-Claim    with few labels, the answers of weak models, scored by an AI that sees the video, improve the policy; where
-         iterating and extrapolating help and where not stands, measured, in docs/dpo_iter_w2s.md.
+Claim    with few labels, the answers of weak models, scored by an AI that sees the video, improve the policy. Not yet
+         measured here, nor where iterating and extrapolating help: docs/dpo_iter_w2s.md says what is missing.
 
 Differs  D1  the zoo. [W] samples from well-aligned models of other makers; our embedded zoo is the policy and relatives
              of it that saw the same labels (preference_zoo.py says why). `policy` in --zoo is the policy of the moment.
-         D2  pairs. [W] takes the best and the worst answer. So do we, where their scores differ by --min_gap at least:
-             of what an oracle hardly tells apart one learns its noise. No source may give more than --max_share of the
-             chosen answers (the least sure ones go first), else DPO learns to imitate one model's style.
+         D2  pairs. [W] takes the best and the worst answer. So do we, but only where their scores differ by --min_gap
+             or more: if the oracle hardly tells two answers apart, the pair would teach its noise. No source may give
+             more than --max_share of the chosen answers (pairs with the smallest gap go first), else DPO learns to
+             imitate one model's style. An empty answer scores 0: it can be rejected, never chosen.
          D3  alpha. [W] prints none, [E] tunes it on a development set. Here the oracle scores the greedy answers of
              all --alphas to held-out questions; 0 is always among them, so by this measure extrapolating never hurts.
              The list goes on to the other side: alpha = -1 is theta_{k-1} again, so neither does iterating.
@@ -24,12 +25,25 @@ Differs  D1  the zoo. [W] samples from well-aligned models of other makers; our 
          D6  unpublished in [W]: beta, learning rate, number of iterations, alpha. Ours are tuned on the embedded world;
              the public relatives use beta 0.1, 3-4 iterations with fresh pairs, alpha 0.3-0.5.
 
-symbol      name           shape    meaning                                                            made in
-y_w, y_l    tokens         (B,2,T)  chosen and rejected answer to B questions, one prefix for both     step 3
-log pi      logps          (B,2)    log-probability of each answer as a whole                          step 4
-r           rewards        (B,2)    beta (log pi - log pi_ref), the implicit reward                    step 4
-theta_k     theta          (..)     weights after iteration k; theta_0: the SFT start                  step 4
-alpha       args.alphas    ()       how far behind theta_k, in units of the way that it came           step 5
+Oracle   --oracle scores each answer 0-5 on four aspects (relevance, accuracy, detail, clarity); their mean is the score
+         of the answer. Of several raters the mean counts, aspect by aspect.
+Missing  an answer that a source did not give (no reply, broken video: preference_zoo.py) has no score; nor has any
+         answer to a question that the oracle could not score. A question with fewer than two scores makes no pair; the
+         data card counts it. In step 5 a question that could not be scored counts for no alpha. A server that answers
+         401 or 404 ends the run.
+Cut      an answer that did not end within --max_new_tokens is trained without EOS: to be cut is not to end.
+Gradient only log pi has one. The reference and CLIP are frozen; all other weights are trained, with --lora_r the
+         adapters of the decoder alone.
+Loss     the sum over all pairs of all processes, divided by --prompts_per_step.
+
+symbol      name       shape    meaning                                                                made in
+y_w, y_l    tokens     (B,2,T)  chosen and rejected answer to B questions, one prefix for both         answer_logps
+log pi      logps      (B,2)    log-probability of each answer as a whole                              answer_logps
+r           rewards    (B,2)    beta (log pi - log pi_ref), the implicit reward                        dpo_loss
+theta_k     theta      (..)     weights after iteration k; theta_0: the SFT start                      line_of
+theta_k-1   theta_ref  (..)     weights before it: start and reference. With LoRA both are B's (D5)    line_of
+alpha       alpha      ()       how far to go beyond theta_k, as a multiple of the step theta_k - theta_{k-1};
+                                negative: back                                                         step 5
 """
 
 import json
@@ -54,7 +68,7 @@ from oracle import SCORERS, OracleArgs, make_oracle, normalize, token_f1
 from preference_zoo import build_zoo, check_source, collect, default_zoo, name_of, score
 from preferences import read_preferences, write_preferences
 from questions import build_embedded, choose_questions, held_out_questions, question_indices, sft_start
-from video_llm import Prefix, add_lora, load_model, merged, reference_of, token_logprobs
+from video_llm import Prefix, add_lora, load_model, merged, reference_of, token_logprobs, unwrap
 
 WORLD = "data/moving_shapes"
 SIDES = ("chosen", "rejected")
@@ -75,16 +89,19 @@ class Args(OracleArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py,
     fresh_pairs: bool = HfArg(default=True, help="new questions and answers of the current policy in each iteration")
     alphas: list[float] = HfArg(default_factory=lambda: [-1.0, -0.5, 0.0, 0.3, 0.5], help="extrapolations to choose "
                                 "from (D3); 0 is always among them, those below go back towards theta_{k-1}")
-    beta: float = HfArg(default=0.1, help="DPO's beta: how dear it is to leave the reference")
+    beta: float = HfArg(default=0.1, help="DPO's beta, scale of the implicit rewards; larger keeps the policy nearer "
+                        "to the reference")
     lora_r: int = HfArg(default=0, help="LoRA rank on the decoder (D5); 0 trains all weights but CLIP's")
     lora_alpha: int = HfArg(default=16, help="LoRA alpha")
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
     # -- budget (D6)
     questions: int = HfArg(default=1600, help="questions of an iteration")
     steps: int = HfArg(default=75, help="optimizer steps of an iteration")
-    prompts_per_step: int = HfArg(default=48, help="pairs (each of another question) per step, over all processes")
+    prompts_per_step: int = HfArg(default=48, help="pairs per step, over all processes; where an epoch ends one can "
+                                  "come twice")
     micro_batch_size: int = HfArg(default=12, help="pairs per forward pass and process")
-    lr: float = HfArg(default=1e-4, help="peak learning rate; short warm-up, then linear to zero, in each iteration")
+    lr: float = HfArg(default=1e-4, help="scale of the learning rate: the smaller of a rise over 10 steps and a linear "
+                      "fall to zero, in each iteration")
     max_prompt_tokens: int = HfArg(default=512, help="longer questions are cut at their end, never the video")
     max_new_tokens: int = HfArg(default=16, help="longest answer, EOS included; longer ones of --preferences are cut")
     temperature: float = HfArg(default=1.0, help="sampling temperature of the zoo's checkpoints")
@@ -114,6 +131,8 @@ class Args(OracleArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py,
             raise ValueError(f"--oracle {self.oracle}: those that score four aspects are {', '.join(SCORERS)}")
         if self.stage not in ("build", "all"):
             raise ValueError(f"--stage {self.stage}: choose build or all")
+        if self.stage == "build" and self.preferences:
+            raise ValueError("--stage build makes the pairs of the first iteration, --preferences gives them: drop one")
         harness.at_least(self, samples=1, min_gap=0, iterations=1, questions=1, steps=1, prompts_per_step=1,
                          micro_batch_size=1, max_prompt_tokens=1, max_new_tokens=1, eval_questions=0, eval_steps=1,
                          save_steps=1, lora_r=0)
@@ -183,11 +202,11 @@ def make_pairs(groups, min_gap):
             continue
         scored = [t for t in total if t is not None]
         pair = dict(id=g["record"]["id"], clip=g["record"]["clip"], question=g["record"]["question"], scores={},
-                    sources={}, margin=round(max(scored) - min(scored), 4))
+                    sources={}, ended={}, margin=round(max(scored) - min(scored), 4))
         for side, places in zip(SIDES, found):
             i = min(places, key=lambda i: (uses[side][g["sources"][i]], i))
             uses[side][g["sources"][i]] += 1
-            pair[side], pair["sources"][side] = g["answers"][i], g["sources"][i]
+            pair[side], pair["sources"][side], pair["ended"][side] = g["answers"][i], g["sources"][i], g["ended"][i]
             pair["scores"][side] = dict(zip(ASPECTS, g["scores"][i]))
         pairs.append(pair)
     return pairs, dropped
@@ -254,13 +273,14 @@ def main(args):
             sources = {name_of(s): start_of(pairs_of) if s == "policy" else s for s in args.zoo}
             which = questions_of(pairs_of, len(records), args)
             with harness.one_line_errors(ApiError, OSError):
-                groups = collect(stage(pairs_of), pairs_of, sources, records, which, oracle, args, device, rank, world)
+                groups, cost = collect(stage(pairs_of), pairs_of, sources, records, which, oracle, args, device, rank,
+                                       world)
             found, dropped = make_pairs(groups, args.min_gap)
             pairs = cap_share(found, args.max_share) if len(sources) > 1 else found
             dropped["over --max_share"] = len(found) - len(pairs)
             if rank == 0 and pairs_of == k:
                 write_preferences(stage(k) / "preferences.json", pairs, "trl")
-                write_card(stage(k), k, pairs, dropped, groups, cache.processor, getattr(oracle, "counters", {}))
+                write_card(stage(k), k, pairs, dropped, groups, cache.processor, cost)
         if len(pairs) < args.prompts_per_step:
             sys.exit(f"iteration {k}: {len(pairs)} pairs, fewer than --prompts_per_step {args.prompts_per_step}")
         if args.stage == "build":
@@ -286,7 +306,7 @@ def main(args):
         logps_of = lambda m, some: answer_logps(m, some, processor, cache, args, device)
         for step in range(k * args.steps if trained else max(start, (k - 1) * args.steps), k * args.steps):
             if evals and step % args.eval_steps == 0:
-                log_greedy(log, evals[rank::world], model, processor, cache)
+                log_greedy(log, evals[rank::world], model, processor, cache, args)
             began, local = time.time(), step - (k - 1) * args.steps
             mine = [pairs[i] for i in question_indices(len(pairs), step, args)[rank::world]]
             mine.sort(key=lambda p: max(len(p["chosen"]), len(p["rejected"])))  # micro-batches of like length
@@ -316,10 +336,10 @@ def main(args):
             harness.save_checkpoint(stage(k), "theta", model, processor)
 
         # 5. ExPO     theta_k + alpha (theta_k - theta_{k-1}), alpha chosen by the oracle            [W Sec. 4.2; E; D3]
-        way, curve, answers = way_of(model, reference), [], []
+        line, curve, answers = line_of(model, reference), [], []
         for alpha in args.alphas:
-            go_to(way, alpha)
-            texts, row = greedy(evals[rank::world], model, processor, cache)
+            go_to(line, alpha)
+            texts, row = greedy(evals[rank::world], model, processor, cache, args)
             curve.append({"alpha": alpha} | all_means(row | rewards_on(pairs[:192][rank::world], logps_of, model,
                                                                        reference, args)))
             answers.append(texts)
@@ -328,7 +348,7 @@ def main(args):
         for row, mine in zip(curve, scores):
             row |= all_means({"score": mine})
         alpha = choose_alpha(args.alphas, [row.get("score", 0.0) for row in curve])
-        go_to(way, alpha)
+        go_to(line, alpha)
 
         # 6. The result is the next start and the next reference                                        [W Sec. 4.1; D4]
         if rank == 0:
@@ -344,31 +364,41 @@ def main(args):
 # Parts of the algorithm that need a model
 # ---------------------------------------------------------------------------------------------------------------
 def answer_logps(model, pairs, processor, cache, args, device):
-    """log pi of both answers of B pairs, packed behind one prefix -> logps (B,2), lengths (B,2) with EOS."""
+    """log pi of both answers of B pairs, packed behind one prefix -> logps (B,2), lengths (B,2), EOS counted."""
     prefix = Prefix.build(processor, cache, [p["question"] for p in pairs], [p["clip"] for p in pairs], device,
                           args.max_prompt_tokens)
-    ids = [processor.answer_ids(p[side], args.max_new_tokens) for p in pairs for side in SIDES]
+    ids = [ids_of(p, side, processor, args.max_new_tokens) for p in pairs for side in SIDES]
     tokens = processor.pad(ids, "right")[0].view(len(pairs), 2, -1).to(device)  # (B,2,T)
     lengths = torch.tensor([len(i) for i in ids]).view(-1, 2).to(device)
     return token_logprobs(model, prefix, tokens, lengths)[0].sum(-1).view(-1, 2), lengths
 
 
-def way_of(model, reference):
-    """From theta_{k-1} to theta_k: [(parameter, its theta_k, its theta_{k-1})].
+def ids_of(pair, side, processor, max_length=None):
+    """An answer's ids, with EOS where it ended; a file that does not say so holds answers that did."""
+    ids, ended = processor.answer_ids(pair[side], max_length), pair.get("ended", {}).get(side, True)
+    return ids if ended or ids[-1] != processor.tokenizer.eos_token_id else ids[:-1]
+
+
+def line_of(model, reference):
+    """The line through theta_{k-1} and theta_k: [(parameter, its theta, its theta_ref)].
 
     [D5] W = W_0 + s B A with LoRA: A held, B goes from 0 to B_k, so the merged weights go exactly from W_0 to W_k.
     """
-    if isinstance(model, PeftModel):
-        return [(p, p.detach().clone(), torch.zeros_like(p)) for n, p in model.named_parameters() if "lora_B" in n]
+    lora = isinstance(model, PeftModel)
     with reference() as ref:
-        old = dict(ref.named_parameters())
-    return [(p, p.detach().clone(), old[n]) for n, p in model.named_parameters() if p.requires_grad]
+        before = dict(ref.named_parameters())
+    line = []
+    for name, p in model.named_parameters():
+        if "lora_B" in name if lora else p.requires_grad:
+            theta, theta_ref = p.detach().clone(), torch.zeros_like(p) if lora else before[name]
+            line.append((p, theta, theta_ref))
+    return line
 
 
 @torch.no_grad()
-def go_to(way, alpha):
+def go_to(line, alpha):
     """Put the model at theta_k + alpha (theta_k - theta_{k-1})."""
-    for p, theta, theta_ref in way:
+    for p, theta, theta_ref in line:
         p.copy_(extrapolated(theta, theta_ref, alpha))
 
 
@@ -393,11 +423,11 @@ def pair_metrics(loss, rewards, logps):
     return dict(zip(PAIR_METRICS, values))
 
 
-def greedy(records, model, processor, cache):
-    """Greedy answers, and {"accuracy", "len"}: (sum, count)."""
-    texts = evaluate.answer(model, processor, cache, records)
-    right = sum(evaluate.is_correct(t, r["answer"]) for t, r in zip(texts, records))
-    return texts, {"accuracy": (right, len(texts)),
+def greedy(records, model, processor, cache, args):
+    """Greedy answers, and {"accuracy", "len"}: (sum, count). A question without label counts for no accuracy."""
+    texts = evaluate.answer(model, processor, cache, records, args.max_new_tokens)
+    right = [evaluate.is_correct(t, r["answer"]) for t, r in zip(texts, records) if r["answer"] is not None]
+    return texts, {"accuracy": (sum(right), len(right)),
                    "len": (sum(len(processor.answer_ids(t)) for t in texts), len(texts))}
 
 
@@ -407,9 +437,8 @@ def oracle_scores(oracle, records, answers):
         return [(0.0, 0)] * len(answers)
     groups = score(oracle, [r["clip"] for r in records], [r["question"] for r in records],
                    [list(group) for group in zip(*answers)])
-    texts = list(zip(*answers))  # an empty answer is worth 0; a question that the oracle left out counts for no alpha
-    whole = [g for g, said in zip(groups, texts) if all(s is not None or not text for s, text in zip(g, said))]
-    return [(sum(sum(g[a]) / len(g[a]) if g[a] else 0.0 for g in whole), len(whole)) for a in range(len(answers))]
+    whole = [g for g in groups if None not in g]  # a question that the oracle could not score counts for no alpha
+    return [(sum(sum(g[a]) / len(g[a]) for g in whole), len(whole)) for a in range(len(answers))]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -417,18 +446,17 @@ def oracle_scores(oracle, records, answers):
 # ---------------------------------------------------------------------------------------------------------------
 def open_data(args, folder, rank, world, device):
     """-> records to ask about, pairs given by --preferences, held-out records, the oracle, the cache of features."""
+    given, records, report = [], [], {}
     with harness.one_line_errors(DataError, OSError):
-        files = args.preferences.split(",") if args.preferences else []
-        given, read = read_preferences(files, args.video_root or None)
-        records, report = read_records(args.data.split(","), args.video_root or None) if args.collects else ([], {})
-        cache = FeatureCache(*load_model(args.model, device=str(device)), args.cache)
-    given = [p for p in given if p["clip"]]
-    broken = harness.prepare_videos(cache, [p["clip"] for p in given], folder, rank, world)
-    given = [p for p in given if p["clip"] not in broken]
-    if rank == 0 and files:
-        print("\n".join(report_lines(read)))
-        cut = sum(len(cache.processor.answer_ids(p[side])) > args.max_new_tokens for p in given for side in SIDES)
-        print(f"{len(given)} pairs; {len(broken)} broken videos; {cut} answers are cut at --max_new_tokens")
+        if args.preferences:
+            given, read = read_preferences(args.preferences.split(","), args.video_root or None)
+        if args.collects:
+            labelled = "reference" in args.raters  # no other oracle reads a label
+            records, report = read_records(args.data.split(","), args.video_root or None, labelled=labelled)
+        cache = features_alone(args, device)
+    if args.preferences:
+        print("\n".join(report_lines(read))) if rank == 0 else None
+        given = usable_pairs(given, args, cache, folder, rank, world)
     if args.collects:
         records, evals = choose_questions(args, records, report, cache, folder, rank, world)
     else:
@@ -436,6 +464,33 @@ def open_data(args, folder, rank, world, device):
     with harness.one_line_errors(DataError, OSError):
         oracle = make_oracle(args, records + evals, str(device))
     return records, given, evals, oracle, cache
+
+
+def features_alone(args, device):
+    """The cache of CLIP features. It lives as long as the run: decoder and Q-Former would lie there unused."""
+    model, processor = load_model(args.model, **harness.load_options(args, device))
+    model = unwrap(model)
+    del model.language_model, model.qformer, model.projection
+    return FeatureCache(model, processor, args.cache)
+
+
+def usable_pairs(read, args, cache, folder, rank, world):
+    """Of the pairs of --preferences those with a video that can be read and with two answers that still differ where
+    --max_new_tokens cuts them. None at all ends the run: it would go on with pairs of its own."""
+    seen = [p for p in read if p["clip"]]
+    broken = harness.prepare_videos(cache, [p["clip"] for p in seen], folder, rank, world)
+    whole = [p for p in seen if p["clip"] not in broken]
+    ids = lambda p, length=None: [ids_of(p, side, cache.processor, length) for side in SIDES]
+    given = [p for p in whole if len({*map(tuple, ids(p, args.max_new_tokens))}) == 2]
+    cut = sum(len(answer) > args.max_new_tokens for p in given for answer in ids(p))
+    if rank == 0:
+        print(f"{len(given)} pairs; {len(broken)} broken videos; {cut} answers are cut at --max_new_tokens "
+              f"{args.max_new_tokens}; {len(whole) - len(given)} pairs left out, equal once cut")
+    if not given:
+        sys.exit(f"{args.preferences}: none of {len(read)} pairs can be used ({len(read) - len(seen)} without video, "
+                 f"{len(seen) - len(whole)} with a broken one, {len(whole)} equal at --max_new_tokens "
+                 f"{args.max_new_tokens})")
+    return given
 
 
 def questions_of(k, count, args):
@@ -454,8 +509,8 @@ def log_pairs(log, loss, rewards, logps, lengths):
     log.add("length/rejected", lengths[:, 1].sum(), len(loss))
 
 
-def log_greedy(log, records, model, processor, cache):
-    sums = greedy(records, model, processor, cache)[1]
+def log_greedy(log, records, model, processor, cache, args):
+    sums = greedy(records, model, processor, cache, args)[1]
     log.add("eval/accuracy", *sums["accuracy"])
     log.add("eval/len", *sums["len"])
 
@@ -485,32 +540,41 @@ def write_curve(folder, k, chosen, curve):
 
 def write_card(folder, k, pairs, dropped, groups, processor, cost):
     """data_card.json and .md: what is in the pairs. Labels, where the questions have some, are read here alone."""
-    truth = {g["record"]["id"]: g["record"]["answer"] for g in groups}
-    mean = lambda values: round(sum(values) / max(len(pairs), 1), 4)
-    right = {side: [evaluate.is_correct(p[side], truth[p["id"]]) for p in pairs] for side in SIDES}
-    card = dict(iteration=k, questions=len(groups), answers=sum(len(g["answers"]) for g in groups),
-                no_answer=sum(not a for g in groups for a in g["answers"]), pairs=len(pairs), dropped=dict(dropped))
+    truth = {g["record"]["id"]: g["record"]["answer"] for g in groups if g["record"]["answer"] is not None}
+    labelled = [p for p in pairs if p["id"] in truth]
+    mean = lambda values: round(sum(values) / max(len(values), 1), 4)
+    missing = Counter(source for g in groups for source, a in zip(g["sources"], g["answers"]) if a is None)
+    card = dict(iteration=k, questions=len(groups), labelled=len(truth), answers=sum(len(g["answers"]) for g in groups),
+                no_answer=sum(not a for g in groups for a in g["answers"]), missing=dict(missing), pairs=len(pairs),
+                dropped=dict(dropped))
     for side in SIDES:
         card[side] = dict(
             sources=dict(Counter(p["sources"][side] for p in pairs).most_common()),
-            tokens=mean([len(processor.answer_ids(p[side])) for p in pairs]),
-            score=mean([sum(p["scores"][side].values()) / len(ASPECTS) for p in pairs]), right=mean(right[side]),
-            token_f1=mean([token_f1(p[side], truth[p["id"]]) for p in pairs]))
-    decided = [c for c, r in zip(right["chosen"], right["rejected"]) if c != r]
-    card["right_before_wrong"] = dict(share=round(sum(decided) / max(len(decided), 1), 4), pairs=len(decided))
+            tokens=mean([len(ids_of(p, side, processor)) for p in pairs]),
+            cut=sum(not p["ended"][side] for p in pairs),
+            score=mean([sum(p["scores"][side].values()) / len(ASPECTS) for p in pairs]))
     card["oracle"] = {key: round(n, 1) for key, n in cost.items()}  # requests, tokens and refusals of a server
-    harness.write(folder / "data_card.json", json.dumps(card, indent=1) + "\n")
     listed = lambda counts: ", ".join(f"{name} {n}" for name, n in counts.items() if n) or "none"
-    rows = [("questions", card["questions"]), ("answers", f"{card['answers']} ({card['no_answer']} empty or missing)"),
+    rows = [("questions", f"{card['questions']} ({len(truth)} with a label)"),
+            ("answers", f"{card['answers']} ({card['no_answer']} empty or missing)"), ("missing", listed(missing)),
             ("pairs", card["pairs"]), ("questions without a pair", listed(dropped))]
     for side in SIDES:
         c = card[side]
         rows += [(f"{side}: sources", listed(c["sources"])), (f"{side}: mean length in tokens", c["tokens"]),
-                 (f"{side}: mean score, 0-5", c["score"]), (f"{side}: share that equals the label", c["right"]),
-                 (f"{side}: token F1 with the label", c["token_f1"])]
-    share = card["right_before_wrong"]
-    rows.append(("chosen right, of the pairs with one right answer", f"{share['share']} of {share['pairs']}"))
+                 (f"{side}: answers that were cut", c["cut"]), (f"{side}: mean score, 0-5", c["score"])]
+    if labelled:
+        right = {side: [evaluate.is_correct(p[side], truth[p["id"]]) for p in labelled] for side in SIDES}
+        for side in SIDES:
+            c = card[side]
+            c |= dict(right=mean(right[side]), token_f1=mean([token_f1(p[side], truth[p["id"]]) for p in labelled]))
+            rows += [(f"{side}: share that equals the label", c["right"]),
+                     (f"{side}: token F1 with the label", c["token_f1"])]
+        decided = [c for c, r in zip(right["chosen"], right["rejected"]) if c != r]
+        share = card["right_before_wrong"] = dict(share=mean(decided), pairs=len(decided))
+        rows.append(("chosen right, of the pairs with one right answer", f"{share['share']} of {share['pairs']}"))
+    rows += [("oracle", listed(card["oracle"]))] if cost else []
     lines = [f"# Preference pairs of iteration {k}", "", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
+    harness.write(folder / "data_card.json", json.dumps(card, indent=1) + "\n")
     harness.write(folder / "data_card.md", "\n".join(lines) + "\n")
     print(f"iteration {k}: {len(pairs)} pairs; no pair: {listed(dropped)}; {folder}/data_card.md", flush=True)
 

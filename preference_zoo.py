@@ -10,9 +10,14 @@ A source is one of
 and gives `--samples` answers to a question. Every draw is keyed by (seed, iteration, source, question), the files are
 written in parts of PART questions: whatever is killed goes on behind the last whole part, with the same answers.
 
+Beside an answer stands whether it `ended`, with EOS: an answer that was cut at --max_new_tokens is not trained as one
+that ends there. A server's reply counts as ended, as the client does not say why it stopped. An answer is null, that is
+missing, where a server sent no reply, or where a video cannot be read: it was checked at the policy's number of frames,
+and a source with another number may need a damaged part of it.
+
 The embedded zoo holds four relatives of the policy that saw *the same labels*: another initialisation, no curriculum,
-an early stage, half the frames. In [W] they are well-aligned models from elsewhere; relatives with labels of their own
-would smuggle these labels into the policy and an honest comparison with it out of the house.
+an early stage, half the frames. In [W] they are well-aligned models from elsewhere. A relative with labels of its own
+would pass these labels on to the policy, and a comparison with SFT on the policy's labels would not be fair.
 
 Paper  [W] Iter-W2S-RLAIF / MMAIP-V, arXiv:2411.16201, Sec. 3.1
 """
@@ -28,12 +33,14 @@ import numpy as np
 import torch
 
 import harness
-from api_oracle import ApiClient, ApiError, check_url, frames_as_urls, message
+from api_oracle import ASPECTS, ApiClient, ApiError, check_url, frames_as_urls, message
 from data import FeatureCache
+from frames import VideoError
 from questions import POLICY_SFT, WORLD, sft_start
 from video_llm import Prefix, generate, load_model, unwrap
 
 PART = 48  # questions
+MISSING = (None, None)  # in place of (answer, ended)
 RELATIVES = {"init": "", "flat": "--curriculum off", "early": "--steps 50", "frames4": "--num_frames 4"}
 
 
@@ -86,32 +93,47 @@ def check_source(source):
             raise ValueError(f"--zoo {url}: name the model behind the address: http://host/v1#model")
 
 
+def tell_once(source, reason):
+    """Why a source gave no answer, the first time; the data card counts all of them."""
+    if not source.told:
+        source.told = True
+        print(f"a question is left without answer: {reason}; more of the kind are only counted", file=sys.stderr)
+
+
 class Checkpoint:
     """Answers of a VideoLLM, sampled at --temperature, `--samples` to a question behind one prefill."""
 
     def __init__(self, path, args, device):
-        self.model, self.processor = load_model(path, args.quantize, device=str(device))
+        self.model, self.processor = load_model(path, **harness.load_options(args, device))
         self.cache = FeatureCache(unwrap(self.model), self.processor, args.cache)
-        self.args, self.device = args, device
+        self.args, self.device, self.told = args, device, False
 
     def __call__(self, records, keys):
-        """keys: one sequence of integers a record, which decides its draws. -> [[answer, ..], ..]."""
-        args, processor = self.args, self.processor
+        """keys: one sequence of integers a record, which decides its draws. -> [[(answer, ended), ..], ..]."""
+        broken = self.cache.prepare([r["clip"] for r in records], progress=False)
+        for reason in broken.values():
+            tell_once(self, reason)
+        whole = [i for i, r in enumerate(records) if r["clip"] not in broken]
+        said = iter(self.sample([records[i] for i in whole], [keys[i] for i in whole]) if whole else [])
+        return [[MISSING] * self.args.samples if r["clip"] in broken else next(said) for r in records]
+
+    def sample(self, records, keys):
+        args, processor, eos = self.args, self.processor, self.processor.tokenizer.eos_token_id
         prefix = Prefix.build(processor, self.cache, [r["question"] for r in records], [r["clip"] for r in records],
                               self.device, args.max_prompt_tokens)
         uniforms = np.stack([np.random.default_rng(key).random((args.samples, args.max_new_tokens)) for key in keys])
-        tokens, lengths, _ = generate(self.model, prefix, torch.from_numpy(uniforms), processor.tokenizer.eos_token_id,
-                                   args.temperature)
-        return processor.decode_answers(tokens, lengths)
+        tokens, lengths, _ = generate(self.model, prefix, torch.from_numpy(uniforms), eos, args.temperature)
+        ended = (tokens.gather(-1, lengths.unsqueeze(-1) - 1) == eos).squeeze(-1).tolist()  # (B,G)
+        return [list(zip(*group)) for group in zip(processor.decode_answers(tokens, lengths), ended)]
 
 
 class Server:
-    """One greedy reply to a question; None, counted, where there is none. Its key: see api_oracle.py."""
+    """One greedy reply to a question, MISSING where there is none. Its key: see api_oracle.py."""
 
     def __init__(self, source, args, device):
         url, _, model = source.partition("#")
         self.client = ApiClient(url, model, args.cache, args.api_concurrency, args.api_timeout, args.api_retries)
-        self.args, self.missing = args, 0
+        self.args, self.told = args, False
 
     def __call__(self, records, keys):
         def ask(record):
@@ -120,14 +142,12 @@ class Server:
             try:
                 images = frames_as_urls(record["clip"], args.api_frames, args.api_size)
                 text = self.client.ask(message(images, turns[0]["content"]) + turns[1:], args.max_new_tokens)
-                return [" ".join(text.split())]
-            except ApiError as e:
-                if e.fatal:
+                return [(" ".join(text.split()), True)]
+            except (ApiError, VideoError) as e:
+                if getattr(e, "fatal", False):
                     raise
-                if not self.missing:
-                    print(f"a question is left without answer: {e}; more of the kind are only counted", file=sys.stderr)
-                self.missing += 1
-                return [None]
+                tell_once(self, e)
+                return [MISSING]
 
         with ThreadPoolExecutor(self.client.concurrency) as pool:
             try:
@@ -169,10 +189,12 @@ def in_parts(file, parts, rows_of, rank, world):
 def collect(folder, k, sources, records, which, oracle, args, device, rank, world):
     """Iteration k: answers of all sources to the questions `which` (indices of `records`), scored by the oracle.
 
-    sources {name: checkpoint folder or server}. -> groups, one a question: dict(record, answers [G], sources [G],
-    scores [G][4] 0-5 in the order of ASPECTS, or None where there is no answer or the oracle gave no score).
+    sources {name: checkpoint folder or server}. -> groups, one a question: dict(record, answers [G], ended [G],
+    sources [G], scores [G][4] 0-5 in the order of ASPECTS, or None where the answer is missing or the oracle gave no
+    score); {counter: what the scoring cost}, empty for an oracle that asks no server.
     """
     chunks, began, loaded = [which[i : i + PART] for i in range(0, len(which), PART)], time.time(), {}
+    before = dict(getattr(oracle, "counters", {}))
     folder.mkdir(parents=True, exist_ok=True)
 
     def answers_of(name, items):
@@ -180,17 +202,18 @@ def collect(folder, k, sources, records, which, oracle, args, device, rank, worl
             loaded.clear()  # one model of the zoo in memory at a time
             loaded[name] = (Server if is_server(sources[name]) else Checkpoint)(sources[name], args, device)
         keys = [[args.seed, k, list(sources).index(name), i] for i in items]
-        texts = loaded[name]([records[i] for i in items], keys)
+        said = loaded[name]([records[i] for i in items], keys)
         about = [dict(record=i, id=records[i]["id"], video=str(records[i]["clip"].path),
                       question=records[i]["question"], source=name) for i in items]
-        return [[row | dict(answer=text) for text in group] for row, group in zip(about, texts)]
+        return [[row | dict(answer=text, ended=ended) for text, ended in group] for row, group in zip(about, said)]
 
     per_item = {name: 1 if is_server(source) else args.samples for name, source in sources.items()}
     parts = [(name, chunk, per_item[name]) for name in sources for chunk in chunks]
     rows = in_parts(folder / "answers.jsonl", parts, answers_of, rank, world)
-    groups = {i: dict(record=records[i], answers=[], sources=[]) for i in which}
+    groups = {i: dict(record=records[i], answers=[], ended=[], sources=[]) for i in which}
     for row in rows:
         groups[row["record"]]["answers"].append(row["answer"])
+        groups[row["record"]]["ended"].append(row.get("ended", True))  # files of earlier versions do not say
         groups[row["record"]]["sources"].append(row["source"])
     sampled = time.time()
 
@@ -202,17 +225,35 @@ def collect(folder, k, sources, records, which, oracle, args, device, rank, worl
 
     for row in in_parts(folder / "scores.jsonl", [(None, c, 1) for c in chunks], scores_of, rank, world):
         groups[row["record"]]["scores"] = row["scores"]
+    cost = cost_since(before, oracle, folder / "cost.json", rank)
     if rank == 0:
         print(f"iteration {k}: {len(rows)} answers to {len(which)} questions by {', '.join(sources)}: sampled in "
               f"{sampled - began:.0f} s, scored in {time.time() - sampled:.0f} s", flush=True)
-    return list(groups.values())
+    return list(groups.values()), cost
+
+
+def cost_since(before, oracle, file, rank):
+    """The oracle's counters since `before`, sums over all processes. Kept in `file` when scoring has ended, because a
+    resumed run finds the scores and asks for nothing. Of scoring that was killed half-way it is the rest's cost alone.
+    """
+    if file.exists():  # no process has written yet: below, all wait for each other first
+        return json.loads(file.read_text())
+    now = getattr(oracle, "counters", {})
+    if not now:
+        return {}
+    spent = harness.all_sum(torch.tensor([float(now[key] - before[key]) for key in now], dtype=torch.float64))
+    cost = dict(zip(now, spent.tolist()))
+    if rank == 0:
+        harness.write(file, json.dumps(cost) + "\n")
+    return cost
 
 
 def score(oracle, clips, questions, answers):
-    """Aspects 0-5 of every answer: [B][G] lists of 4 numbers, None where there is no answer or no score."""
-    blank = [[not a for a in group] for group in answers]
+    """Aspects 0-5 of every answer: [B][G] lists of 4 numbers; 0 for an empty answer, so that it can lose and never win;
+    None where an answer is missing or the oracle could not score the group."""
     stand_in = [next((a for a in group if a), "") for group in answers]  # a copy costs the oracle nothing
     filled = [[a or s for a in group] for group, s in zip(answers, stand_in)]
     aspects, ok = oracle.aspects(clips, questions, filled)  # (B,G,4), (B,)
-    return [[None if not ok[b] or blank[b][g] else [round(x, 4) for x in aspects[b, g].tolist()]
-             for g in range(len(group))] for b, group in enumerate(answers)]
+    points = lambda b, g, a: [round(x, 4) for x in aspects[b, g].tolist()] if a else [0.0] * len(ASPECTS)
+    return [[None if a is None or not ok[b] else points(b, g, a) for g, a in enumerate(group)]
+            for b, group in enumerate(answers)]

@@ -13,8 +13,9 @@ A row names its video as an annotation file does (data.py) and is one of these:
 
 A pair is a dict: `id`, `clip` (a Clip, None for text), `question` (a string, or messages that end with it), `chosen`,
 `rejected`, `task_type`, `file`, and what else the row tells: `answer`, the label (never seen by training; None), and
-EXTRA. A draw, or two equal answers, is no preference: the row is skipped and counted. `rejected` may be empty (a model
-that says nothing has said something worse), `chosen` may not.
+EXTRA. Of these `ended`, {"chosen": bool, "rejected": bool}, matters to training: an answer that was cut has no EOS. A
+draw, or two equal answers, is no preference: the row is skipped and counted. `rejected` may be empty (a model that says
+nothing has said something worse), `chosen` may not.
 
 Papers  VLM-RLAIF arXiv:2402.03746    LLaVA-RLHF arXiv:2309.14525
 """
@@ -29,7 +30,7 @@ import harness
 from data import ROLES, DataError, is_text, parse_turns, read_rows
 from video_llm import Prefix
 
-EXTRA = ("margin", "scores", "source", "sources", "narrative")  # kept as they are where a row has them
+EXTRA = ("margin", "scores", "source", "sources", "ended", "narrative")  # kept as they are where a row has them
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -125,6 +126,9 @@ def parse_pair(row, find):
     label = row.get("answer")
     if label is not None and not is_text(label):
         raise DataError(f"answer is no text: {label}")
+    ended = row.get("ended", {})
+    if not isinstance(ended, dict) or not {type(ended.get(side, True)) for side in ("chosen", "rejected")} <= {bool}:
+        raise DataError(f"ended does not say true or false of chosen and rejected: {ended}")
     return [dict(clip=clip, question=question, chosen=turns[-1]["content"], rejected=other[-1]["content"], answer=label,
                  task_type=row.get("task_type"), **{k: row[k] for k in EXTRA if k in row})]
 

@@ -29,12 +29,15 @@ from dpo_iter_w2s import (
     dpo_loss,
     extrapolated,
     go_to,
+    ids_of,
+    line_of,
     lr_at,
     make_pairs,
     questions_of,
-    way_of,
+    write_card,
 )
-from preference_zoo import in_parts, score
+from frames import VideoError
+from preference_zoo import MISSING, Checkpoint, Server, collect, in_parts, score
 from preferences import read_preferences, write_preferences
 from video_llm import Prefix, VideoLLM, add_lora, load_model, merged, reference_of, token_logprobs
 
@@ -150,19 +153,30 @@ def test_for_lora_scaling_the_delta_is_extrapolating_the_merged_weights(world, p
     before = token_logprobs(tuned, prefix, tokens, lengths)[0]
     near(token_logprobs(whole, prefix, tokens, lengths)[0], before, 1e-4)
 
-    way = way_of(tuned, reference_of(tuned))
-    assert len(way) == 21  # the B of every linear layer of the decoder, and nothing else
+    line = line_of(tuned, reference_of(tuned))
+    assert len(line) == 21  # the B of every linear layer of the decoder, and nothing else
     theta, theta_ref = dict(whole.named_parameters()), dict(base.named_parameters())
     for alpha in (0.5, -1.0):
-        go_to(way, alpha)
+        go_to(line, alpha)
         expected = copy.deepcopy(base)
         for name, p in expected.named_parameters():
             p.data.copy_(extrapolated(theta[name], theta_ref[name], alpha))
         ours = token_logprobs(tuned, prefix, tokens, lengths)[0]
         near(ours, token_logprobs(expected, prefix, tokens, lengths)[0], 1e-4)
         assert (ours - before).abs().max() > 1e-2
-    go_to(way, 0.0)
+    go_to(line, 0.0)
     assert torch.equal(token_logprobs(tuned, prefix, tokens, lengths)[0], before)
+
+
+def test_a_cut_answer_that_says_nothing_weighs_nothing(world, policy, tmp_path):
+    model, processor = load_model(policy)
+    cache, clip = FeatureCache(model, processor, tmp_path), clips_of(world, 1)[0]
+    pair = dict(clip=clip, question="what?", chosen="red", rejected="")
+    logps_of = lambda **ended: dpo_iter_w2s.answer_logps(model, [pair | dict(ended=ended)], processor, cache, Args(),
+                                                         "cpu")  # fmt: skip
+    (logps, lengths), (whole, _) = logps_of(rejected=False), logps_of()
+    assert lengths[0, 0] > lengths[0, 1] == 0 and logps[0, 1] == 0 > whole[0, 1]
+    near(logps[0, 0].detach(), whole[0, 0].detach(), 1e-5)
 
 
 def test_the_way_of_all_weights_goes_there_and_back(policy):
@@ -171,13 +185,13 @@ def test_the_way_of_all_weights_goes_there_and_back(policy):
     start = copy.deepcopy(model.state_dict())
     lively(model, seed=1)
     end = copy.deepcopy(model.state_dict())
-    way = way_of(model, reference)
-    go_to(way, 1.0)
+    line = line_of(model, reference)
+    go_to(line, 1.0)
     name = "projection.weight"
     near(model.state_dict()[name], 2 * end[name].double() - start[name].double(), 1e-5)
-    go_to(way, -1.0)
+    go_to(line, -1.0)
     assert all(torch.equal(v, start[k]) for k, v in model.state_dict().items())
-    go_to(way, 0.0)
+    go_to(line, 0.0)
     assert all(torch.equal(v, end[k]) for k, v in model.state_dict().items())
 
 
@@ -203,7 +217,8 @@ def test_an_alpha_that_answers_nothing_gets_nothing():
 def group(answers, scores, sources=None, number=0):
     aspects = [None if s is None else [s - 0.3, s + 0.3, s, s] for s in scores]
     record = dict(id=f"q{number}", clip=Clip(f"{number}.mp4"), question="what?", answer="red")
-    return dict(record=record, answers=answers, scores=aspects, sources=sources or ["m"] * len(answers))
+    return dict(record=record, answers=answers, scores=aspects, sources=sources or ["m"] * len(answers),
+                ended=[True] * len(answers))
 
 
 @pytest.mark.parametrize("answers, scores, found", [
@@ -233,8 +248,60 @@ def test_pairs_of_crafted_scores():
     assert [p["sources"] for p in pairs] == [dict(chosen="y", rejected="x"), dict(chosen="x", rejected="z")]
     assert [p["margin"] for p in pairs] == [2.0, 2.0]
     near(list(pairs[0]["scores"]["chosen"].values()), [2.7, 3.3, 3.0, 3.0])
+    assert pairs[0]["ended"] == dict(chosen=True, rejected=True)
     assert dropped == {"one answer": 1, "all equal": 1, "near-tie": 1, "fewer than two scores": 1}
     assert len(pairs) + sum(dropped.values()) == len(groups)
+
+
+def test_an_empty_answer_can_lose_and_never_win():
+    class Oracle:
+        def aspects(self, videos, questions, answers):
+            return torch.tensor([[2.0, 9.0], [0.0, 9.0]])[..., None].expand(-1, -1, 4), torch.tensor([True, True])
+
+    scores = score(Oracle(), [1, 2], ["p", "q"], [["red", ""], ["red", ""]])
+    groups = [dict(group(["red", ""], [0, 0], number=n), scores=s) for n, s in enumerate(scores)]
+    pairs, dropped = make_pairs(groups, 0.0)
+    assert [(p["chosen"], p["rejected"]) for p in pairs] == [("red", "")] and dropped == {"all equal": 1}
+
+
+class Words:
+    """A processor: a token a word, EOS is 0."""
+
+    class tokenizer:
+        eos_token_id = 0
+
+    def answer_ids(self, answer, max_length=None):
+        return [*map(len, answer.split()), 0][:max_length]
+
+
+def test_a_cut_answer_is_trained_without_eos():
+    groups = [dict(group(["a bb", "ccc"], [3.0, 1.0]), ended=[False, True])]
+    (pair,), _ = make_pairs(groups, 0.5)
+    assert pair["ended"] == dict(chosen=False, rejected=True)
+    assert ids_of(pair, "chosen", Words(), 16) == [1, 2] and ids_of(pair, "rejected", Words(), 16) == [3, 0]
+    assert ids_of(pair, "chosen", Words(), 2) == [1, 2] and ids_of(pair, "chosen", Words(), 1) == [1]
+    assert ids_of({"chosen": "a bb"}, "chosen", Words(), 16) == [1, 2, 0]  # a file that does not say
+
+
+def test_the_data_card_of_questions_without_labels(tmp_path):
+    """Labels of one question in three; of the first: the chosen answer is right, the rejected one is not."""
+    groups = [group(["red", "blue big", None], [3.0, 1.0, None], ["x", "y", "s"], n) for n in range(3)]
+    groups[0]["ended"] = [True, False, None]
+    for g in groups[1:]:
+        g["record"]["answer"] = None
+    pairs, dropped = make_pairs(groups, 0.5)
+    write_card(tmp_path, 1, pairs, dropped, groups, Words(), dict(requests=4.0))
+    card = json.loads((tmp_path / "data_card.json").read_text())
+    assert (card["questions"], card["labelled"], card["missing"]) == (3, 1, {"s": 3})
+    assert (card["chosen"]["right"], card["rejected"]["right"]) == (1.0, 0.0)
+    assert card["right_before_wrong"] == dict(share=1.0, pairs=1) and card["oracle"] == dict(requests=4.0)
+    assert card["rejected"]["cut"] == 1 and card["rejected"]["tokens"] == pytest.approx(8 / 3, abs=1e-4)
+    for g in groups:
+        g["record"]["answer"] = None
+    write_card(tmp_path, 1, pairs, dropped, groups, Words(), {})
+    assert "right" not in json.loads((tmp_path / "data_card.json").read_text())["chosen"]
+    said = (tmp_path / "data_card.md").read_text()
+    assert "3 (0 with a label)" in said and "the label" not in said and "| missing | s 3 |" in said
 
 
 def chosen_by(counts):
@@ -293,6 +360,45 @@ def test_parts_are_continued_behind_the_last_whole_one(tmp_path):
     assert in_parts(file, parts, rows_of, 0, 1) == whole and asked == [("b", [4])] and file.read_text() == text
 
 
+def test_a_video_that_one_source_cannot_read_is_a_missing_answer(monkeypatch, capfd):
+    def read(clip, *_):
+        raise VideoError(f"{clip}: damaged behind frame 900")
+
+    class Cache:
+        def prepare(self, clips, progress):
+            return {c: f"{c}: damaged behind frame 900" for c in clips if c == "b"}
+
+    args, records = Args(samples=2), [dict(clip=c, question="what?") for c in "aba"]
+    checkpoint = object.__new__(Checkpoint)
+    checkpoint.cache, checkpoint.args, checkpoint.told = Cache(), args, False
+    checkpoint.sample = lambda some, keys: [[(str(k), True)] * 2 for k in keys]
+    assert checkpoint(records, [1, 2, 3]) == [[("1", True)] * 2, [MISSING] * 2, [("3", True)] * 2]
+    assert checkpoint(records[1:2], [2]) == [[MISSING] * 2]
+    monkeypatch.setattr(preference_zoo, "frames_as_urls", read)
+    server = object.__new__(Server)
+    server.args, server.told, server.client = args, False, type("Client", (), dict(concurrency=1))
+    assert server(records, [1, 2, 3]) == [[MISSING]] * 3
+    assert capfd.readouterr().err.count("damaged behind frame 900; more of the kind") == 2  # once a source
+
+
+def test_the_cost_of_the_scores_outlives_a_resume(tmp_path):
+    class Oracle:
+        def __init__(self, asked):
+            self.counters = dict(requests=asked)
+
+        def aspects(self, videos, questions, answers):
+            self.counters["requests"] += len(videos)
+            return torch.ones(len(videos), 1, 4), torch.ones(len(videos), dtype=torch.bool)
+
+    records = [dict(id=str(i), clip=Clip(f"{i}.mp4"), question="what?") for i in range(3)]
+    (tmp_path / "answers.jsonl").write_text("".join(  # of an earlier version: without `ended`
+        json.dumps(dict(record=i, id=str(i), answer="red", source="policy")) + "\n" for i in range(3)))
+    for asked in (10, 0):  # the second time all scores are there
+        groups, cost = collect(tmp_path, 1, dict(policy="x"), records, [0, 1, 2], Oracle(asked), Args(samples=1,
+                               zoo=["policy", "y"]), "cpu", 0, 1)  # fmt: skip
+        assert cost == dict(requests=3.0) and [g["ended"] for g in groups] == [[True]] * 3
+
+
 def test_missing_answers_get_no_score():
     class Oracle:
         def aspects(self, videos, questions, answers):
@@ -302,7 +408,7 @@ def test_missing_answers_get_no_score():
     oracle = Oracle()
     scores = score(oracle, [1, 2], ["p", "q"], [["a", None, ""], ["b", "c", "d"]])
     assert oracle.seen == [["a", "a", "a"], ["b", "c", "d"]]  # a copy in its place is no new comparison
-    assert scores == [[[0.0, 0.2, 0.4, 0.6], None, None], [None] * 3]
+    assert scores == [[[0.0, 0.2, 0.4, 0.6], None, [0.0] * 4], [None] * 3]
 
 
 def test_the_embedded_zoo_sees_the_policys_labels_and_no_others(world, policy, monkeypatch, tmp_path):
@@ -530,6 +636,7 @@ def test_preference_files_of_every_format(world, policy, monkeypatch, tmp_path, 
         {"video": clips[5], "question": "what moves?", "chosen": "red", "rejected": "blue"},  # RLAIF-V
         {"videos": [clips[6]], "messages": chat + said("red"), "rejected_response": "blue"},  # chat
         {"video": clips[0], "prompt": "what moves?", "chosen": "red", "rejected": "red"},  # no preference
+        {"video": clips[0], "prompt": "what moves?", "chosen": "red circle", "rejected": "red dot"},  # equal once cut
         {"prompt": "what moves?", "chosen": "red", "rejected": "blue"}]  # no video
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     used = []
@@ -542,7 +649,28 @@ def test_preference_files_of_every_format(world, policy, monkeypatch, tmp_path, 
     assert set(used) == {(clip, "what moves?", "red", "blue") for clip in clips}
     said = capfd.readouterr().out
     assert "7 pairs; 0 broken videos; 14 answers are cut" in said and "skipped 1 rows" in said
+    assert "1 pairs left out, equal once cut" in said
     assert not list((world / "runs/dpo_iter_w2s/formats_s0").glob("*/answers.jsonl"))
+
+
+def test_preferences_of_which_none_can_be_used_are_not_replaced(world, policy, monkeypatch, tmp_path):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"prompt": "what moves?", "chosen": "red", "rejected": "blue"}))
+    with pytest.raises(SystemExit) as stop:
+        main_of(monkeypatch, world, "dpo_iter_w2s.py", *SELF, "--preferences", tmp_path / "text.jsonl", "--name", "no")
+    assert "text.jsonl: none of 1 pairs can be used (1 without video" in stop.value.code
+
+
+def test_memory_holds_no_second_decoder_and_greedy_answers_have_the_length_of_sampled_ones(world, policy, monkeypatch):
+    monkeypatch.chdir(world)
+    cache = dpo_iter_w2s.features_alone(Args(model=str(policy)), "cpu")
+    assert {name.split(".")[0] for name, _ in cache.model.named_parameters()} == {"vision_tower"}
+    model, processor = load_model(policy)
+    lively(model, seed=2)  # it does not end soon
+    asked = [dict(clip=clip, question="what moves?", answer=None) for clip in clips_of(world, 3)]
+    near(cache([c["clip"] for c in asked])[0], FeatureCache(model, processor, "cache")([c["clip"] for c in asked])[0])
+    long, short = (dpo_iter_w2s.evaluate.answer(model, processor, cache, asked, n) for n in (48, 2))
+    texts, sums = dpo_iter_w2s.greedy(asked, model, processor, cache, Args(max_new_tokens=2))
+    assert texts == short != long and sums["accuracy"] == (0, 0)
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
@@ -579,7 +707,7 @@ def test_ai_feedback_and_the_first_stage_alone(world, policy, monkeypatch, capfd
     assert "preferences.json; --stage all --resume" in capfd.readouterr().out
     main_of(monkeypatch, world, "dpo_iter_w2s.py", *flags, "--resume")
     assert (ours / "final/model.safetensors").exists() and len(rows(ours / "metrics.jsonl")) == 4
-    scores = [s for row in rows(ours / "iteration_1_s0/scores.jsonl") for s in row["scores"] if s]  # blank: none
+    scores = [s for row in rows(ours / "iteration_1_s0/scores.jsonl") for s in row["scores"] if s]
     assert all(0 <= x <= 5 for s in scores for x in s) and len({tuple(s) for s in scores}) > 5
 
 
@@ -633,7 +761,7 @@ def test_a_server_is_a_source(world, policy, monkeypatch, server, capfd):
     assert key == "Bearer sk-secret-secret" and body["model"] == "big"
     assert [part["type"] for part in body["messages"][0]["content"]].count("image_url") == 2
     card = json.loads((ours / "iteration_1_s0/data_card.json").read_text())
-    assert card["no_answer"] >= len(unanswered)
+    assert card["no_answer"] >= len(unanswered) and card["missing"] == {"big@127.0.0.1": len(unanswered)}
     with pytest.raises(SystemExit) as stop:
         main_of(monkeypatch, world, "dpo_iter_w2s.py", "--zoo", "policy", f"{url}#locked", *flags, "--name", "locked")
     said = capfd.readouterr()
@@ -648,7 +776,8 @@ def test_a_server_is_a_source(world, policy, monkeypatch, server, capfd):
     "--min_gap -1", "--min_gap nan", "--max_share 0.1", "--max_share 1.5", "--zoo policy policy", "--zoo ftp://x#m",
     "--zoo http://x/v1", "--zoo a/final b/a/final", "--stage train", "--oracle god", "--oracle reward_model",
     "--quantize nf4", "--alphas 0.5 --eval_data=", "--alphas nan", "--prompts_per_step 7", "--prompts_per_step 0",
-    "--questions 0", "--lora_r -1", "--fresh_pairs maybe", "--gap 1", "stray"])
+    "--stage build --preferences x.json", "--questions 0", "--lora_r -1", "--fresh_pairs maybe", "--gap 1",
+    "stray"])
 def test_bad_flags(flags, world, monkeypatch, capfd):
     with pytest.raises(SystemExit) as stop:
         main_of(monkeypatch, world, "dpo_iter_w2s.py", *flags.split())

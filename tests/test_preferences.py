@@ -92,6 +92,8 @@ def test_earlier_turns_belong_to_the_question(one):
     (rlaif(1, conversations=[GPT("\n")]), "user and assistant do not take turns"),
     (rlaif(1, video="b.mp4"), "video missing"),
     (rlaif(1, answer=3), "answer is no text"),
+    (rlaif(1, ended=True), "ended does not say true or false of chosen and rejected"),
+    (rlaif(1, ended=dict(chosen=1)), "ended does not say true or false of chosen and rejected"),
     ({"prompt": "what?", "chosen": "a cat", "video": "a.mp4"}, "no two answers"),
     ({"chosen": "a cat", "rejected": "a dog", "video": "a.mp4"}, "no question"),
     ("prose", "no JSON object"),
@@ -109,7 +111,8 @@ def test_broken_rows_are_skipped_and_counted(one, tmp_path, row, reason):
 @pytest.mark.parametrize("format", ["vlm_rlaif", "trl"])
 def test_what_is_written_is_read_back(one, tmp_path, format):
     turns = [HUMAN, GPT("it is old"), {"from": "human", "value": "why?"}]
-    rows = [rlaif(1, answer="cat", task_type="Object", narrative="A cat sits.", margin=0.25),
+    rows = [rlaif(1, answer="cat", task_type="Object", narrative="A cat sits.", margin=0.25,
+                  ended=dict(chosen=False, rejected=True)),
             rlaif(2, conversations=turns, source="zoo"), rlaif(1, start=0.5, end=1.0),
             {k: v for k, v in rlaif(1, images=FRAMES).items() if k != "video"},
             {"prompt": "text only?", "chosen": "yes", "rejected": "no"}]
