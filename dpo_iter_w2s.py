@@ -139,6 +139,7 @@ class Args(OracleArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py,
         harness.check_training(self, batch="prompts_per_step")
         harness.above_zero(self, "beta", "temperature", "lr")
         self.model = self.model or sft_start(self.seed)
+        harness.check_start(self, "model")
         self.zoo = self.zoo or default_zoo(self.model, self.seed)
         for source in self.zoo:
             check_source(source)

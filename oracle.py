@@ -101,7 +101,7 @@ class OracleArgs(ApiArgs):
             for flag, default, names in (("oracle_model", ORACLE_SFT, ("judge", "context")),
                                          ("reward_model", REWARD_MODEL, ("reward_model",))):
                 if set(names) & set(self.raters) and getattr(self, flag) == default:
-                    raise ValueError(f"--{flag} {default} knows the embedded world only: another for --data {self.data}")
+                    raise ValueError(f"--{flag} {default} knows the embedded world only, not --data {self.data}")
         if self.oracle_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--oracle_dtype {self.oracle_dtype}: choose float32 or bfloat16")
         self.check_api(needed="api" in self.raters)
