@@ -105,7 +105,7 @@ class Args(OracleArgs, harness.ShardArgs):  # flags of oracle.py, api_oracle.py,
     tokens_per_micro_batch: int = HfArg(default=2048, help="tokens per forward pass and process, prompts and padding "
                                         "included; a group is never split")
     lr: float = HfArg(default=3e-4, help="peak learning rate; short warm-up, then linear to zero")
-    max_new_tokens: int = HfArg(default=16, help="longest answer, EOS included")
+    max_new_tokens: int = HfArg(default=16, help="longest answer, EOS included (D8)")
     temperature: float = HfArg(default=1.0, help="sampling temperature, the same in every log-probability")
     # -- data and models
     data: str = HfArg(default=f"{WORLD}/train.json", help="videos and questions; answers: --oracle reference only")

@@ -52,6 +52,7 @@ r             rewards     (n,2)    the scalar at the texts' last tokens, n pairs
 
 import json
 import math
+import os
 import random
 import sys
 from dataclasses import asdict, dataclass
@@ -444,10 +445,12 @@ def main(args):
 def split_by_video(pairs, share, seed):
     """-> training pairs, held-out pairs; no video (not even another part of its file) is in both. Each video draws for
     itself: it is on the same side in every file of pairs, and whatever happens to the others."""
-    video = lambda p: p["clip"].path if p["clip"] else p["question"]
-    held = {v: random.Random(f"{seed} held out {v}").random() < share for v in {str(video(p)) for p in pairs}}
-    sides = [[p for p in pairs if held[str(video(p))] == side] for side in (False, True)]
-    return sides[0], sides[1]
+    def held_out(pair):
+        path = pair["clip"].path if pair["clip"] else pair["question"]
+        name = os.path.relpath(path) if pair["clip"] and isinstance(path, str) else path  # wherever the project lies
+        return random.Random(f"{seed} held out {name}").random() < share
+
+    return [p for p in pairs if not held_out(p)], [p for p in pairs if held_out(p)]
 
 
 def unseen_by(judge, clips, rank, world):

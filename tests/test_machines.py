@@ -26,9 +26,9 @@ SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--micro_batch_size", "2"]
 
 def assert_equal_runs(one, two, start, within):
     """Every logged number, and the weights up to the sign of gradients that are nearly zero (Adam's first steps)."""
-    assert len(rows(one)) == len(rows(two)) == 3
+    assert len(rows(one)) == len(rows(two)) in (3, 4)  # the fourth is a last evaluation
     for a, b in zip(rows(one), rows(two)):
-        assert a.keys() == b.keys() and len(a) > 5
+        assert a.keys() == b.keys() and (len(a) > 5 or a["step"] == 3)
         for key in a:
             assert b[key] == pytest.approx(a[key], rel=within, abs=within), f"step {a['step']}: {key}"
     first, second, start = (load_file(f / "model.safetensors") for f in (one / "final", two / "final", start))
@@ -65,8 +65,8 @@ def test_two_agents_on_loopback_equal_one_agent_of_two_processes(world, policy):
 def test_sharded_equals_whole(world, policy, monkeypatch, command, folder):
     """Losses, sampled answers, evaluations, weights; the checkpoints are those of an unsharded run."""
     kind = "lora" if "--lora_r" in command else "full"
-    whole, sharded = (world / folder.format(f"{kind}_{name}") for name in ("whole", "sharded"))
-    main_of(monkeypatch, world, *command, "--name", f"{kind}_whole")
+    whole, sharded = (world / folder.format(f"{kind}_{name}") for name in ("unsharded", "sharded"))
+    main_of(monkeypatch, world, *command, "--name", f"{kind}_unsharded")
     run(world, "torchrun", "--nproc_per_node=2", *command, "--name", f"{kind}_sharded", "--shard")
     assert_equal_runs(whole, sharded, policy if "grpo_rank.py" in command else whole / "base", 1e-5)
     model, _ = load_model(sharded / ("adapter" if kind == "lora" else "final"))

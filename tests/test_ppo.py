@@ -304,7 +304,7 @@ def test_end_to_end(world, policy, monkeypatch, capfd):
     sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
     assert len(sample["answers"]) == len(sample["scores"]) == len(sample["kl"]) == len(sample["advantages"]) == 3
     labelled = set(json.loads((policy.parent / "labelled_clips.json").read_text()))
-    assert sample["video"] not in labelled and "6 clips left out" in capfd.readouterr().out
+    assert sample["video"] not in labelled and "6 of 6 clips labelled in SFT" in capfd.readouterr().out
     assert load_model(folder / "final")[0].config.scalar_head is False
     assert not list(folder.glob("checkpoint-*")) and not list(folder.glob("*tmp*"))
 

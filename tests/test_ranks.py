@@ -34,9 +34,9 @@ def test_two_processes_equal_one(world, policy, monkeypatch, command, folder):
     assert [a["world_size"] for a in about] == [1, 2]
     size = "prompts_per_step" if "grpo_rank.py" in command else "batch_size"
     assert about[0]["args"][size] == about[1]["args"][size] == 8  # the global batch is what the flag says
-    assert len(rows(one)) == len(rows(two)) == 3
+    assert len(rows(one)) == len(rows(two)) in (3, 4)  # the fourth is a last evaluation
     for a, b in zip(rows(one), rows(two)):
-        assert a.keys() == b.keys() and len(a) > 5
+        assert a.keys() == b.keys() and (len(a) > 5 or a["step"] == 3)
         for key in a:
             assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-5), f"step {a['step']}: {key}"
     first, second = (load_file(f / "final/model.safetensors") for f in (one, two))

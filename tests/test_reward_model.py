@@ -264,7 +264,7 @@ def check_final(final, clips, model=JUDGE):
 
 def test_killed_and_resumed_equals_uninterrupted(world, pairs_file, monkeypatch):
     """With LoRA, so that head and adapter both pass through a checkpoint."""
-    flags = [*TRAIN, "--preferences", "runs/pairs/whole.json", "--lora_r", "4", "--epochs", "12"]  # long enough to kill
+    flags = [*TRAIN, "--preferences", "runs/pairs/whole.json", "--lora_r", "4", "--epochs", "4"]  # long enough to kill
     whole, broken = (world / f"runs/reward_model/lora_{name}_s0" for name in ("whole", "broken"))
     run_and_kill(world, broken, 7, *flags, "--name", "lora_broken")
     main_of(monkeypatch, world, *flags, "--name", "lora_broken", "--resume")
