@@ -1,6 +1,7 @@
 # make demo    from nothing to a table 'SFT | SFT continued | GRPO_rank' and a plot (about 20 minutes on two cores)
 # make test    the tests (about 13 minutes on two cores)
 # make test-slow   the long ones: every script killed twenty times, a thousand damaged videos (minutes)
+# make results   every number and picture of the pages again, three seeds (most of a day on two cores)
 # All make .venv when it is not there; everything is resumable, what is finished is not done again.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ DIST = $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(if $(filte
 WORLD = data/moving_shapes
 POLICY = --data $(WORLD)/train.json --num_clips 40 --batch_size 16
 
-.PHONY: demo test test-slow
+.PHONY: demo results test test-slow
 
 .venv/done: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -34,3 +35,6 @@ demo: .venv/done
 	$(DIST) sft.py --name continued_s0 $(POLICY) --model runs/sft/policy_s0/final --steps 150 --lr 3e-4 --resume
 	$(PY) evaluate.py --runs runs/sft/policy_s0 runs/sft/continued_s0 runs/grpo_rank/context_s0 \
 	    --labels "SFT,SFT continued,GRPO_rank" --out runs/demo
+
+results: .venv/done
+	bash benchmarks/results.sh

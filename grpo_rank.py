@@ -86,7 +86,7 @@ class Args(OracleArgs, harness.ShardArgs):  # flags of oracle.py, api_oracle.py,
     # -- the paper's hyper-parameters
     G: int = HfArg(default=5, help="answers per question [OR: 5]")
     advantage: str = HfArg(default="oracle_rank", help="oracle_rank | published | signed (D1) | score: GRPO on the "
-                           "oracle's scores [G] | random: control, ranks drawn at random")
+                           "oracle's scores [G] | random: control, ranks drawn at random where the oracle has any")
     scale_advantages: bool = HfArg(default=True, help="divide by the group's standard deviation (D3)")
     clip_range: float = HfArg(default=0.2, help="epsilon of the clipped surrogate [G Eq. 3]; acts from the second of "
                               "--inner_epochs on, as pi is pi_old in the first")

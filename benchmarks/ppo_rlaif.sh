@@ -33,7 +33,7 @@ $PY evaluate.py --runs "runs/sft/policy_s*" "runs/sft/continued_s*" "runs/ppo_rl
   --labels "SFT,SFT continued,random reward,PPO,PPO on the truth's pairs" --out docs/results/ppo_rlaif
 $PY evaluate.py --runs "runs/sft/policy_s*" "runs/ppo_rlaif/reward_model_s*" "runs/grpo_rank/reward_model_s*" \
   "runs/grpo_rank/reward_score_s*" --labels "SFT,PPO,GRPO_rank,GRPO on scores" --out docs/results/ppo_fair
-$PY benchmarks/ppo_rlaif.py --runs "runs/sft/policy_s*" "runs/ppo_rlaif/reward_model_s*" \
+$PY benchmarks/costs.py --runs "runs/sft/policy_s*" "runs/ppo_rlaif/reward_model_s*" \
   "runs/grpo_rank/reward_model_s*" "runs/grpo_rank/reward_score_s*" --labels "SFT,PPO,GRPO_rank,GRPO on scores" \
   --curves "runs/ppo_rlaif/reward_model_s*" "runs/ppo_rlaif/truth_s*" "runs/ppo_rlaif/hacked_s*" \
   --titles "PPO,PPO on the truth's pairs,weak reward model and no KL" --out docs/results/ppo_rlaif

@@ -1,6 +1,6 @@
 """What runs cost, and what their reward did beside the true accuracy: <out>_cost.md and <out>_curves.png.
 
-    python benchmarks/ppo_rlaif.py --runs "runs/ppo_rlaif/context_s*" "runs/grpo_rank/context_s*" --out docs/results/x
+    python benchmarks/costs.py --runs "runs/ppo_rlaif/context_s*" "runs/grpo_rank/context_s*" --out docs/results/x
 
 Answers and seconds are those of metrics.jsonl, memory is that of cost.json (all processes of a run together).
 """
@@ -8,6 +8,7 @@ Answers and seconds are those of metrics.jsonl, memory is that of cost.json (all
 import argparse
 import glob
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def cost_of(folder):
     args, rows = json.loads((folder / "args.json").read_text())["args"], rows_of(folder)
     done = sum("charts/lr" in row for row in rows)  # a last evaluation has a row, but is no step
     answers = done * args["prompts_per_step"] * args["G"] if "G" in args else 0
+    answers += sum(len(file.read_text().splitlines()) for file in folder.glob("iteration_*/answers.jsonl"))  # DPO
     updates = args.get("ppo_epochs", args.get("inner_epochs", 1)) * args.get("mini_batches", 1)
     cost = folder / "cost.json"
     peak = json.loads(cost.read_text())["peak_gb"] if cost.exists() else float("nan")
@@ -39,6 +41,8 @@ def cost_table(groups):
     for label, folders in groups.items():
         answers, steps, seconds, peak = np.mean([cost_of(f) for f in folders], 0)
         lines.append(f"| {label} | {answers:.1f} | {steps:.0f} | {seconds:.0f} | {peak:.2f} |")
+    commits = {json.loads((f / "args.json").read_text())["git_commit"] for fs in groups.values() for f in fs}
+    lines += ["", f"commit {', '.join(sorted(commits))}; {os.cpu_count()} CPU cores, one process and thread per run"]
     return "\n".join(lines) + "\n"
 
 

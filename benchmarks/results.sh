@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# `make results`: every run behind every page, seeds 0-2, then one table over all of them: docs/results/results.*.
+# Resumable; most of a day on two cores.
+for part in grpo_rank reward_model ppo_rlaif dpo_iter_w2s distorted_rewards; do
+  bash "$(dirname "$0")/$part.sh"
+done
+source "$(dirname "$0")/common.sh"
+
+for s in $SEEDS; do
+  echo "flat_s$s $PY sft.py --name flat_s$s $FEW $SFT --curriculum off --seed $s --resume"
+done | side_by_side
+
+D=runs/dpo_iter_w2s P=runs/ppo_rlaif G=runs/grpo_rank
+RUNS=("runs/sft/policy_s*" "runs/sft/flat_s*" "runs/sft/continued_s*" "$P/reward_model_s*" "$D/iterative_s*/iteration_1_s*"
+  "$D/iterative_s*" "$D/context_s*/iteration_1_s*" "$D/context_s*" "$G/context_s*" "$G/reward_model_s*" "$G/reference_s*"
+  "$G/score_s*" "$G/signed_s*" "$G/published_s*")
+LABELS="SFT,no curriculum,SFT continued,PPO,DPO 1,DPO 2,DPO 1 + ExPO,DPO 2 + ExPO,GRPO_rank,on the reward model,on the labels"
+LABELS="$LABELS,score,signed,published"
+$PY evaluate.py --runs "${RUNS[@]}" --labels "$LABELS" --out docs/results/results
+$PY benchmarks/costs.py --runs "runs/sft/policy_s*" "$P/reward_model_s*" "$D/context_s*" "$G/context_s*" \
+  --labels "SFT,PPO,DPO 2 + ExPO,GRPO_rank" --out docs/results/results
+$PY docs/fill.py
