@@ -76,3 +76,24 @@ def test_empty_and_endless_answers_show_in_the_log(world, policy, forked, tmp_pa
             if "rollout/len" in row]
     assert all(1 < n < 6 for n, _ in seen[:3]) or any(n > 1 for n, _ in seen[:3])
     assert set(seen[3:6]) == {(1.0, 1.0)} and all(rate == 0 and n > 1 for n, rate in seen[6:])
+
+
+@pytest.mark.parametrize("name", ["grpo_rank", "ppo_rlaif"])
+def test_a_step_without_a_ranking_moves_no_weights_and_three_end_the_run(world, policy, forked, tmp_path, name):
+    """Ranked are the steps 0, 2 and 3: step 1 makes no optimizer step, though Adam has momentum; 4 to 6 end the run."""
+    place = a_world(world, tmp_path / "x")
+    plant = ("import torch\nmake, calls, did = module.make_oracle, [0], [0]\ndef silent(*args, **more):\n"
+             "    oracle = make(*args, **more)\n    score = oracle.score\n    def scored(*asked):\n"
+             "        values, ok = score(*asked)\n        calls[0] += 1\n"
+             "        return values, ok & (calls[0] in (1, 3, 4))\n    oracle.score = scored\n    return oracle\n"
+             "module.make_oracle = silent\nadd = module.harness.any_scored\ndef noted(log, ok, step):\n"
+             "    print('STEPS', step, did[0], flush=True)\n    did[0] = 0\n    return add(log, ok, step)\n"
+             "module.harness.any_scored = noted\nreal = torch.optim.AdamW.step\n"
+             "def counted(*args, **more):\n    did[0] += 1\n    return real(*args, **more)\n"
+             "torch.optim.AdamW.step = counted")
+    assert forked.run(place, *SCRIPTS[name][0], plant=plant) == [1], forked.said()
+    told = [line.split()[1:] for line in forked.said().splitlines() if line.startswith("STEPS")]
+    moved = {int(step): int(updates) > 0 for step, updates in told}  # in the step before this one
+    assert moved == {0: False, 1: True, 2: False, 3: True, 4: True, 5: False, 6: False}
+    said = [line for line in forked.said().splitlines() if "ranked nothing" in line]
+    assert len(said) == 1 and said[0].startswith("step 6: ") and "--resume" in said[0]
