@@ -22,7 +22,7 @@ Differs  D1  the zoo. [W] samples from well-aligned models of other makers; our 
              start. So every iteration starts with margin 0, and alpha = 0 gives plain iterative DPO.
          D5  LoRA: an adapter an iteration, merged at its end. Its base then *is* the reference (adapter off), and to
              extrapolate is to scale its delta by 1 + alpha, exactly.
-         D6  unpublished in [W]: beta, learning rate, number of iterations, alpha. Ours are tuned on the embedded world;
+         D6  unpublished in [W]: beta, learning rate, number of iterations, alpha. Ours were chosen in single runs;
              the public relatives use beta 0.1, 3-4 iterations with fresh pairs, alpha 0.3-0.5.
 
 Oracle   --oracle scores each answer 0-5 on four aspects (relevance, accuracy, detail, clarity); their mean is the score

@@ -35,7 +35,7 @@ Differs  D1  masks. In the released code of [V] the score stands at the last *te
          D9  scores are centred within the G answers to a question (--center_scores). Bradley-Terry fixes rewards only
              up to a constant for every question, so what a reward model says of one question beside another is noise
              that a value model can take out, but has to learn first. Of centred scores it expects 0, and so it starts
-             (head zero, I12). What that is worth is measured in docs/ppo_rlaif.md.
+             (head zero, I12). What that is worth is not measured yet.
 
 The implementation details of PPO for language models: what, from where, and where in this file (grep for the tag).
  rollout I1  sample at temperature 1, all log-probabilities at the temperature of sampling [N]            step 1

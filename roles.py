@@ -127,8 +127,7 @@ def value_prompts(args, roles, oracle, device):
     if about["narrative_clips"]:
         same = getattr(oracle, "told_by", None) == (about["narrative_model"], about["narrative_clips"])
         teller = oracle.teller if same else JudgeOracle(about["narrative_model"], args.cache, True, device,
-                                                                clips=about["narrative_clips"],
-                                                                dtype=args.oracle_dtype)
+                                                        clips=about["narrative_clips"], dtype=args.oracle_dtype)
 
     def build(questions, clips, prefix):
         if args.value_model == "sft":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # `make results`: every run behind every page, seeds 0-2, then one table over all of them: docs/results/results.*.
-# Resumable; most of a day on two cores.
+# Resumable; hours, and not run as a whole yet.
 for part in grpo_rank reward_model ppo_rlaif dpo_iter_w2s distorted_rewards; do
   bash "$(dirname "$0")/$part.sh"
 done
