@@ -265,7 +265,8 @@ def main(args):
 
 def needs_world(args):
     """Is anything that the run reads part of the embedded world? With --model no parts are composed."""
-    return any(WORLD in path for path in [args.data] + [args.clip, args.qformer, args.llm] * (not args.model))
+    read = [*args.data.split(","), *[args.clip, args.qformer, args.llm] * (not args.model)]
+    return any(os.path.relpath(path or ".").startswith(WORLD) for path in read)  # not somebody else's
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -181,6 +181,7 @@ def test_the_world_is_built_for_what_reads_it_alone():
     needs = lambda **flags: sft.needs_world(sft.Args(**flags))
     assert needs() and needs(model="my_start") and needs(data="my.json")  # my own data, the embedded CLIP
     assert not needs(data="my.json", model="my_start")
+    assert not needs(data=f"/elsewhere/{sft.WORLD}/train.json", model="my_start")  # another checkout's
     assert not needs(data="my.json", clip="c", qformer="32", llm="l") and needs(data="my.json", clip="c", qformer="32")
 
 

@@ -1,0 +1,52 @@
+"""The worked example of the README, line by line: a folder of MP4 files and three JSON files become a tuned model."""
+
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+from conftest import REPO
+from inside import main_of
+from test_api_oracle import server  # noqa: F401 - a fixture
+from test_paid_oracle import usable
+
+SECTION = (REPO / "README.md").read_text().split("## Your own videos and model")[1].split("\n## ")[0]
+PARTS = {"openai/clip-vit-large-patch14-336": "clip", "meta-llama/Llama-2-7b-hf": "llm", "32": "qformer"}
+SHORT = {"sft.py": "--steps 3 --batch_size 4 --micro_batch_size 4 --num_frames 4 --lr 1e-3".split(),
+         "grpo_rank.py": "--steps 2 --prompts_per_step 2 --G 3 --api_frames 1 --api_size 32 --eval_questions 4".split()}
+
+
+@pytest.fixture
+def example(world, tmp_path):
+    """The README's files, with as many records as there are videos of the names that stand there."""
+    labelled, unlabelled = (json.loads(block) for block in re.findall(r"^```json\n(.*?)^```", SECTION, re.M | re.S))
+    videos = sorted((world / "data/moving_shapes").rglob("*.mp4"))[:12]
+    (tmp_path / "videos").mkdir()
+    for k, (name, (row,)) in enumerate({"labelled": labelled, "questions": unlabelled, "val": labelled}.items()):
+        rows = []
+        for i, video in enumerate(videos[4 * k : 4 * k + 4]):
+            rows.append(row | dict(id=f"{name}{i}", video=f"{name}{i}_{row['video']}"))
+            shutil.copy(video, tmp_path / "videos" / rows[-1]["video"])
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def test_from_a_folder_of_videos_to_a_tuned_model(example, world, server, monkeypatch):  # noqa: F811
+    server.act = usable
+    (block,) = re.findall(r"^```bash\n(.*?)^```", SECTION, re.M | re.S)
+    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
+    assert [words[1] for words in lines] == ["check_videos.py", "sft.py", "grpo_rank.py", "evaluate.py"]
+    for _, script, *flags in lines:
+        if script == "sft.py":
+            flags = [str(world / "data/moving_shapes/hub" / PARTS[flag]) if flag in PARTS else flag for flag in flags]
+        flags = [server.url if flag.startswith("http") else flag for flag in flags]
+        try:
+            main_of(monkeypatch, example, script, *flags, *SHORT.get(script, []))
+        except SystemExit as stop:
+            assert not stop.code, f"{script}: {stop.code}"
+    final = example / "runs/grpo_rank/mine_s0"
+    samples = [json.loads(line) for line in (final / "samples.jsonl").read_text().splitlines()]
+    assert {s["question"] for s in samples} == {"Where does the tram go?"} and len(server.seen) > 0
+    assert (final / "final/model.safetensors").exists() and (final / "adapter/adapter_model.safetensors").exists()
+    assert "GRPO_rank" in (example / "runs/mine.md").read_text() and (example / "runs/mine.png").exists()
