@@ -100,7 +100,7 @@ class Args(OracleArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py,
     prompts_per_step: int = HfArg(default=48, help="pairs per step, over all processes; where an epoch ends one can "
                                   "come twice")
     micro_batch_size: int = HfArg(default=12, help="pairs per forward pass and process")
-    lr: float = HfArg(default=1e-4, help="scale of the learning rate: the smaller of a rise over 10 steps and a linear "
+    lr: float = HfArg(default=3e-4, help="scale of the learning rate: the smaller of a rise over 10 steps and a linear "
                       "fall to zero, in each iteration")
     max_prompt_tokens: int = HfArg(default=512, help="longer questions are cut at their end, never the video")
     max_new_tokens: int = HfArg(default=16, help="longest answer, EOS included; longer ones of --preferences are cut")
