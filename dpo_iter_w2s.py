@@ -6,8 +6,8 @@ Run      torchrun --nproc_per_node=4 dpo_iter_w2s.py             the embedded wo
          python dpo_iter_w2s.py --zoo policy --samples 10 --name self     pairs out of the policy's own answers alone
          python dpo_iter_w2s.py --oracle reference --name upper  a perfect oracle: the upper bound, not RLAIF
 Papers   [W] Iter-W2S-RLAIF / MMAIP-V, arXiv:2411.16201      [D] DPO, arXiv:2305.18290      [E] ExPO, arXiv:2404.16792
-Claim    with few labels, the answers of weak models, scored by an AI that sees the video, improve the policy. Not yet
-         measured here, nor where iterating and extrapolating help: docs/dpo_iter_w2s.md says what is missing.
+Claim    with few labels, the answers of weak models, scored by an AI that sees the video, improve the policy.
+         A second iteration adds to the first, extrapolating adds nothing (docs/dpo_iter_w2s.md, three seeds).
 
 Differs  D1  the zoo. [W] samples from well-aligned models of other makers; our embedded zoo is the policy and relatives
              of it that saw the same labels (preference_zoo.py says why). `policy` in --zoo is the policy of the moment.
@@ -22,8 +22,9 @@ Differs  D1  the zoo. [W] samples from well-aligned models of other makers; our 
              start. So every iteration starts with margin 0, and alpha = 0 gives plain iterative DPO.
          D5  LoRA: an adapter an iteration, merged at its end. Its base then *is* the reference (adapter off), and to
              extrapolate is to scale its delta by 1 + alpha, exactly.
-         D6  unpublished in [W]: beta, learning rate, number of iterations, alpha. Ours were chosen in single runs;
-             the public relatives use beta 0.1, 3-4 iterations with fresh pairs, alpha 0.3-0.5.
+         D6  unpublished in [W]: beta, learning rate, number of iterations, alpha. Ours were chosen in single runs
+             on validation questions (a third of the rate, or twice of it, gains less); the public relatives use beta
+             0.1, 3-4 iterations with fresh pairs, alpha 0.3-0.5.
 
 Oracle   --oracle scores each answer 0-5 on four aspects (relevance, accuracy, detail, clarity); their mean is the score
          of the answer. Of several raters the mean counts, aspect by aspect.

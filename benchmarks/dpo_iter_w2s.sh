@@ -42,6 +42,7 @@ $SHOW --runs "runs/sft/policy_s*" "$R/iterative_s*/iteration_1_s*" "$R/iterative
   --out docs/results/dpo_iterations
 $SHOW --runs "runs/sft/frames4_s*" "$R/frames4_s*" "runs/sft/policy_s*" "$R/self_s*" "runs/sft/frames12_s*" "$R/frames12_s*" \
   --labels "SFT 4 frames,DPO 4 frames,SFT 8 frames,DPO 8 frames,SFT 12 frames,DPO 12 frames" --out docs/results/dpo_frames
+$PY benchmarks/alphas.py --runs "$R/context_s*" "$R/reference_s*" --labels "AI oracle,reference" --out docs/results/dpo_alphas
 # beside the exact match: Iter-W2S's own scheme, a judge that sees the video and not the label (relevance, accuracy, detail, clarity)
 for s in $SEEDS; do
   set -- runs/sft/policy_s$s $R/context_s$s/iteration_1_s$s $R/context_s$s

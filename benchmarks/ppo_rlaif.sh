@@ -24,6 +24,7 @@ echo "rm_weak_s0 $PY reward_model.py --resume --name weak --narrative False --gu
     echo "ppo_truth_s$s $p --name truth --reward_model $rm/truth_s$s/final --stop_oracle context"
     echo "ppo_random_s$s $p --name random --oracle reference --random_reward True"
     echo "grpo_rm_s$s $g --name reward_model --oracle reward_model --reward_model $rm/context_s$s/final"
+    echo "context_s$s $g --name context"
     echo "grpo_score_s$s $g --name reward_score --oracle reward_model --reward_model $rm/context_s$s/final --advantage score"
   done
 } | side_by_side
@@ -31,9 +32,12 @@ echo "rm_weak_s0 $PY reward_model.py --resume --name weak --narrative False --gu
 $PY evaluate.py --runs "runs/sft/policy_s*" "runs/sft/continued_s*" "runs/ppo_rlaif/random_s*" \
   "runs/ppo_rlaif/reward_model_s*" "runs/ppo_rlaif/truth_s*" \
   --labels "SFT,SFT continued,random reward,PPO,PPO on the truth's pairs" --out docs/results/ppo_rlaif
-$PY evaluate.py --runs "runs/sft/policy_s*" "runs/ppo_rlaif/reward_model_s*" "runs/grpo_rank/reward_model_s*" \
-  "runs/grpo_rank/reward_score_s*" --labels "SFT,PPO,GRPO_rank,GRPO on scores" --out docs/results/ppo_fair
-$PY benchmarks/costs.py --runs "runs/sft/policy_s*" "runs/ppo_rlaif/reward_model_s*" \
-  "runs/grpo_rank/reward_model_s*" "runs/grpo_rank/reward_score_s*" --labels "SFT,PPO,GRPO_rank,GRPO on scores" \
+# one reward model, three ways to learn from it, and the judge that it learned from, asked directly
+G=runs/grpo_rank
+RUNS=("runs/sft/policy_s*" "runs/ppo_rlaif/reward_model_s*" "$G/reward_model_s*" "$G/reward_score_s*" "$G/context_s*")
+LABELS="SFT,PPO,GRPO_rank,GRPO on scores,GRPO_rank asks the judge"
+$PY evaluate.py --runs "${RUNS[@]}" --labels "$LABELS" --out docs/results/ppo_fair
+$PY benchmarks/costs.py --runs "${RUNS[@]}" --labels "$LABELS" \
   --curves "runs/ppo_rlaif/reward_model_s*" "runs/ppo_rlaif/truth_s*" "runs/ppo_rlaif/hacked_s*" \
   --titles "PPO,PPO on the truth's pairs,weak reward model and no KL" --out docs/results/ppo_rlaif
+$PY docs/papers.py

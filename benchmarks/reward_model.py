@@ -8,11 +8,13 @@ import json
 import statistics
 from pathlib import Path
 
-ROWS = {"context": "3 clips (default)", "clips1": "1 clip", "nocontext": "no context, in judge and reward model",
-        "videoonly": "3 clips for the judge, none for the reward model",
+ROWS = {"context": "3 clips (default)", "context_s0": "the same, seed 0 alone",
+        "clips1": "1 clip", "nocontext": "no context: judge and reward model see the video alone",
+        "videoonly": "3 clips for the judge, the video alone for the reward model",
         "unguided": "3 clips, without the judge's own answer (D10)",
         "answerlast": "3 clips, the answer behind the question, read at EOS (D3)",
         "weakbase": "3 clips, from the policy's SFT (D5)",
+        "weakvideo": "from the policy's SFT, the video alone for the reward model",
         "share50": "3 clips, 50 % of the pairs", "share25": "3 clips, 25 % of the pairs",
         "truth": "ground-truth preferences, 3 clips"}
 COLUMNS = ("eval/oracle_accuracy", "eval/accuracy", "eval/truth_accuracy")
@@ -32,7 +34,8 @@ def main():
              "| --- | ---: | ---: | ---: | ---: | --- |"]
     commits = set()
     for name, label in ROWS.items():
-        runs = {s: Path(f"runs/reward_model/{name}_s{s}") for s in args.seeds}
+        one = name.endswith("_s0")  # what rows that have one seed are compared with
+        runs = {s: Path(f"runs/reward_model/{name.removesuffix('_s0')}_s{s}") for s in (["0"] if one else args.seeds)}
         runs = {s: run for s, run in runs.items() if (run / "final/reward_model.json").exists()}
         if not runs:
             lines.append(f"| {label} | not measured yet | | | | |")

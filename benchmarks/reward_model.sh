@@ -15,6 +15,7 @@ for s in $SEEDS; do
   echo "rm_unguided_s$s $r unguided --guided False"
   echo "rm_answerlast_s$s $r answerlast --guided False --answer_first False"
   echo "rm_weakbase_s$s $r weakbase --base runs/sft/policy_s$s/final"
+  echo "rm_weakvideo_s$s $r weakvideo --base runs/sft/policy_s$s/final --narrative False --guided False"
   echo "rm_share50_s$s $r share50 --share 0.5"
   echo "rm_share25_s$s $r share25 --share 0.25"
   echo "rm_truth_s$s $r truth --oracle reference"

@@ -1,12 +1,13 @@
 """Does a long run leak? GRPO_rank on the embedded world, watched from outside: memory, open files, threads.
 
-Run      python benchmarks/soak.py                                   2,000 steps; hours on two CPU cores
+Run      python benchmarks/soak.py                                   2,000 steps of 48 questions: an hour and more
+         python benchmarks/soak.py --prompts_per_step 8 --lr 5e-5    2,000 steps of 8 questions: docs/reliability.md
          python benchmarks/soak.py --steps 20 --out runs/soak_short  a trial
 
-Writes <out>.jsonl, a row a sample, and <out>.json: memory (RSS) and open files at the start, at the end, their slopes
-per 1,000 steps behind the first tenth, in which caches fill and allocators settle; steps a second in the first and in
-the last tenth; and whether all metrics are numbers. `docs/reliability.md` has the figures. Every other flag is one of
-grpo_rank.py and is passed on.
+Writes <out>.jsonl, a row a sample, <out>.json, and a table, <out>.md: memory (RSS) and open files at the start, at the
+end, their slopes per 1,000 steps behind the first tenth, in which caches fill and allocators settle; seconds a step in
+the first and in the last tenth; and whether all metrics are numbers. Every other flag is one of grpo_rank.py and is
+passed on.
 """
 
 import argparse
@@ -42,6 +43,23 @@ def slope(x, y):
     b = (x * y).sum() / (x * x).sum()
     rest = y - y.mean() - b * x
     return b, math.sqrt((rest**2).sum() / (len(x) - 2) / (x * x).sum())
+
+
+def table(result):
+    """The result as Markdown."""
+    lines = [f"`{result['command']}`: {result['steps']} steps in {60 * result['hours']:.0f} minutes, "
+             f"{result['samples']} samples, {result['not_finite']} metrics that are not finite", "",
+             "| | first | after a tenth | last | highest | per 1,000 steps |", "| --- |" + " ---: |" * 5]
+    for key, name in (("rss_mib", "memory (RSS), MiB"), ("files", "open files"), ("threads", "threads")):
+        r = result[key]
+        slope = f"{r['per_1000_steps']:+.1f} ± {r['standard_error']:.1f}"
+        numbers = " | ".join(f"{r[k]:.0f}" for k in ("first", "settled", "last", "highest"))
+        lines.append(f"| {name} | {numbers} | {slope} |")
+    lines += ["", "| | first | last |", "| --- | ---: | ---: |"]
+    tenths = result["step_s"]
+    lines.append(f"| seconds a step, median of a tenth | {tenths['first_tenth']:.2f} | {tenths['last_tenth']:.2f} |")
+    lines += [f"| `{key}` | {first:.3f} | {last:.3f} |" for key, (first, last) in result["metrics"].items()]
+    return "\n".join(lines) + "\n"
 
 
 def main():
@@ -86,6 +104,7 @@ def main():
             if key in rows[0]]
     result["metrics"] = {key: [rows[0][key], [r[key] for r in rows if key in r][-1]] for key in show}
     out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    out.with_suffix(".md").write_text(table(result))
     print(json.dumps(result, indent=1))
 
 
