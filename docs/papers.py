@@ -13,7 +13,7 @@ PRINTED = {"Action Recognition": (27.3, 39.0, 11.7), "Temporal Perception": (49.
            "Information Synopsis": (None, None, -0.9), "all": (36.2, 42.4, 6.2)}
 
 fair = json.loads((RESULTS / "ppo_fair.json").read_text())
-ppo, rank = ({column["label"]: column for column in fair["columns"]}[label] for label in ("PPO", "GRPO_rank"))
+ppo, rank = ({column["label"]: column for column in fair["columns"]}[label] for label in ("PPO", "GRPO_rank asks the judge"))
 seeds = " ".join(map(str, rank["seeds"]))
 assert rank["seeds"] == ppo["seeds"]
 heads = ("accuracy in %", "VLM-RLAIF, paper", "Oracle-RLAIF, paper", "difference", "PPO, here", "GRPO_rank, here",
@@ -24,5 +24,5 @@ for kind in fair["counts"]:
     ours = [100 * column["accuracy"][kind]["mean"] for column in (ppo, rank)]
     numbers = zip((*printed, *ours, ours[1] - ours[0]), (".1f", ".1f", "+.1f") * 2)
     lines.append(f"| {kind} | {' | '.join('' if x is None else format(x, how) for x, how in numbers)} |")
-lines += ["", f"here: seeds {seeds}, same reward model, as many sampled answers; empty: not known to us"]
+lines += ["", f"here: seeds {seeds}, the same judge, as many sampled answers; empty: not known to us"]
 (RESULTS / "papers.md").write_text("\n".join(lines) + "\n")
