@@ -91,7 +91,7 @@ def main():
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     settled = [s for s in seen if s["step"] > args.steps / 10]
     steps = [s["step"] for s in settled]
-    result = dict(command=" ".join(sys.argv), steps=len(rows), hours=(time.time() - began) / 3600, samples=len(seen))
+    result = dict(command=" ".join(sys.argv), steps=args.steps, hours=(time.time() - began) / 3600, samples=len(seen))
     for key in ("rss_mib", "files", "threads"):
         b, error = slope(steps, [s[key] for s in settled])
         result[key] = dict(first=seen[0][key], settled=settled[0][key], last=settled[-1][key],
