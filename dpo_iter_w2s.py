@@ -7,7 +7,7 @@ Run      torchrun --nproc_per_node=4 dpo_iter_w2s.py             the embedded wo
          python dpo_iter_w2s.py --oracle reference --name upper  a perfect oracle: the upper bound, not RLAIF
 Papers   [W] Iter-W2S-RLAIF / MMAIP-V, arXiv:2411.16201      [D] DPO, arXiv:2305.18290      [E] ExPO, arXiv:2404.16792
 Claim    with few labels, the answers of weak models, scored by an AI that sees the video, improve the policy.
-         A second iteration adds to the first, extrapolating adds nothing (docs/dpo_iter_w2s.md, three seeds).
+         Iterating gains no more than as many steps on the first pairs, extrapolating nothing (docs/dpo_iter_w2s.md).
 
 Differs  D1  the zoo. [W] samples from well-aligned models of other makers; our embedded zoo is the policy and relatives
              of it that saw the same labels (preference_zoo.py says why). `policy` in --zoo is the policy of the moment.

@@ -20,7 +20,6 @@ done | side_by_side
     d="$PY dpo_iter_w2s.py --seed $s --resume"
     pairs="--preferences runs/dpo_iter_w2s/pairs_s$s/iteration_1_s$s/preferences.json"
     echo "dpo_once_s$s $d --name once $pairs --iterations 1 --steps 150 --alphas 0"  # as many steps as two iterations
-    echo "dpo_stale_s$s $d --name stale $pairs --fresh_pairs False --alphas 0"
     echo "dpo_iterative_s$s $d --name iterative $pairs --alphas 0"
     echo "dpo_context_s$s $d --name context $pairs"
     echo "dpo_self_s$s $d --name self --zoo policy --samples 10"
@@ -37,8 +36,8 @@ SHOW="$PY evaluate.py"
 $SHOW --runs "runs/sft/policy_s*" "runs/sft/continued_s*" "$R/once_s*" "$R/iterative_s*" "$R/context_s*" "$R/reference_s*" \
   --labels "SFT,SFT continued,DPO once,iterative,iterative + ExPO,reference" --out docs/results/dpo_iter_w2s
 $SHOW --runs "runs/sft/policy_s*" "$R/iterative_s*/iteration_1_s*" "$R/iterative_s*" "$R/context_s*/iteration_1_s*" \
-  "$R/context_s*" "$R/stale_s*" "$R/self_s*" \
-  --labels "SFT,iteration 1,iteration 2,iteration 1 + ExPO,iteration 2 + ExPO,same pairs twice,own answers only" \
+  "$R/context_s*" "$R/self_s*" \
+  --labels "SFT,iteration 1,iteration 2,iteration 1 + ExPO,iteration 2 + ExPO,own answers only" \
   --out docs/results/dpo_iterations
 $SHOW --runs "runs/sft/frames4_s*" "$R/frames4_s*" "runs/sft/policy_s*" "$R/self_s*" "runs/sft/frames12_s*" "$R/frames12_s*" \
   --labels "SFT 4 frames,DPO 4 frames,SFT 8 frames,DPO 8 frames,SFT 12 frames,DPO 12 frames" --out docs/results/dpo_frames
@@ -47,5 +46,6 @@ $PY benchmarks/alphas.py --runs "$R/context_s*" "$R/reference_s*" --labels "AI o
 for s in $SEEDS; do
   set -- runs/sft/policy_s$s $R/context_s$s/iteration_1_s$s $R/context_s$s
   for run in "$@"; do $SHOW --checkpoint "$run" --benchmark held_out,mmaip_v --judge local; done
-  $SHOW --compare "$@" --benchmark held_out,mmaip_v --judge local --out docs/results/dpo_vision_s$s
+  $SHOW --compare "$@" --benchmark held_out,mmaip_v --judge local --out runs/dpo_vision_s$s
 done
+$PY benchmarks/vision.py runs/dpo_vision_s*.json --labels "SFT,iteration 1,iteration 2" --out docs/results/dpo_vision.md

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# `make results`: every run behind every page, seeds 0-2, then one table over all of them: docs/results/results.*.
+# `make results`: every run behind every page, seeds 0-2, then the three systems side by side (docs/results/systems.*) and
+# one table over all runs (docs/results/results.*).
 # Resumable; hours, and not run as a whole yet.
 for part in grpo_rank reward_model ppo_rlaif dpo_iter_w2s distorted_rewards; do
   bash "$(dirname "$0")/$part.sh"
@@ -11,6 +12,8 @@ for s in $SEEDS; do
 done | side_by_side
 
 D=runs/dpo_iter_w2s P=runs/ppo_rlaif G=runs/grpo_rank
+$PY evaluate.py --runs "runs/sft/policy_s*" "runs/sft/continued_s*" "$P/reward_model_s*" "$D/context_s*" "$G/context_s*" \
+  --labels "SFT,SFT continued,PPO,iterative DPO,GRPO_rank" --out docs/results/systems
 RUNS=("runs/sft/policy_s*" "runs/sft/flat_s*" "runs/sft/continued_s*" "$P/reward_model_s*" "$D/iterative_s*/iteration_1_s*"
   "$D/iterative_s*" "$D/context_s*/iteration_1_s*" "$D/context_s*" "$G/context_s*" "$G/reward_model_s*" "$G/reference_s*"
   "$G/score_s*" "$G/signed_s*" "$G/published_s*")

@@ -1,0 +1,37 @@
+"""Exact match beside Iter-W2S's evaluation by a judge that sees the video: what `evaluate.py --compare` wrote, a table.
+
+    python benchmarks/vision.py runs/dpo_vision_s*.json --labels "SFT,iteration 1" --out docs/results/dpo_vision.md
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+COLUMNS = {"exact match, %": ("held_out", "exact", 100), "judge: right, %": ("held_out", "accuracy", 100),
+           "judge: accuracy, 0-5": ("mmaip_v", "accuracy_points", 1),
+           "score of four aspects, 0-5": ("mmaip_v", "score", 1), "ratio, %": ("mmaip_v", "ratio", 100)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="+", help="one file a seed, the same order of runs in each")
+    parser.add_argument("--labels", required=True, help="of the compared runs, comma-separated")
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args()
+    seeds = [json.loads(Path(file).read_text())["results"] for file in args.files]
+    lines = [f"| | {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * len(COLUMNS)]
+    for label, *runs in zip(args.labels.split(","), *seeds, strict=True):
+        cells = []
+        for benchmark, metric, scale in COLUMNS.values():
+            values = [scale * run["benchmarks"][benchmark]["metrics"][metric]["mean"] for run in runs]
+            spread = f" ± {statistics.stdev(values):.{2 - (scale > 1)}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{2 - (scale > 1)}f}{spread}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += ["", f"{len(seeds)} seed{'s' * (len(seeds) > 1)}; judge: {seeds[0][0]['benchmarks']['mmaip_v']['judge']}"]
+    Path(args.out).write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
