@@ -13,7 +13,8 @@ PRINTED = {"Action Recognition": (27.3, 39.0, 11.7), "Temporal Perception": (49.
            "Information Synopsis": (None, None, -0.9), "all": (36.2, 42.4, 6.2)}
 
 fair = json.loads((RESULTS / "ppo_fair.json").read_text())
-ppo, rank = ({column["label"]: column for column in fair["columns"]}[label] for label in ("PPO", "GRPO_rank asks the judge"))
+columns = {column["label"]: column for column in fair["columns"]}
+ppo, rank = columns["PPO"], columns["GRPO_rank asks the judge"]
 seeds = " ".join(map(str, rank["seeds"]))
 assert rank["seeds"] == ppo["seeds"]
 heads = ("accuracy in %", "VLM-RLAIF, paper", "Oracle-RLAIF, paper", "difference", "PPO, here", "GRPO_rank, here",
