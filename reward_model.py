@@ -23,7 +23,7 @@ Differs  D1  every two *different* answers among --samples draws are compared (e
              the answer's last token (EOS), found by its length; a row of the ablation.
          D4  the reward model reads the narrative too (--narrative). [V]'s reward prompt has a slot for a caption that
              the released code fills with None. `--narrative False` leaves it out: a row of the ablation, as good on the
-             one seed measured, since our base sees what the narrative tells.
+             one seed measured.
          D5  what it starts from (--base): the SFT model that judges and describes, as in [V] (there the 13B model),
              and not the weaker one that answers; from that one: another row of the ablation.
          D6  the centring term is [C]'s mean of squares per pair; [V]'s |batch mean| depends on the micro-batch.

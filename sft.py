@@ -266,7 +266,7 @@ def main(args):
 def needs_world(args):
     """Is anything that the run reads part of the embedded world? With --model no parts are composed."""
     read = [*args.data.split(","), *[args.clip, args.qformer, args.llm] * (not args.model)]
-    return any(os.path.relpath(path or ".").startswith(WORLD) for path in read)  # not somebody else's
+    return any(path.startswith(WORLD) for path in read)  # as in build_embedded: the user's own are never built
 
 
 # ---------------------------------------------------------------------------------------------------------------

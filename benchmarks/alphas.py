@@ -8,6 +8,7 @@ import argparse
 import glob
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -15,7 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from report import COLORS, tidy  # noqa: E402
 
 
 def main():
@@ -24,9 +26,10 @@ def main():
     parser.add_argument("--labels", required=True, help="comma-separated")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
-    found = {}  # (label, iteration) -> what each seed found
-    for label, pattern in zip(args.labels.split(","), args.runs, strict=True):
+    found, commits, labels = {}, set(), args.labels.split(",")  # found: (label, iteration) -> what each seed found
+    for label, pattern in zip(labels, args.runs, strict=True):
         for run in sorted(glob.glob(pattern)):
+            commits.add(json.loads(Path(run, "args.json").read_text())["git_commit"])
             for k, file in enumerate(sorted(Path(run).glob("iteration_*/extrapolation.json")), 1):
                 found.setdefault((label, k), []).append(json.loads(file.read_text()))
     alphas = sorted({row["alpha"] for seeds in found.values() for seed in seeds for row in seed["curve"]})
@@ -38,18 +41,18 @@ def main():
         mean = lambda key, curves=curves: [statistics.mean(c[a][key] for c in curves) for a in alphas]
         cells = [f"{100 * x:.1f}" for x in mean("accuracy")] + [", ".join(f"{seed['chosen']:g}" for seed in seeds)]
         lines.append(f"| {label}, iteration {k} | {' | '.join(cells)} |")
-        line = dict(color=COLOURS[[*dict.fromkeys(name for name, _ in found)].index(label)], marker="o",
-                    linestyle="-" if k > 1 else "--", label=f"{label}, iteration {k}")
+        line = dict(color=COLORS[1 + labels.index(label)], marker="o", linestyle="-" if k > 1 else "--",
+                    label=f"{label}, iteration {k}")
         axes[0].plot(alphas, mean("score"), **line)
         axes[1].plot(alphas, [100 * x for x in mean("accuracy")], **line)
     axes[0].set(xlabel="alpha", ylabel="the oracle's score, 0 to 5")
     axes[1].set(xlabel="alpha", ylabel="accuracy (%)")
     for axis in axes:
         axis.axvline(0, color="#999999", linewidth=0.8)
-        axis.grid(axis="y", color="#dddddd", linewidth=0.8)
+        tidy(axis)
     axes[1].legend(frameon=False, fontsize=8)
     lines += ["", f"on the validation questions that alpha is chosen on, mean over {len(seeds)} seeds; -1: the "
-              "iteration undone, 0: DPO, above 0: extrapolated"]
+              f"iteration undone, 0: DPO, above 0: extrapolated; commit {', '.join(sorted(commits))}"]
     Path(f"{args.out}.md").write_text("\n".join(lines) + "\n")
     figure.savefig(f"{args.out}.png", dpi=150)
     print("\n".join(lines))

@@ -42,7 +42,7 @@ def cost_table(groups):
         answers, steps, seconds, peak = np.mean([cost_of(f) for f in folders], 0)
         lines.append(f"| {label} | {answers:.1f} | {steps:.0f} | {seconds:.0f} | {peak:.2f} |")
     commits = {json.loads((f / "args.json").read_text())["git_commit"] for fs in groups.values() for f in fs}
-    lines += ["", f"commit {', '.join(sorted(commits))}; {os.cpu_count()} CPU cores, one process and thread per run"]
+    lines += ["", f"commit {', '.join(sorted(commits))}; {os.cpu_count()} CPU cores, one thread a process"]
     return "\n".join(lines) + "\n"
 
 

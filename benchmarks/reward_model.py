@@ -8,8 +8,8 @@ import json
 import statistics
 from pathlib import Path
 
-ROWS = {"context": "3 clips (default)", "context_s0": "the same, seed 0 alone",
-        "clips1": "1 clip", "nocontext": "no context: judge and reward model see the video alone",
+ROWS = {"context": "3 clips (default)", "clips1": "1 clip",
+        "nocontext": "no context: judge and reward model see the video alone",
         "videoonly": "3 clips for the judge, the video alone for the reward model",
         "unguided": "3 clips, without the judge's own answer (D10)",
         "answerlast": "3 clips, the answer behind the question, read at EOS (D3)",
@@ -33,9 +33,10 @@ def main():
     lines = ["| held-out pairs, % | trained on | judge, truth | reward model, judge | reward model, truth | seeds |",
              "| --- | ---: | ---: | ---: | ---: | --- |"]
     commits = set()
-    for name, label in ROWS.items():
-        one = name.endswith("_s0")  # what rows that have one seed are compared with
-        runs = {s: Path(f"runs/reward_model/{name.removesuffix('_s0')}_s{s}") for s in (["0"] if one else args.seeds)}
+    rows = [(name, label, args.seeds) for name, label in ROWS.items()]
+    rows.insert(1, ("context", f"the same, seed {args.seeds[0]} alone", args.seeds[:1]))  # beside rows of one seed
+    for name, label, seeds in rows:
+        runs = {s: Path(f"runs/reward_model/{name}_s{s}") for s in seeds}
         runs = {s: run for s, run in runs.items() if (run / "final/reward_model.json").exists()}
         if not runs:
             lines.append(f"| {label} | not measured yet | | | | |")

@@ -52,9 +52,9 @@ def table(result):
              "| | first | after a tenth | last | highest | per 1,000 steps |", "| --- |" + " ---: |" * 5]
     for key, name in (("rss_mib", "memory (RSS), MiB"), ("files", "open files"), ("threads", "threads")):
         r = result[key]
-        slope = f"{r['per_1000_steps']:+.1f} ± {r['standard_error']:.1f}"
+        rise = f"{r['per_1000_steps']:+.1f} ± {r['standard_error']:.1f}"
         numbers = " | ".join(f"{r[k]:.0f}" for k in ("first", "settled", "last", "highest"))
-        lines.append(f"| {name} | {numbers} | {slope} |")
+        lines.append(f"| {name} | {numbers} | {rise} |")
     lines += ["", "| | first | last |", "| --- | ---: | ---: |"]
     tenths = result["step_s"]
     lines.append(f"| seconds a step, median of a tenth | {tenths['first_tenth']:.2f} | {tenths['last_tenth']:.2f} |")

@@ -9,8 +9,9 @@ import statistics
 from pathlib import Path
 
 COLUMNS = {"exact match, %": ("held_out", "exact", 100), "judge: right, %": ("held_out", "accuracy", 100),
-           "judge: accuracy, 0-5": ("mmaip_v", "accuracy_points", 1),
-           "score of four aspects, 0-5": ("mmaip_v", "score", 1), "ratio, %": ("mmaip_v", "ratio", 100)}
+           **{f"{aspect}, 0-5": ("mmaip_v", f"{aspect}_points", 1)
+              for aspect in ("relevance", "accuracy", "detail", "clarity")},
+           "their mean": ("mmaip_v", "score", 1), "ratio, %": ("mmaip_v", "ratio", 100)}
 
 
 def main():
@@ -19,7 +20,8 @@ def main():
     parser.add_argument("--labels", required=True, help="of the compared runs, comma-separated")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
-    seeds = [json.loads(Path(file).read_text())["results"] for file in args.files]
+    files = [json.loads(Path(file).read_text()) for file in args.files]
+    seeds = [file["results"] for file in files]
     lines = [f"| | {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * len(COLUMNS)]
     for label, *runs in zip(args.labels.split(","), *seeds, strict=True):
         cells = []
@@ -28,7 +30,8 @@ def main():
             spread = f" ± {statistics.stdev(values):.{2 - (scale > 1)}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{2 - (scale > 1)}f}{spread}")
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    lines += ["", f"{len(seeds)} seed{'s' * (len(seeds) > 1)}; judge: {seeds[0][0]['benchmarks']['mmaip_v']['judge']}"]
+    lines += ["", f"seeds: {len(seeds)}; judge: {seeds[0][0]['benchmarks']['mmaip_v']['judge']}; commit "
+              f"{', '.join(sorted({file['git_commit'] for file in files}))}"]
     Path(args.out).write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
