@@ -3,6 +3,7 @@
     python benchmarks/costs.py --runs "runs/ppo_rlaif/context_s*" "runs/grpo_rank/context_s*" --out docs/results/x
 
 Answers and seconds are those of metrics.jsonl, memory is that of cost.json (all processes of a run together).
+--accuracy puts the numbers of a table of evaluate.py beside them.
 """
 
 import argparse
@@ -24,25 +25,44 @@ def rows_of(folder):
 
 
 def cost_of(folder):
-    """-> sampled answers in thousands, optimizer steps, seconds, peak memory in GB of one run."""
-    args, rows = json.loads((folder / "args.json").read_text())["args"], rows_of(folder)
-    done = sum("charts/lr" in row for row in rows)  # a last evaluation has a row, but is no step
-    answers = done * args["prompts_per_step"] * args["G"] if "G" in args else 0
-    answers += sum(len(file.read_text().splitlines()) for file in folder.glob("iteration_*/answers.jsonl"))  # DPO
+    """-> sampled answers in thousands, optimizer steps, seconds, peak memory in GB of one run; NaN: not recorded.
+    Seconds: the median step times the steps, so that what disturbed the machine for a while is not in them."""
+    if not (folder / "args.json").exists():  # an iteration of a run
+        return [np.nan] * 4
+    args, lines_of = json.loads((folder / "args.json").read_text())["args"], lambda file: file.read_text().splitlines()
+    steps = [row["time/step_s"] for row in rows_of(folder) if "charts/lr" in row]  # a last evaluation has a row, too
+    answers, seconds = len(steps) * args.get("prompts_per_step", 0) * args.get("G", 0), np.median(steps) * len(steps)
+    if "alphas" in args:  # DPO: the zoo's answers, some of them in the run that --preferences is of; no clock there
+        files = list(folder.glob("iteration_*/answers.jsonl"))
+        files += [Path(args["preferences"]).with_name("answers.jsonl")] * bool(args["preferences"])
+        answers, seconds = sum(len(lines_of(file)) for file in files), np.nan
     updates = args.get("ppo_epochs", args.get("inner_epochs", 1)) * args.get("mini_batches", 1)
     cost = folder / "cost.json"
-    peak = json.loads(cost.read_text())["peak_gb"] if cost.exists() else float("nan")
-    return answers / 1000, done * updates, sum(row["time/step_s"] for row in rows), peak
+    peak = json.loads(cost.read_text())["peak_gb"] if cost.exists() else np.nan
+    return answers / 1000, len(steps) * updates, seconds, peak
 
 
-def cost_table(groups):
-    lines = ["| per run, mean over seeds | sampled answers, thousands | optimizer steps | seconds | peak memory, GB |",
-             "| --- | ---: | ---: | ---: | ---: |"]
+def cost_table(groups, accuracy):
+    """accuracy: the columns of a table that evaluate.py wrote, as rows here; or nothing."""
+    heads = ["accuracy, %", "difference to the first"] * bool(accuracy)
+    heads += ["sampled answers, thousands", "optimizer steps", "seconds", "peak memory, GB"]
+    lines = [f"| per run, mean over seeds | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
+    known, commits = {column["label"]: column for column in accuracy}, set()
     for label, folders in groups.items():
-        answers, steps, seconds, peak = np.mean([cost_of(f) for f in folders], 0)
-        lines.append(f"| {label} | {answers:.1f} | {steps:.0f} | {seconds:.0f} | {peak:.2f} |")
-    commits = {json.loads((f / "args.json").read_text())["git_commit"] for fs in groups.values() for f in fs}
-    lines += ["", f"commit {', '.join(sorted(commits))}; {os.cpu_count()} CPU cores, one thread a process"]
+        cells = []
+        if accuracy:
+            whole, change = known[label]["accuracy"]["all"], known[label].get("difference")
+            plus = lambda x: "" if x is None else f" ± {100 * x:.1f}"
+            cells.append(f"{100 * whole['mean']:.1f}{plus(whole['spread'])}")
+            cells.append("" if not change else f"{100 * change['mean']:+.1f} [{100 * change['low']:+.1f}, "
+                         f"{100 * change['high']:+.1f}]{plus(change['spread'])}")
+        numbers = np.mean([cost_of(f) for f in folders], 0)
+        cells += ["-" if np.isnan(x) else f"{x:.{digits}f}" for x, digits in zip(numbers, (1, 0, 0, 2))]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+        files = [f / "args.json" for f in folders if (f / "args.json").exists()]
+        commits |= {json.loads(file.read_text())["git_commit"] for file in files}
+    note = "[low, high]: 95 % interval over videos, ± over seeds; -: not recorded; " if accuracy else ""
+    lines += ["", f"{note}commit {', '.join(sorted(commits))}; {os.cpu_count()} CPU cores, one thread a process"]
     return "\n".join(lines) + "\n"
 
 
@@ -72,6 +92,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", nargs="+", default=[], help="rows of the table; a glob is one row of seeds")
     parser.add_argument("--labels", default="", help="their names, comma-separated")
+    parser.add_argument("--accuracy", default="", help="a .json of evaluate.py with these labels: its numbers beside")
     parser.add_argument("--curves", nargs="*", default=[], help="panels of the plot; a glob is one panel of seeds")
     parser.add_argument("--titles", default="", help="their names, comma-separated")
     parser.add_argument("--out", required=True)
@@ -88,7 +109,8 @@ def main():
         return found
 
     if args.runs:
-        table = cost_table(groups(args.runs, args.labels))
+        accuracy = json.loads(Path(args.accuracy).read_text())["columns"] if args.accuracy else []
+        table = cost_table(groups(args.runs, args.labels), accuracy)
         Path(f"{args.out}_cost.md").write_text(table)
         print(table)
     if args.curves:

@@ -5,14 +5,14 @@
 All flags but --distortion are those of grpo_rank.py, whose oracle is token F1 with the label (--oracle reference) seen
 through one of these; the numbers drawn belong to a question and are the same whenever it is asked:
 
-    none        r
     saturation  tanh(k r)                  k ~ U(2, 8): what is good and what is best look alike
     tail        exp(k r) - 1               k ~ U(2, 8): the best answer dwarfs all others
     flip10/20/30  each answer changes its score with another one of its group with probability 0.1 / 0.2 / 0.3
 
-The first three are monotone within a question: the ranks are those of r. Equal answers have equal scores. An offset
-or a factor for every question is not among them: GRPO's (r - mean) / std takes both out exactly (a test shows it).
-`bash benchmarks/distorted_rewards.sh` runs all with `oracle_rank` and `score` on three seeds and writes the tables.
+The first two are monotone within a question: the ranks are those of r, as `grpo_rank.py --oracle reference` sees them.
+Equal answers have equal scores. An offset or a factor for every question is not among them: GRPO's (r - mean) / std
+takes both out exactly (a test shows it). `bash benchmarks/distorted_rewards.sh` runs all with `oracle_rank` and `score`
+on three seeds; distortions.py makes the table and the picture.
 """
 
 import sys
@@ -29,7 +29,7 @@ import harness  # noqa: E402
 from oracle import ReferenceOracle  # noqa: E402
 from ranks import one_of_equals  # noqa: E402
 
-DISTORTIONS = ("none", "saturation", "tail", "flip10", "flip20", "flip30")
+DISTORTIONS = ("saturation", "tail", "flip10", "flip20", "flip30")
 
 
 class DistortedOracle(ReferenceOracle):
@@ -51,7 +51,7 @@ def distort(kind, rewards, one, rng):
         r = np.tanh(rng.uniform(2, 8) * r)
     elif kind == "tail":
         r = np.expm1(rng.uniform(2, 8) * r)
-    elif kind.startswith("flip"):
+    else:  # flip10, flip20, flip30
         kinds = sorted(set(one))  # different answers
         for i in kinds:
             j = int(rng.choice(kinds))

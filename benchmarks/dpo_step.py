@@ -121,6 +121,12 @@ def trl(args, P, R, B):
 # ---------------------------------------------------------------------------------------------------------------
 # Before, and what comes out
 # ---------------------------------------------------------------------------------------------------------------
+def check(args, point, P, R, B):
+    pairs = batch(P, R, B, 0)
+    return turns.checked(args, point, lambda m, ref: our_loss(m, ref, *pairs),
+                         lambda m, ref: plain_loss(m, ref, *pairs))
+
+
 def floor_seconds(weights, P, R, B, flops, base):
     """Reference forward, policy forward and backward; the gradient of frozen weights is not computed."""
     return (8 if base == "float32" else 6) * weights * B * (P + 2 * R) / flops
@@ -129,11 +135,10 @@ def floor_seconds(weights, P, R, B, flops, base):
 def measured(args, point, flops):
     P, R, B = shape_of(point)
     args.shape = "tiny" if point == "embedded" else args.shape
-    pairs = batch(P, R, min(B, 2), 0)
-    note = turns.checked(args, point, lambda m, ref: our_loss(m, ref, *pairs),
-                         lambda m, ref: plain_loss(m, ref, *pairs))
+    note = check(args, point, P, R, min(B, 2))
     rows = turns.measure(args, __file__, point)
     floor = floor_seconds(turns.weights_of(args.shape), P, R, B, flops, args.base)
+    note += f"; prompts read once save {2 * (P + R) / (P + 2 * R):.2f} times the floor's arithmetic"
     return dict(P=P, R=R, B=B, shape=args.shape, base=args.base, rounds=rows, floor=floor, note=note,
                 sides=turns.summary(rows, floor, 2 * B * R))
 
@@ -153,4 +158,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(turns.parser_of(__doc__, POINTS, rounds=7).parse_args())
+    main(turns.parser_of(__doc__, POINTS, rounds=5).parse_args())

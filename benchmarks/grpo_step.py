@@ -23,7 +23,7 @@ import time
 
 import turns
 
-POINTS = ["64,32,5,8", "256,64,5,4", "1024,64,8,2", "embedded"]
+POINTS = ["64,32,5,8", "256,64,5,4", "256,64,5,12", "1024,64,8,4", "embedded"]
 LR, BETA, CLIP = 3e-4, 0.03, 0.2
 
 
@@ -83,7 +83,7 @@ def ours(args, P, R, G, B):
     model = turns.video_llm_around(turns.decoder(args))
     params = [p for p in model.parameters() if p.requires_grad]
     reference, optimizer = reference_of(model), torch.optim.AdamW(params, lr=LR)
-    ddp = harness.wrap_ddp(model, torch.device(args.device))
+    ddp = harness.distribute(model, torch.device(args.device))
     yield
     for step in range(10**9):
         began, seed = now(args), step * world + rank
@@ -203,7 +203,9 @@ def measured(args, point, flops, bandwidth):
     args.shape = "tiny" if point == "embedded" else args.shape
     note = check(args, point, P, R, G, min(B, 2))
     rows = turns.measure(args, __file__, point)
-    floor = floor_seconds(turns.weights_of(args.shape), P, R, G, B, flops, bandwidth, args.base)
+    floor_of = lambda G, B: floor_seconds(turns.weights_of(args.shape), P, R, G, B, flops, bandwidth, args.base)
+    floor = floor_of(G, B)
+    note += f"; prompts read once save {floor_of(1, B * G) / floor:.2f} times the floor's arithmetic"
     return dict(P=P, R=R, G=G, B=B, shape=args.shape, base=args.base, rounds=rows, floor=floor, note=note,
                 sides=turns.summary(rows, floor, B * G * R))
 
@@ -235,4 +237,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(turns.parser_of(__doc__, POINTS, rounds=7).parse_args())
+    main(turns.parser_of(__doc__, POINTS, rounds=5).parse_args())
