@@ -7,7 +7,7 @@ Run      torchrun --nproc_per_node=4 dpo_iter_w2s.py             the embedded wo
          python dpo_iter_w2s.py --oracle reference --name upper  a perfect oracle: the upper bound, not RLAIF
 Papers   [W] Iter-W2S-RLAIF / MMAIP-V, arXiv:2411.16201      [D] DPO, arXiv:2305.18290      [E] ExPO, arXiv:2404.16792
 Claim    with few labels, the answers of weak models, scored by an AI that sees the video, improve the policy.
-         Iterating gains no more than as many steps on the first pairs, extrapolating nothing (docs/dpo_iter_w2s.md).
+         Extrapolating gains nothing, iterating no more than as many steps on the first pairs (docs/dpo_iter_w2s.md).
 
 Differs  D1  the zoo. [W] samples from well-aligned models of other makers; our embedded zoo is the policy and relatives
              of it that saw the same labels (preference_zoo.py says why). `policy` in --zoo is the policy of the moment.
@@ -27,11 +27,16 @@ Differs  D1  the zoo. [W] samples from well-aligned models of other makers; our 
              0.1, 3-4 iterations with fresh pairs, alpha 0.3-0.5.
 
 Oracle   --oracle scores each answer 0-5 on four aspects (relevance, accuracy, detail, clarity); their mean is the score
-         of the answer. Of several raters the mean counts, aspect by aspect.
+         of the answer. `api` asks for them; the default, a local judge, has no such scale: each aspect is a stand-in
+         (oracle.py, JudgeOracle.aspects). Of several raters the mean counts, aspect by aspect.
+Left out before step 1: videos the policy cannot decode (broken_videos.json), clips whose labels SFT saw, requests for
+         descriptions (questions.py).
 Missing  an answer that a source did not give (no reply, broken video: preference_zoo.py) has no score; nor has any
          answer to a question that the oracle could not score. A question with fewer than two scores makes no pair; the
          data card counts it. In step 5 a question that could not be scored counts for no alpha. A server that answers
          401 or 404 ends the run.
+Resume   answers and scores go on behind the last whole part, DPO at its last checkpoint; an iteration with final/ is
+         skipped. What failed stays failed: to have it asked again, delete answers.jsonl and scores.jsonl.
 Cut      an answer that did not end within --max_new_tokens is trained without EOS: to be cut is not to end.
 Gradient only log pi has one. The reference and CLIP are frozen; all other weights are trained, with --lora_r the
          adapters of the decoder alone.
@@ -41,8 +46,9 @@ symbol      name       shape    meaning                                         
 y_w, y_l    tokens     (B,2,T)  chosen and rejected answer to B questions, one prefix for both         answer_logps
 log pi      logps      (B,2)    log-probability of each answer as a whole                              answer_logps
 r           rewards    (B,2)    beta (log pi - log pi_ref), the implicit reward                        dpo_loss
-theta_k     theta      (..)     weights after iteration k; theta_0: the SFT start                      line_of
-theta_k-1   theta_ref  (..)     weights before it: start and reference. With LoRA both are B's (D5)    line_of
+theta_k     theta      (..)     weights after the DPO of iteration k, before step 5                    line_of
+theta_k-1   theta_ref  (..)     start and reference of iteration k: the SFT start, then final/ of iteration k-1, which
+                                is extrapolated (D4). With LoRA both are B's (D5)                      line_of
 alpha       alpha      ()       how far to go beyond theta_k, as a multiple of the step theta_k - theta_{k-1};
                                 negative: back                                                         step 5
 """
@@ -193,8 +199,8 @@ def best_and_worst(answers, scores, min_gap):
 
 
 def make_pairs(groups, min_gap):
-    """Groups (see preference_zoo.collect) -> pairs, Counter of the groups without one by reason. Where several sources
-    gave the same best answer, it is the one's that has fewest so far; the same for the worst."""
+    """Groups (see preference_zoo.collect) -> pairs, Counter of the groups without one by reason. Of several answers
+    with the best score one is taken whose source has fewest so far; the same for the worst."""
     pairs, dropped, uses = [], Counter(), {side: Counter() for side in SIDES}
     for g in groups:
         total = [None if s is None else sum(s) / len(s) for s in g["scores"]]
@@ -286,7 +292,8 @@ def main(args):
         if len(pairs) < args.prompts_per_step:
             sys.exit(f"iteration {k}: {len(pairs)} pairs, fewer than --prompts_per_step {args.prompts_per_step}")
         if args.stage == "build":
-            print(f"pairs: {stage(k)}/preferences.json; --stage all --resume trains on them") if rank == 0 else None
+            print(f"pairs: {stage(k)}/preferences.json; --stage all --resume makes the same and trains on them; edited "
+                  "ones: --preferences, with a new --name") if rank == 0 else None
             return
 
         # 4. DPO      against theta_{k-1}                                                 [W Sec. 4.1; D Eq. 7; D4, D5]
@@ -384,7 +391,7 @@ def ids_of(pair, side, processor, max_length=None):
 def line_of(model, reference):
     """The line through theta_{k-1} and theta_k: [(parameter, its theta, its theta_ref)].
 
-    [D5] W = W_0 + s B A with LoRA: A held, B goes from 0 to B_k, so the merged weights go exactly from W_0 to W_k.
+    [D5] With LoRA W = W_{k-1} + s B A: A held, B goes from 0 to B_k, so the merged weights go exactly to W_k.
     """
     lora = isinstance(model, PeftModel)
     with reference() as ref:

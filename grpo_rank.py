@@ -13,8 +13,8 @@ Differs  D1  the advantage. [OR] ranks the answers twice, by the oracle (t) and 
              and rewards the answers on which both agree. That is agreement, not quality: a bad answer that the policy
              already ranks last has penalty 0 and is pushed *up*; the best answer, if the policy finds it unlikely, has
              the largest penalty and is pushed *down*. `--advantage published` does what is printed (and loses
-             accuracy). The default, `oracle_rank`, does not use p: delta_i = delta(0 -> t_i) = 1 - g(t_i), the gain
-             that is lost where the place of the best answer holds the answer of rank t_i. `signed` keeps [OR]'s penalty
+             accuracy). The default, `oracle_rank`, does not use p: delta_i = delta(0 -> t_i) = 1 - g(t_i), what
+             it would cost to show the best answer at place t_i, where answer i belongs. `signed` keeps [OR]'s penalty
              and takes the direction from p - t. All three are zero-sum, with the same penalty function.
          D2  the penalty's closed form. [OR] as available to us prints no formula, only two values, delta(0->4) = 0.4830
              and delta(4->3) = 0.0243, and three properties (zero-sum, bounded, top-heavy). `penalty` is the simplest
@@ -33,9 +33,13 @@ Differs  D1  the advantage. [OR] ranks the answers twice, by the oracle (t) and 
              questions), QLoRA r = 64, alpha = 16: --preset paper; 50 frames, 32 queries: a start made that way.
          D8  an answer cut at --max_new_tokens is ranked as it stands; no EOS enters its loss.
 
-Masked       a group the oracle could not rank: no advantage, no KL, no entropy, no tokens in the mean. Nothing ranked
-             in a step: no update; in three in a row: the run ends, as it does where a server refuses key or address.
-Left out     before step 0: videos that cannot be decoded (broken_videos.json), clips whose labels SFT saw.
+Oracle       --oracle (oracle.py) scores answers, comparable within a group alone; the default is a local judge that
+             compares two by two and has read a narrative of the video. Ranks are made of the scores.
+Masked       a group the oracle could not rank (no usable reply of a server after all retries, a video that it cannot
+             read, no label for `reference`): no advantage, no KL, no entropy, no tokens in the mean. Nothing ranked in
+             a step: no update; in three in a row: the run ends, as it does where a server refuses key or address.
+Left out     before step 0: videos that cannot be decoded (broken_videos.json), clips whose labels SFT saw, requests for
+             descriptions (questions.py).
 Gradient     flows through the log-probabilities and the entropy of step 4 alone; tokens, ranks, A, pi_old, pi_ref are
              constants.
 
@@ -43,7 +47,7 @@ symbol        name          shape    meaning                                    
 B             len(mine)     ()       questions of this process in a step                           step 1
 G             args.G        ()       answers per question                                          --G
 o_{i,t}       tokens        (B,G,T)  sampled answers; n = G * questions of a micro-batch           step 1
-m_{i,t}       mask          (n,T)    1 on answer tokens *including EOS*, from lengths              step 4
+m_{i,t}       mask          (n,T)    1 on answer tokens *including EOS*, 0 in masked groups        step 4
 t_i           oracle_ranks  (B,G)    the oracle's rank, 0 = best, ties share the better place      step 2
 p_i           policy_ranks  (B,G)    rank by the policy's summed log-probability of the answer     step 3
 g(r)          gain          (B,G)    log2(2+r)/(1+r): 1, .7925, .6667, .5805, .5170                step 3
@@ -86,7 +90,7 @@ class Args(OracleArgs, harness.ShardArgs):  # flags of oracle.py, api_oracle.py,
     # -- the paper's hyper-parameters
     G: int = HfArg(default=5, help="answers per question [OR: 5]")
     advantage: str = HfArg(default="oracle_rank", help="oracle_rank | published | signed (D1) | score: GRPO on the "
-                           "oracle's scores [G] | random: control, ranks drawn at random where the oracle has any")
+                           "oracle's scores [G] | random: control, a random order of all groups that are not masked")
     scale_advantages: bool = HfArg(default=True, help="divide by the group's standard deviation (D3)")
     clip_range: float = HfArg(default=0.2, help="epsilon of the clipped surrogate [G Eq. 3]; acts from the second of "
                               "--inner_epochs on, as pi is pi_old in the first")
@@ -104,7 +108,7 @@ class Args(OracleArgs, harness.ShardArgs):  # flags of oracle.py, api_oracle.py,
     prompts_per_step: int = HfArg(default=48, help="questions per step, over all processes [OR: 64]")
     tokens_per_micro_batch: int = HfArg(default=2048, help="tokens per forward pass and process, prompts and padding "
                                         "included; a group is never split")
-    lr: float = HfArg(default=3e-4, help="peak learning rate; short warm-up, then linear to zero")
+    lr: float = HfArg(default=3e-4, help="learning rate: up in 10 steps, down to zero in all, the smaller of the two")
     max_new_tokens: int = HfArg(default=16, help="longest answer, EOS included (D8)")
     temperature: float = HfArg(default=1.0, help="sampling temperature, the same in every log-probability")
     # -- data and models
@@ -171,7 +175,7 @@ def penalty(true_ranks, shown_ranks):
 
 def rank_advantages(kind, oracle_ranks, policy_ranks):
     """[OR; D1] Zero-sum advantages (B,G) of a group's answers from two rankings of them, (B,G) each."""
-    if kind == "oracle_rank":  # delta(0 -> t) = 1 - g(t): the answer of rank t in the place of the best
+    if kind == "oracle_rank":  # delta(0 -> t) = 1 - g(t): the best answer shown at place t, where this one belongs
         delta = 1 - gain(oracle_ranks)[0]
         A = delta.mean(-1, keepdim=True) - delta
     elif kind == "published":  # as printed: what policy and oracle agree on is pushed up, good or bad
@@ -323,7 +327,7 @@ def main(args):
                     loss = (-J + args.beta * kl - args.entropy_coef * entropy) * mask
                     (loss.sum() / n_tokens * world).backward()  # DDP averages over processes; * world undoes it
                 log_update(log, logprobs, old_logprobs[k], J, kl, entropy, A, mask, args)
-            grad_norm = harness.clip_gradients(params)
+            grad_norm = harness.clip_gradients(params)  # to norm 1; what it was before
             asked = [{"question": str(q), "answers": a} for q, a in zip(questions, answers)]
             harness.stop_if_not_finite(grad_norm, log, folder, step, asked)
             if learns:

@@ -28,26 +28,27 @@ Differs  D1  masks. In the released code of [V] the score stands at the last *te
          D6  `tiny` trains all weights, so policy, reference and value model (and reward model) are networks of their
              own. With --lora_r they are adapters of *one* base network: policy adapter, value adapter, reference =
              adapters off, and the reward model's adapter, where it has the same base: four roles, one set of weights.
-         D7  early stop: every --eval_steps steps *another* oracle than the one that gives the reward compares greedy
-             answers with those of the start (--stop_oracle); final/ is the best of these policies, the start among
-             them. Not in [V].
+         D7  early stop, off unless --stop_oracle is given: every --eval_steps steps *another* oracle than the one that
+             gives the reward compares greedy answers with those of the start; final/ is then the best of these
+             policies, the start among them. The gains in docs/ppo_rlaif.md are with it. Not in [V].
          D8  rates, KL and schedule are ours, tuned on the embedded world; --preset paper has those of [V]'s script.
          D9  scores are centred within the G answers to a question (--center_scores). Bradley-Terry fixes rewards only
              up to a constant for every question, so what a reward model says of one question beside another is noise
              that a value model can take out, but has to learn first. Of centred scores it expects 0, and so it starts
              (head zero, I12). What that is worth is not measured yet.
 
-The implementation details of PPO for language models: what, from where, and where in this file (grep for the tag).
+The implementation details of PPO for language models: what, from where, and where: a step or function here (grep for
+the tag), or a function of video_llm.py.
  rollout I1  sample at temperature 1, all log-probabilities at the temperature of sampling [N]            step 1
          I2  prompts padded on the left, position ids start at the first real token [N, N+]               Prefix.build
          I3  an answer ends at EOS, which is learned; cut answers have none; pad = eos is harmless [N+]    answer_mask
          I4  other random numbers for every question, whatever the process [N]                            step 1
-         I5  no dropout anywhere: pi/pi_old must be 1 before the first update [N, N+]                      load_model
+         I5  no dropout anywhere: pi/pi_old must be 1 before the first update [N, N+]                      step 3
  reward  I6  the score counts once, at the last real token [Z]                                            token_rewards
          I7  per-token KL penalty to the frozen start in the reward, k1, no gradient through it [Z, S]    token_rewards
          I8  scores normalised to mean 0 and standard deviation 1 before training [Z, S]                  normal_of
          I9  an answer without EOS pays a penalty [Z, N+, L]; a long one can [L]                          shaped_scores
-         I10 adaptive KL coefficient, a log-space proportional controller [Z Sec. 2.2]; fixed in [V]       next_kl_coef
+         I10 KL coefficient: fixed [V], or with --target_kl a proportional controller [Z Sec. 2.2]         next_kl_coef
  value   I11 a network of its own, from the reward model [S, O, L]; head rescaled as I8, or zero (D9)     step 2
          I12 without a reward model: from the start, head zero [Z]                                       add_scalar_head
          I13 V(s_t) is read before token t; behind the end V = 0: the episode is over                     token_scores
@@ -113,7 +114,7 @@ class Args(OracleArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py,
     random_reward: bool = HfArg(default=False, help="control: random numbers in place of the scores")
     kl_coef: float = HfArg(default=0.1, help="weight of the per-token KL to the start, in the reward (I7)")
     target_kl: float = HfArg(default=0.0, help="nats per answer that the adaptive controller aims at (I10); 0: fixed")
-    kl_horizon: int = HfArg(default=10000, help="answers in which the controller corrects a KL off by its clip (I10)")
+    kl_horizon: int = HfArg(default=10000, help="answers in which kl_coef changes by about 20 % at most (I10)")
     center_scores: bool = HfArg(default=True, help="score less the mean of the question's G answers (D9)")
     reward_scale: float = HfArg(default=0.0, help="factor on the scores; 0: normalised on the first batch (D3)")
     missing_eos_penalty: float = HfArg(default=1.0, help="taken off the score of an answer without EOS (I9)")
@@ -257,8 +258,8 @@ def value_loss(values, old_values, returns, clip_range):
 
 
 def next_kl_coef(kl_coef, kl, target_kl, answers, horizon):
-    """[I10; Z Sec. 2.2] Proportional control in log space: the relative error, clipped at 20 %, acts in `horizon`
-    answers. kl: nats per answer, the mean of the batch."""
+    """[I10; Z Sec. 2.2] Every `horizon` answers the coefficient grows by the relative error of the KL, which is clipped
+    at 20 %: a proportional controller in log space. kl: nats per answer, the mean of the batch."""
     return kl_coef * (1 + min(max(kl / target_kl - 1, -0.2), 0.2) * answers / horizon)
 
 
@@ -294,6 +295,7 @@ def main(args):
         kl_coef=args.kl_coef, normal=None, best=None, best_step=0)
 
     cache = FeatureCache(unwrap(roles.policy), processor, args.cache)
+    # left out before step 0: broken videos (listed in broken_videos.json) and clips whose labels SFT saw
     records, evals = choose_questions(args, records, report, cache, folder, rank, world)
     with harness.one_line_errors(DataError, OSError):
         loaded = (roles.policy, processor) if "reward" in roles.adapters else None
@@ -339,11 +341,14 @@ def main(args):
         if args.random_reward:
             scores = random_scores(answers, mine, step, args.seed)
         scores, ok = scores.float().to(device), ok.to(device)
-        scored = harness.any_scored(log, ok, step)  # nothing to learn where not
+        # Has any process a scored question? If not, no optimizer step: Adam's momentum alone would move the weights.
+        scored = harness.any_scored(log, ok, step)  # three such steps in a row end the run
         relative = centered(scores) if args.center_scores else scores  # D9
         if state["normal"] is None and scored:  # I8, D3: from the first batch, for good
             state["normal"] = normal_of(relative, ok, args.reward_scale)
-            if args.value_model != "sft":  # I11; what is expected of centred scores is 0, whatever the question
+            # I11: a head that predicts the raw reward is rescaled as it is. Of centred scores (D9), or those of another
+            # oracle, it knows nothing: gain 0, a zero head
+            if args.value_model != "sft":
                 mean, gain = state["normal"]
                 its_own = args.raters == ["reward_model"] and args.value_model == args.reward_model
                 roles.rescale_head(mean, gain if its_own and not args.center_scores else 0.0)

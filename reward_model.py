@@ -46,8 +46,9 @@ and r stands at the last token. One thing makes it fast: the pairs about one vid
 
 symbol        name        shape    meaning                                                          made in
 P             p           ()       judge's probability that the first answer is better, both orders  collect
-              prefix      (B,L)    what the prompts about a video have in common; B videos           step 2
-y_c, y_r      tokens      (B,G,T)  answer and rest of the prompt; chosen and rejected side by side   step 2
+              prefix      (B,L)    what the prompts about a video have in common; B groups of pairs  step 2
+y_c, y_r      tokens      (B,G,T)  a group's different answers, each once, and the rest of a prompt  step 2
+              places      (n,2)    where in B*G the answers of each pair are, chosen first           step 2
 r             rewards     (n,2)    the scalar at the texts' last tokens, n pairs, chosen first       step 2
 """
 
@@ -102,9 +103,9 @@ class Args(harness.ModelArgs):  # --dtype, ...: harness.py
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
     # -- budget
     epochs: float = HfArg(default=4.0, help="passes over the pairs [V: 1]")
-    prompts_per_step: int = HfArg(default=16, help="videos per optimizer step, over all processes")
+    prompts_per_step: int = HfArg(default=16, help="groups (up to --pack pairs about a video) per optimizer step")
     pack: int = HfArg(default=8, help="pairs about one video that share its prefix, at most")
-    micro_batch_size: int = HfArg(default=4, help="videos (times --pack pairs) per forward pass and process")
+    micro_batch_size: int = HfArg(default=4, help="groups per forward pass and process")
     lr: float = HfArg(default=5e-4, help="peak learning rate; short warm-up, then linear to zero [V: 2e-5]")
     head_lr: float = HfArg(default=1e-2, help="peak learning rate of the scalar head, which starts from zero (D11)")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay [V: 0]")
@@ -461,8 +462,8 @@ def unseen_by(judge, clips, rank, world):
 
 
 def tell(args, judge, pairs, rank, world):
-    """-> {clip: narrative}, {id: the judge's own answer}: what the reward model reads beside the answers, empty where
-    it does not. Narratives are cached on disk."""
+    """-> {clip: narrative}, {clip and question, as `about` writes them: the judge's own answer}: what the reward model
+    reads beside the answers, empty where it does not. Narratives are cached on disk."""
     stories, owns = {}, {}
     if args.narrative:
         clips = sorted({p["clip"] for p in pairs if p["clip"]}, key=str)
@@ -511,8 +512,9 @@ def collate(groups, stories, owns, processor, cache, device, args):
 
 
 def measure(rewards, pairs):
-    """rewards (n,2) of n pairs -> {one of MEASURES: (sum, count)}. Against the oracle's choice; and against the truth,
-    where a label is known and exactly one of the two answers is it."""
+    """rewards (n,2) of n pairs -> {one of MEASURES: (sum, count)}. accuracy: the oracle's choice has the higher reward,
+    equal ones count 1/2. truth_accuracy: the right answer has it, where a label is known and exactly one answer is
+    right; oracle_accuracy: on those pairs the oracle chose the right one, which says nothing of the reward model."""
     margin, n = rewards[:, 0] - rewards[:, 1], len(pairs)  # (n,)
     won = (margin > 0).float() + (margin == 0).float() / 2
     right = [[p["answer"] is not None and is_correct(p[k], p["answer"]) for k in ("chosen", "rejected")] for p in pairs]

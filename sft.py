@@ -11,9 +11,10 @@ Differs  D1  stage two trains on easy *and* hard records, [V] on the hard ones a
              to forget the easy skills otherwise; not measured.
          D2  every example counts the same (mean over its tokens, then over examples), not every token: with one-word
              answers beside 50-word descriptions, the words of the descriptions would be nearly all of the loss.
-         D3  a share of the batches teaches the judge's task, choosing the better of two answers (--judge_share):
+         D3  a share of the groups drawn teaches the judge's task, choosing the better of two answers (--judge_share):
              [V]'s 7B SFT model judges without such training; whether a model of a million weights can: not measured.
-             Built from the labelled clips alone: the right answer against another answer to the same question.
+             Built from the labelled clips alone: the right answer against another answer to the same question, or,
+             where there is none, to the same type of task.
              The judge replies with the *text* of the better answer, not its number. Its prompt (oracle.judge_prompt):
              "[narrative of the clip] / Response 1: .. / Response 2: .. / Which response is better? / the question".
 
@@ -73,7 +74,7 @@ class Args(harness.ShardArgs):  # --dtype, --shard, ...: harness.py
     lr: float = HfArg(default=1.5e-3, help="peak learning rate; linear warm-up, then linear to zero: an annealed end")
     warmup: float = HfArg(default=0.03, help="share of the steps that warm up")
     weight_decay: float = HfArg(default=0.05, help="AdamW weight decay")
-    judge_share: float = HfArg(default=0.25, help="share of the clips whose questions become comparisons (D3)")
+    judge_share: float = HfArg(default=0.25, help="chance of a group drawn to become comparisons (D3)")
     # -- data and model
     data: str = HfArg(default=f"{WORLD}/pretrain.json", help="annotation files, comma-separated; formats: docs/sft.md")
     video_root: str = HfArg(default="", help="where the videos are; empty: beside the annotation file")
@@ -135,7 +136,8 @@ def comparison(record, pools, stories, rng, processor, args):
     """[D3] One judge example out of a labelled record -> {"clip", "question": (head, tail), "answer": the better one}.
 
     The wrong answer is another record's answer to the same question (else: to the same type of task); the order is
-    random; half of the time the clip's narrative stands before the question, as the context-aware judge will see it.
+    random; half of the time the clip's narrative stands before the question, where the context-aware judge has one:
+    here made of labels, there told by the judge itself.
     None where no other answer is there, where the two are the same once cut, or where the prompt is too long: to cut a
     narrative or a question here would ask for a verdict on something else.
     """
