@@ -12,7 +12,7 @@ done | side_by_side
 
 D=runs/dpo_iter_w2s P=runs/ppo_rlaif G=runs/grpo_rank
 $PY evaluate.py --runs "runs/sft/policy_s*" "runs/sft/continued_s*" "$P/reward_model_s*" "$D/context_s*" "$G/context_s*" \
-  --labels "SFT,SFT continued,PPO,iterative DPO,GRPO_rank" --out docs/results/systems
+  --labels "SFT,SFT continued,PPO,iterative DPO + ExPO,GRPO_rank" --out docs/results/systems
 RUNS=("runs/sft/policy_s*" "runs/sft/flat_s*" "runs/sft/continued_s*" "$P/reward_model_s*" "$D/iterative_s*/iteration_1_s*"
   "$D/iterative_s*" "$D/context_s*/iteration_1_s*" "$D/context_s*" "$G/context_s*" "$G/judge_s*" "$G/reward_model_s*"
   "$G/reference_s*" "$G/score_s*" "$G/signed_s*" "$G/published_s*")
@@ -21,4 +21,8 @@ LABELS="$LABELS,GRPO_rank,judge without narrative,on the reward model,on the lab
 LABELS="$LABELS,signed on the labels,published on the labels"
 $PY evaluate.py --runs "${RUNS[@]}" --labels "$LABELS" --out docs/results/results
 $PY benchmarks/costs.py --runs "${RUNS[@]}" --labels "$LABELS" --accuracy docs/results/results.json --out docs/results/results
+# what a run of each script costs: README
+$PY benchmarks/costs.py --runs runs/sft/oracle "runs/sft/policy_s*" "runs/reward_model/context_s*" "$P/reward_model_s*" \
+  "$D/context_s*" "$G/context_s*" \
+  --labels "sft.py: the oracle,sft.py: a policy,reward_model.py,ppo_rlaif.py,dpo_iter_w2s.py,grpo_rank.py" --out docs/results/scripts
 $PY docs/fill.py

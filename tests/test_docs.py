@@ -94,6 +94,40 @@ def test_metrics_of_servers_are_explained_once():
     assert documented_keys((REPO / "docs" / "oracle.md").read_text()) == {f"oracle/{key}" for key in COUNTERS}
 
 
+# --- equations and departures ------------------------------------------------------------------------------------
+SCRIPTS = ["sft", "grpo_rank", "reward_model", "ppo_rlaif", "dpo_iter_w2s", "oracle", "evaluate"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_equation_names_a_function_and_a_test_that_knows_it(script):
+    """| equation | function | test (tests/test_x.py) |: functions are defined here, the test file speaks of each."""
+    section = (REPO / "docs" / f"{script}.md").read_text().split("\n## Equations\n")[1].split("\n## ")[0]
+    (tests,) = re.findall(r"\| test \((tests/\w+\.py)\) \|", section)
+    tested = (REPO / tests).read_text()
+    modules = "\n".join(path.read_text() for path in REPO.glob("*.py"))
+    rows = [row.strip("|").split(" | ") for row in re.findall(r"^\|.*\|$", section, re.M)[2:]]
+    assert len(rows) >= 3 and all(len(row) == 3 for row in rows)
+    for _, functions, _ in rows:
+        names = re.findall(r"`(\w+)`", functions)
+        assert names
+        for name in names:
+            assert re.search(rf"^ *def {name}\(", modules, re.M), name
+            assert re.search(rf"\b{name}\b", tested), f"{name}: not in {tests}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_departure_stands_on_the_page(script):
+    header = ast.get_docstring(ast.parse((REPO / f"{script}.py").read_text()), clean=False)
+    explained = re.findall(r"^(?:Differs)? *(D\d+)  ", header, re.M)
+    page = (REPO / "docs" / f"{script}.md").read_text()
+    assert explained and [d for d in explained if not re.search(rf"\b{d}\b", page)] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_page_says_what_a_run_costs(script):
+    assert "\n## Run time and memory\n" in (REPO / "docs" / f"{script}.md").read_text()
+
+
 # --- command lines ---------------------------------------------------------------------------------------------------
 def command_lines(text):
     """The words of every `python x.py ..` and `torchrun .. x.py ..` in a fenced block or in backticks."""
