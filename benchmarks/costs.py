@@ -1,4 +1,4 @@
-"""What runs cost, and what their reward did beside the true accuracy: <out>_cost.md and <out>_curves.png.
+"""What runs cost and reach, and what their reward did beside the true accuracy: <out>_cost.md, _bars.png, _curves.png.
 
     python benchmarks/costs.py --runs "runs/ppo_rlaif/context_s*" "runs/grpo_rank/context_s*" --out docs/results/x
 
@@ -66,6 +66,24 @@ def cost_table(groups, accuracy):
     return "\n".join(lines) + "\n"
 
 
+def plot_bars(summary, file):
+    """A bar for every column of a table of evaluate.py: accuracy over all questions, its seeds as dots, and chance."""
+    columns = summary["columns"][::-1]
+    fig, axis = plt.subplots(figsize=(8, 0.9 + 0.3 * len(columns)), layout="constrained")
+    for y, column in enumerate(columns):
+        whole, first = column["accuracy"]["all"], column is columns[-1]
+        axis.barh(y, 100 * whole["mean"], color="#8c8c8c" if first else "#0072b2", alpha=0.75)
+        axis.plot([100 * run for run in whole["runs"]], [y] * len(whole["runs"]), ".", color="black")
+    axis.axvline(100 * columns[-1]["accuracy"]["all"]["mean"], color="#8c8c8c", linestyle="--", linewidth=1)
+    if summary["chance"]:
+        axis.axvline(100 * summary["chance"]["all"], color="black", linestyle=":", label="chance")
+        axis.legend(loc="upper right", frameon=False)
+    axis.set_yticks(range(len(columns)), [column["label"] for column in columns])
+    axis.set(xlabel="accuracy (%); dots: seeds; dashed: the start")
+    axis.spines[["top", "right"]].set_visible(False)
+    fig.savefig(file, dpi=130)
+
+
 def smooth(values, width=10):
     """Mean over the last `width` values."""
     return np.array([np.mean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))])
@@ -109,8 +127,10 @@ def main():
         return found
 
     if args.runs:
-        accuracy = json.loads(Path(args.accuracy).read_text())["columns"] if args.accuracy else []
-        table = cost_table(groups(args.runs, args.labels), accuracy)
+        summary = json.loads(Path(args.accuracy).read_text()) if args.accuracy else dict(columns=[])
+        table = cost_table(groups(args.runs, args.labels), summary["columns"])
+        if args.accuracy:
+            plot_bars(summary, f"{args.out}_bars.png")
         Path(f"{args.out}_cost.md").write_text(table)
         print(table)
     if args.curves:

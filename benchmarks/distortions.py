@@ -29,9 +29,13 @@ ROWS = {"none": (f"{RUNS}/reference", f"{RUNS}/score"),  # what is distorted: ru
             "30 % flipped": "flip30"}.items()}}
 
 
+def seeds_of(runs):
+    return sorted(Path(file).parent for file in glob.glob(f"{runs}_s*/predictions_test.json"))
+
+
 def correct_of(runs):
     """-> (S,R) which questions every seed answers right, their videos (R,), the seeds' folders."""
-    folders = sorted(Path(file).parent for file in glob.glob(f"{runs}_s*/predictions_test.json"))
+    folders = seeds_of(runs)
     if not folders:
         sys.exit(f"{runs}_s*: no predictions_test.json there; bash benchmarks/distorted_rewards.sh makes them")
     rows = [json.loads((f / "predictions_test.json").read_text())["predictions"] for f in folders]
@@ -51,7 +55,10 @@ def main():
     lines = ["| reward seen through | ranks: oracle_rank | scores: GRPO | ranks less scores | over seeds |",
              "| --- | ---: | ---: | ---: | ---: |"]
     found, commits = {}, set()
+    missing = [name for name, pair in ROWS.items() if not any(map(seeds_of, pair))]
     for name, (on_ranks, on_scores) in ROWS.items():
+        if name in missing:
+            continue
         (ranks, _, folders), (scores, _, more) = correct_of(on_ranks), correct_of(on_scores)
         commits |= {json.loads((f / "args.json").read_text())["git_commit"] for f in folders + more}
         mean, low, high = (100 * x for x in paired_bootstrap(scores, ranks, videos))
@@ -61,11 +68,13 @@ def main():
         found[name] = ranks, scores
     lines += ["", f"accuracy in %, {len(videos)} test questions, {len(start)} seeds; the SFT start: {cell(start)}; "
               f"[low, high]: 95 % interval over videos, seeds as they are; commit {', '.join(sorted(commits))}"]
+    lines += [f"\nnot run yet: {', '.join(missing)}"] * bool(missing)
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     panels = {"monotone: the order is right": ["none", "saturated", "heavy tail"],
               "flipped: the order is wrong in places": ["none", "10 % flipped", "20 % flipped", "30 % flipped"]}
     for axis, (title, names) in zip(axes, panels.items()):
+        names = [name for name in names if name in found]
         for k, (label, color) in enumerate({"ranks": COLORS[2], "scores": COLORS[1]}.items()):
             seeds = 100 * np.array([found[name][k].mean(1) for name in names])  # (X,S)
             x = np.arange(len(names)) + 0.08 * (2 * k - 1)

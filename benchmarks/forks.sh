@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# The three forks of docs/ablations.md, each in a copy of the code with its diff, beside the run that it changes. Seeds 0-2.
+# The three forks of docs/ablations.md, each in a copy of the code with its diff, beside the run that it changes. Seed 0,
+# or SEEDS="0 1 2".
+SEEDS=${SEEDS:-0}
 source "$(dirname "$0")/common.sh"
 
 for s in $SEEDS; do sft_start $s; done | side_by_side
@@ -15,6 +17,6 @@ for s in $SEEDS; do
   echo "borda_s$s $PY runs/forks/borda/grpo_rank.py --name borda --advantage borda --seed $s --resume"
   echo "majority_s$s $PY runs/forks/majority/grpo_rank.py --name majority --oracle majority --seed $s --resume"
 done | side_by_side
-G=runs/grpo_rank
-$PY evaluate.py --runs "runs/sft/policy_s*" "$G/context_s*" "$G/no_kl_s*" "$G/borda_s*" "$G/majority_s*" \
+G=runs/grpo_rank S="s[${SEEDS// /}]"
+$PY evaluate.py --runs "runs/sft/policy_$S" "$G/context_$S" "$G/no_kl_$S" "$G/borda_$S" "$G/majority_$S" \
   --labels "SFT,GRPO_rank,no KL,Borda,majority" --out docs/results/forks

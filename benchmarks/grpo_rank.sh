@@ -24,8 +24,8 @@ done | side_by_side
     # the published advantage with a noisy oracle, the labels' order with 20 % flips, and with an AI
     echo "flip20_published_s$s $PY benchmarks/distorted_rewards.py --distortion flip20 --advantage published --name flip20_published --seed $s --resume"
     echo "published_context_s$s $PY grpo_rank.py --seed $s --resume --name published_context --advantage published"
-    echo "judge_s$s $PY grpo_rank.py --seed $s --resume --name judge --oracle judge"
   done
+  echo "judge_s0 $PY grpo_rank.py --resume --name judge --oracle judge"
   echo "self_s0 $PY grpo_rank.py --resume --name self --oracle_model runs/sft/policy_s0/final"
 } | side_by_side
 
@@ -38,5 +38,5 @@ $SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/reference_s*" "runs/grpo_rank/
 $SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/reference_s*" "runs/grpo_rank/context_s*" "runs/grpo_rank/published_s*" \
   "runs/grpo_rank/flip20_published_s*" "runs/grpo_rank/published_context_s*" \
   --labels "SFT,oracle_rank labels,oracle_rank AI,published labels,published 20 % flipped,published AI" --out docs/results/published
-$SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/context_s*" "runs/grpo_rank/judge_s*" runs/grpo_rank/self_s0 \
-  --labels "SFT,context,judge,judges itself (seed 0)" --out docs/results/ai_feedback
+$SHOW --runs runs/sft/policy_s0 runs/grpo_rank/context_s0 runs/grpo_rank/judge_s0 runs/grpo_rank/self_s0 \
+  --labels "SFT,context,judge,judges itself" --out docs/results/ai_feedback

@@ -14,10 +14,10 @@ D=runs/dpo_iter_w2s P=runs/ppo_rlaif G=runs/grpo_rank
 $PY evaluate.py --runs "runs/sft/policy_s*" "runs/sft/continued_s*" "$P/reward_model_s*" "$D/context_s*" "$G/context_s*" \
   --labels "SFT,SFT continued,PPO,iterative DPO + ExPO,GRPO_rank" --out docs/results/systems
 RUNS=("runs/sft/policy_s*" "runs/sft/flat_s*" "runs/sft/continued_s*" "$P/reward_model_s*" "$D/iterative_s*/iteration_1_s*"
-  "$D/iterative_s*" "$D/context_s*/iteration_1_s*" "$D/context_s*" "$G/context_s*" "$G/judge_s*" "$G/reward_model_s*"
+  "$D/iterative_s*" "$D/context_s*/iteration_1_s*" "$D/context_s*" "$G/context_s*" $G/judge_s0 "$G/reward_model_s*"
   "$G/reference_s*" "$G/score_s*" "$G/signed_s*" "$G/published_s*")
 LABELS="SFT,SFT without curriculum,SFT continued,PPO,DPO 1,DPO 2,DPO 1 + ExPO,DPO 2 + ExPO"
-LABELS="$LABELS,GRPO_rank,judge without narrative,on the reward model,on the labels,score on the labels"
+LABELS="$LABELS,GRPO_rank,no narrative (seed 0),on the reward model,on the labels,score on the labels"
 LABELS="$LABELS,signed on the labels,published on the labels"
 $PY evaluate.py --runs "${RUNS[@]}" --labels "$LABELS" --out docs/results/results
 $PY benchmarks/costs.py --runs "${RUNS[@]}" --labels "$LABELS" --accuracy docs/results/results.json --out docs/results/results
