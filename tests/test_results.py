@@ -1,0 +1,60 @@
+"""`make results` without the hours: what its scripts would call. Every run of a table is made by a line before it."""
+
+import fnmatch
+import os
+import shlex
+import shutil
+import subprocess
+from itertools import takewhile
+
+from conftest import REPO
+
+from questions import POLICY_SFT
+
+FAKE = """#!/bin/bash
+[ "$1" = "-c" ] && exec echo "{sft}"  # the only thing that is asked so
+printf '%q ' "$@" >> {calls}; echo >> {calls}
+"""
+FOLDERS = dict(grpo_rank="grpo_rank", distorted_rewards="grpo_rank", ppo_rlaif="ppo_rlaif", reward_model="reward_model",
+               dpo_iter_w2s="dpo_iter_w2s")  # <script>.py writes runs/<folder>/<name>_s<seed>
+
+
+def made_by(script, flags):
+    """The run folder that a call of a training script makes, None for other calls."""
+    name, seed = ((flags[flags.index(f) + 1] if f in flags else default) for f, default in (("--name", "context"),
+                                                                                           ("--seed", "0")))
+    if script == "sft":
+        return f"runs/sft/{name}"
+    return f"runs/{FOLDERS[script]}/{name}_s{seed}" if script in FOLDERS else None
+
+
+def test_every_run_of_every_table_is_made_before_it(tmp_path):
+    for part in ("benchmarks", "docs"):
+        shutil.copytree(REPO / part, tmp_path / part)
+    for file in REPO.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(FAKE.format(sft=POLICY_SFT, calls=calls))
+    python.chmod(0o755)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)  # forks.sh applies its diffs
+    done = subprocess.run(["bash", "benchmarks/results.sh"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PY": str(python), "JOBS": "1"})
+    assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
+    made, tables, asked = set(), [], 0
+    for line in calls.read_text().splitlines():
+        words = shlex.split(line)
+        at = next(k for k, word in enumerate(words) if word.endswith(".py"))  # behind torch.distributed.run, too
+        script, flags = words[at].split("/")[-1].removesuffix(".py"), words[at + 1 :]
+        if run := made_by(script, flags):
+            made.add(run)
+        if "--runs" in flags:
+            for pattern in takewhile(lambda flag: not flag.startswith("--"), flags[flags.index("--runs") + 1 :]):
+                asked += 1
+                run = "/".join(pattern.split("/")[:3])  # of an iteration: its run
+                assert fnmatch.filter(made, run), f"{line}: nothing makes {run}"
+        tables += [flags[flags.index("--out") + 1]] if "--out" in flags else []
+    assert asked > 60 and len(made) > 60
+    pages = "".join(page.read_text() for page in [REPO / "README.md", *(REPO / "docs").glob("*.md")])
+    for name in ("grpo_rank", "advantages", "published", "ai_feedback", "ppo_rlaif", "ppo_fair", "dpo_iter_w2s",
+                 "dpo_iterations", "distortions", "forks", "systems"):
+        assert f"docs/results/{name}" in tables and f"results/{name}.md" in pages
