@@ -19,6 +19,9 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from report import COLORS  # noqa: E402
+
 
 def rows_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -59,7 +62,7 @@ def cost_table(groups, accuracy):
         numbers = np.mean([cost_of(f) for f in folders], 0)
         cells += ["-" if np.isnan(x) else f"{x:.{digits}f}" for x, digits in zip(numbers, (1, 0, 0, 2))]
         lines.append(f"| {label} | {' | '.join(cells)} |")
-        files = [f / "args.json" for f in folders if (f / "args.json").exists()]
+        files = [file for f in folders for file in f.glob("args.json")]
         commits |= {json.loads(file.read_text())["git_commit"] for file in files}
     note = "[low, high]: 95 % interval over videos, ± over seeds; -: not recorded; " if accuracy else ""
     lines += ["", f"{note}commit {', '.join(sorted(commits))}; {os.cpu_count()} CPU cores, one thread a process"]
@@ -72,9 +75,9 @@ def plot_bars(summary, file):
     fig, axis = plt.subplots(figsize=(8, 0.9 + 0.3 * len(columns)), layout="constrained")
     for y, column in enumerate(columns):
         whole, first = column["accuracy"]["all"], column is columns[-1]
-        axis.barh(y, 100 * whole["mean"], color="#8c8c8c" if first else "#0072b2", alpha=0.75)
+        axis.barh(y, 100 * whole["mean"], color=COLORS[0 if first else 2], alpha=0.75)
         axis.plot([100 * run for run in whole["runs"]], [y] * len(whole["runs"]), ".", color="black")
-    axis.axvline(100 * columns[-1]["accuracy"]["all"]["mean"], color="#8c8c8c", linestyle="--", linewidth=1)
+    axis.axvline(100 * columns[-1]["accuracy"]["all"]["mean"], color=COLORS[0], linestyle="--", linewidth=1)
     if summary["chance"]:
         axis.axvline(100 * summary["chance"]["all"], color="black", linestyle=":", label="chance")
         axis.legend(loc="upper right", frameon=False)
