@@ -1,7 +1,7 @@
 # make demo    from nothing to a table 'SFT | SFT continued | GRPO_rank' and a plot (about 20 minutes on two cores)
 # make test    the tests (about 13 minutes on two cores)
 # make test-slow   the long ones: every script killed twenty times, a thousand damaged videos (minutes)
-# make results   every number and picture of the pages again, three seeds (hours on two cores)
+# make results   the tables and pictures of accuracy again, three seeds (hours on two cores)
 # All make .venv when it is not there; everything is resumable, what is finished is not done again.
 
 PYTHON ?= python3

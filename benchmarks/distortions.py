@@ -22,11 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from metrics import over_seeds, paired_bootstrap, spread  # noqa: E402
 from report import COLORS, tidy  # noqa: E402
 
-RUNS = "runs/grpo_rank"
-ROWS = {"none": (f"{RUNS}/reference", f"{RUNS}/score"),  # what is distorted: runs on ranks, runs on scores
-        **{name: (f"{RUNS}/{kind}_oracle_rank", f"{RUNS}/{kind}_score") for name, kind in {
-            "saturated": "saturation", "heavy tail": "tail", "10 % flipped": "flip10", "20 % flipped": "flip20",
-            "30 % flipped": "flip30"}.items()}}
+KINDS = {"saturated": "saturation", "heavy tail": "tail", "10 % flipped": "flip10", "20 % flipped": "flip20",
+         "30 % flipped": "flip30"}
+ROWS = {"none": ("runs/grpo_rank/reference", "runs/grpo_rank/score")}  # distortion: runs on ranks, runs on scores
+ROWS |= {name: (f"runs/grpo_rank/{k}_oracle_rank", f"runs/grpo_rank/{k}_score") for name, k in KINDS.items()}
 
 
 def seeds_of(runs):
