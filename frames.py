@@ -13,6 +13,7 @@ from av.stream import Disposition
 av.logging.set_level(None)  # ffmpeg's own messages stay off stderr; what goes wrong is said by VideoError
 SLOW, SLOWEST, STALL = 30.0, 600.0, 30.0  # seconds: see _watched
 PIXELS, BYTES = 2**26, 2**32  # of one frame, 8192 x 8192; of all frames read of a video
+THREADED = 2**17  # pixels of a frame from which threads pay
 WHOLE = 1000  # videos of up to so many frames are always decoded as a whole, so that damage anywhere is found
 
 
@@ -184,7 +185,8 @@ def _open(path):
         container.close()
         raise VideoError(f"frames of {stream.width} x {stream.height} are too large")
     stream.codec_context.options = {"max_pixels": str(PIXELS)}  # they may grow on the way
-    stream.thread_type = "AUTO"  # several frames at once, not only several slices of one
+    # Several frames at once; but of small ones each is decoded in less time than it takes to hand it over and back.
+    stream.thread_type = "AUTO" if stream.width * stream.height >= THREADED else "NONE"
     return container, stream
 
 
@@ -195,16 +197,20 @@ def _scan(path):
     container, stream = _open(path)
     with container:
         base, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 25)
-        for packet in container.demux():
-            _tick(more=0.1)
-            if packet.size and packet.pts is not None:
-                end = packet.pts + (packet.duration or 0)
-                ends[packet.stream_index] = max(ends.get(packet.stream_index, end), end)
-            if packet.size and packet.stream_index == stream.index:
+        video = stream.index
+        for number, packet in enumerate(container.demux()):
+            if number % 64 == 0:
+                _tick(more=6.4)
+            index, pts = packet.stream_index, packet.pts
+            if not packet.size:
+                continue
+            if pts is not None:
+                ends[index] = max(ends.get(index, pts), pts + (packet.duration or 0))
+            if index == video:
                 if packet.is_corrupt:  # the file ends within it
                     raise VideoError(f"cut off after {len(packets)} of {max(stream.frames, len(packets) + 1)} frames")
                 # Edit lists mark packets as discard: the decoder needs them, but they are not part of the video.
-                packets.append((packet.pts, packet.is_keyframe, not packet.is_discard))
+                packets.append((pts, packet.is_keyframe, not packet.is_discard))
         if container.format.name == "gif" and not _tail(path).endswith(b";"):  # it marks its end
             raise VideoError(f"cut off after {len(packets)} frames")
         shown = [pts for pts, _, is_shown in packets if is_shown]

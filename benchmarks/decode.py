@@ -7,7 +7,8 @@ Run      pip install decord opencv-python-headless        (torchcodec also needs
 
 The three files are made here: short (2 s, 320 x 240), long (10 minutes, 320 x 240), 1080p (20 s), all H.264 at 25
 frames a second with its default distance of key frames. Everyone is asked for the frames np.linspace(0, N - 1, n) and
-gets whatever threads it takes by default. Ratios are medians over the rounds of the other's seconds over ours within a
+gets whatever threads it takes by default. In a round a file is read for at least a quarter of a second, a short one
+several times. Ratios are medians over the rounds of the other's seconds over ours within a
 round. Before, the frames are compared: all must be the same ones (decoders turn colours into RGB by tables of their
 own, so a mean difference of 3 of 255 is allowed; the next frame of these files is further away).
 """
@@ -30,6 +31,7 @@ from data import EXTENSIONS  # noqa: E402
 from frames import read_frames  # noqa: E402
 
 BACKENDS = ("pyav", "decord", "opencv", "torchcodec")
+LEAST = 0.25  # seconds of a measurement
 FILES = dict(short=(2, (320, 240)), long=(600, (320, 240)), hd=(20, (1920, 1080)))
 
 
@@ -96,9 +98,11 @@ def measure(path, n, rounds):
     seconds = {name: [] for name in can}
     for _ in range(rounds):
         for name, read in can.items():
-            began = time.perf_counter()
-            read(path, n)
-            seconds[name].append(time.perf_counter() - began)
+            began, count = time.perf_counter(), 0
+            while not count or time.perf_counter() - began < LEAST:
+                read(path, n)
+                count += 1
+            seconds[name].append((time.perf_counter() - began) / count)
     ratios = {name: sorted(a / b for a, b in zip(row, seconds["ours"])) for name, row in seconds.items()}
     return dict(frames=n, cannot=cannot, sides={
         name: dict(seconds=statistics.median(row), ratio=statistics.median(ratios[name]), ratio_low=ratios[name][0],
