@@ -73,7 +73,7 @@ from data import DataError, FeatureCache, read_records
 from oracle import OracleArgs, log_counts, make_oracle, ranks_of
 from questions import build_embedded, choose_questions, count_correct, question_indices, sft_start
 from ranks import random_scores
-from rollouts import micro_batches, unpacked
+from rollouts import RolloutArgs, micro_batches, unpacked
 from video_llm import Prefix, add_lora, answer_mask, generate, load_model, reference_of, token_logprobs, unwrap
 
 WORLD = "data/moving_shapes"
@@ -81,7 +81,7 @@ ADVANTAGES = ("oracle_rank", "published", "signed", "score", "random")
 
 
 @dataclass
-class Args(OracleArgs, harness.ShardArgs):  # flags of oracle.py, api_oracle.py, harness.py
+class Args(OracleArgs, RolloutArgs, harness.ShardArgs):  # flags of oracle.py, api_oracle.py, rollouts.py, harness.py
     PRESETS = {"paper": dict(  # [OR]; lr, answer length and memory are ours (D7); no annotation: this is not a flag
         G=5, prompts_per_step=64, epochs=4, lora_r=64, lora_alpha=16, quantize="nf4", dtype="bfloat16",
         oracle_dtype="bfloat16", gradient_checkpointing=True, tokens_per_micro_batch=1500, lr=3e-5, max_new_tokens=128)}
@@ -100,8 +100,6 @@ class Args(OracleArgs, harness.ShardArgs):  # flags of oracle.py, api_oracle.py,
     lora_r: int = HfArg(default=0, help="LoRA rank on the decoder [OR: 64]; 0 trains all weights but CLIP's")
     lora_alpha: int = HfArg(default=16, help="LoRA alpha [OR: 16]")
     quantize: str = HfArg(default="none", help="none, or nf4: QLoRA, needs --lora_r")
-    unpack_nf4: bool = HfArg(default=True, help="unpack an nf4 base once for a rollout, not at every token; takes the "
-                             "unquantised size meanwhile (7B: 13 GB)")
     # -- budget [D7]
     steps: int = HfArg(default=150, help="rollout steps")
     epochs: int = HfArg(default=0, help="passes over the questions in place of --steps [OR: 4]; 0: --steps")
@@ -134,6 +132,7 @@ class Args(OracleArgs, harness.ShardArgs):  # flags of oracle.py, api_oracle.py,
         harness.at_least(self, G=2, steps=1, prompts_per_step=1, tokens_per_micro_batch=1, inner_epochs=1,
                          max_new_tokens=1, eval_steps=1, save_steps=1, beta=0, entropy_coef=0, lora_r=0,
                          eval_questions=0, epochs=0)
+        self.check_rollouts()
         harness.check_training(self, batch="prompts_per_step")
         harness.above_zero(self, "clip_range", "temperature", "lr")
         if self.clip_range >= 1:
@@ -272,7 +271,7 @@ def main(args):
         uniforms = np.stack([draw(i) for i in mine])  # (B,G,T)
         with unpacked(model) if args.quantize == "nf4" and args.unpack_nf4 else nullcontext():
             tokens, lengths, sampled_logprobs = generate(model, prefix, torch.from_numpy(uniforms), eos,
-                                                         args.temperature)
+                                                         args.temperature, args.cuda_graphs)
         answers = processor.decode_answers(tokens, lengths)
         clock.append(time.time())
 

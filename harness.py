@@ -44,8 +44,8 @@ STEP = timedelta(minutes=30)  # for what all processes do at about the same time
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KL_WARNING = 10.0  # nats: so far from its start a policy says something else altogether
 WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; the others get nothing
-NEUTRAL = ("tokens_per_micro_batch", "micro_batch_size", "gradient_checkpointing", "unpack_nf4", "save_steps",
-           "api_url", "api_concurrency", "api_timeout", "api_retries")  # may differ when resumed: no number changes
+NEUTRAL = ("tokens_per_micro_batch", "micro_batch_size", "gradient_checkpointing", "unpack_nf4", "cuda_graphs",
+           "save_steps", "api_url", "api_concurrency", "api_timeout", "api_retries")  # may differ when resumed
 TRAINED = whole.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 

@@ -1,14 +1,15 @@
-"""G answers behind one prefix: who sees whom in a packed row, and attention that does not compute what nobody sees,
-keys and values that stay where they are.
+"""G answers behind one prefix: who sees whom in a packed row, attention that does not compute what nobody sees, and
+rows that grow in place while they are sampled, on a GPU as one CUDA graph a token.
 
         prefix  a1 a1 a1  a2  a3 a3 ...     one row of P + sum of lengths tokens; positions restart behind the prefix
 
-`video_llm.packed` and `video_llm.generate` lay rows out like this.
+`video_llm.packed` and `video_llm.generate` lay rows out like this; B rows, b of them still running.
 """
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
@@ -17,14 +18,14 @@ def positions(mask):
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def block_mask(owner, place, L, dtype, window=None):
-    """Additive mask (B,1,L,K) of the last L of K tokens. owner (B,K): answer g >= 0, the prefix (-1), nobody (-2,
-    padding); place (B,K): their positions. A token sees the prefix and its own past, never another answer, of these
-    the last `window` where the decoder has one (Mistral). Padding sees itself: no empty softmax."""
-    sees = (owner[:, None] == -1) | (owner[:, None] == owner[:, -L:, None])  # (B,L,K)
-    sees &= torch.ones(sees.shape[1:], dtype=torch.bool, device=sees.device).tril(sees.shape[2] - L)
+def block_mask(owner, place, columns, dtype, window=None):
+    """Additive mask (B,1,L,K) of the tokens in `columns` (L,) of K. owner (B,K): answer g >= 0, the prefix (-1), nobody
+    (-2, padding); place (B,K): their positions. A token sees the prefix and its own past, never another answer, of
+    these the last `window` where the decoder has one (Mistral). Padding sees itself: no empty softmax."""
+    sees = (owner[:, None] == -1) | (owner[:, None] == owner[:, columns, None])  # (B,L,K)
+    sees &= torch.arange(owner.shape[1], device=owner.device) <= columns[:, None]
     if window:
-        sees &= place[:, -L:, None] - place[:, None] < window
+        sees &= place[:, columns, None] - place[:, None] < window
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
 
 
@@ -71,3 +72,104 @@ class GrowingLayer(DynamicLayer):
     def batch_select_indices(self, indices):
         count, self.room = self.keys.shape[2], [x[indices] for x in self.room]
         self.keys, self.values = (x[:, :, :count] for x in self.room)
+
+
+class FixedLayer(GrowingLayer):
+    """Keys and values with room for `length` tokens from the start; later ones are written to `columns`, a tensor."""
+
+    def __init__(self, length, columns):
+        super().__init__()
+        self.length, self.columns = length, columns
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        states, count = (key_states, value_states), key_states.shape[2]
+        if self.is_initialized:
+            for room, new in zip(self.room, states):
+                room.index_copy_(2, self.columns, new)
+            return self.room
+        self.lazy_initialization(*states)
+        self.room = [x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in states]
+        self.write(0, states)
+        self.keys, self.values = (x[:, :, :count] for x in self.room)
+        return self.keys, self.values
+
+
+class GrowingRow:
+    """The rows of B groups while they are sampled. kind: dtype of masks, sliding window or None."""
+
+    most_idle = 0.0  # of the groups may have ended and stay nevertheless
+
+    def __init__(self, model, prefix, kind):
+        mask = prefix.attention_mask
+        self.model, self.kind, self.cache = model, kind, Cache(layer_class_to_replicate=GrowingLayer)
+        self.owner, self.place = mask - 2, positions(mask)  # (b,K)
+        self.next = mask.sum(-1, keepdim=True)  # (b,1), later (b,A): positions of the tokens to come
+
+    def read(self, prefix):
+        """-> logits (B,1,V) of every answer's first token."""
+        return self.model(input_ids=prefix.input_ids, attention_mask=prefix.attention_mask, logits_to_keep=1,
+                          position_ids=positions(prefix.attention_mask), past_key_values=self.cache, use_cache=True,
+                          **prefix.model_inputs()).logits
+
+    def append(self, token, who):
+        """token (b,A) of the answers who (b,A) -> logits (b,A,V) of their next ones."""
+        place = self.next.expand_as(who)
+        self.owner, self.place = torch.cat([self.owner, who], 1), torch.cat([self.place, place], 1)
+        K = self.owner.shape[1]
+        self.next = self.next + 1
+        return self.forward(token, place, torch.arange(K - who.shape[1], K, device=who.device))
+
+    def forward(self, token, place, columns):
+        mask = block_mask(self.owner, self.place, columns, *self.kind)
+        return self.model(input_ids=token, attention_mask=mask, position_ids=place, past_key_values=self.cache,
+                          use_cache=True).logits
+
+    def select(self, some):
+        """Only these groups go on, (b,) bool."""
+        self.owner, self.place, self.next = (x[some] for x in (self.owner, self.place, self.next))
+        self.cache.batch_select_indices(some.nonzero()[:, 0])
+
+
+class FixedRow(GrowingRow):
+    """The same with room for all T tokens of G answers from the start, and every tensor of a step where it was in the
+    step before: so a GPU gets a step once, as a CUDA graph, and replays it for every other token, without Python and
+    without launching kernels one by one. All G answers of a group go on to its end, and groups leave when more than
+    half of them have ended: then there is another graph."""
+
+    most_idle = 0.5
+
+    def __init__(self, model, prefix, kind, G, T):
+        super().__init__(model, prefix, kind)
+        P, room = self.owner.shape[1], G * (T - 1)
+        self.owner, self.place = F.pad(self.owner, (0, room), value=-2), F.pad(self.place, (0, room))
+        self.next = self.next.repeat(1, G)
+        self.columns = torch.arange(P, P + G, device=self.owner.device)
+        self.cache = Cache(layer_class_to_replicate=lambda: FixedLayer(P + room, self.columns))
+        self.graph = self.token = None
+
+    def append(self, token, who):
+        if self.token is None:  # the first step of these groups is taken as it is; it warms up what is captured
+            self.token, self.who = token.clone(), who.contiguous()
+            return self.step()
+        self.token.copy_(token)
+        if not token.is_cuda:
+            return self.step()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL's threads may go on
+                self.logits = self.step()
+        self.graph.replay()
+        return self.logits
+
+    def step(self):
+        """What is captured: no number may come to the processor, nothing change its shape or place."""
+        self.owner.index_copy_(1, self.columns, self.who)
+        self.place.index_copy_(1, self.columns, self.next)
+        logits = self.forward(self.token, self.next, self.columns)
+        self.columns += self.columns.shape[0]
+        self.next += 1
+        return logits
+
+    def select(self, some):
+        super().select(some)
+        self.graph = self.token = None

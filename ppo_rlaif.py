@@ -79,6 +79,7 @@ import json
 import math
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,13 +95,14 @@ from oracle import ORACLES, OracleArgs, build_oracle, log_counts, make_oracle
 from questions import build_embedded, choose_questions, question_indices, sft_start
 from ranks import random_scores
 from roles import Roles, value_prompts
+from rollouts import RolloutArgs, unpacked
 from video_llm import Prefix, answer_mask, generate, token_logprobs, token_scores, unwrap
 
 WORLD = "data/moving_shapes"
 
 
 @dataclass
-class Args(OracleArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py, harness.py
+class Args(OracleArgs, RolloutArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py, rollouts.py, harness.py
     PRESETS = {"paper": dict(  # RLAIF/scripts/train_rl_model.sh of [V]; no annotation: this is not a flag
         prompts_per_step=256, G=1, mini_batches=2, ppo_epochs=2, lr=3e-5, value_lr=3e-5, schedule="cosine",
         warmup_steps=5, value_warmup=0, kl_coef=0.1, target_kl=0.0, center_scores=False, reward_scale=10.0,
@@ -169,6 +171,7 @@ class Args(OracleArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py,
                               ("schedule", ("linear", "cosine"))):
             if getattr(self, flag) not in choices:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: choose {', '.join(c or 'nothing' for c in choices)}")
+        self.check_rollouts()
         harness.check_training(self)
         harness.at_least(self, G=1, steps=1, prompts_per_step=1, micro_batch_size=1, ppo_epochs=1, mini_batches=1,
                          max_new_tokens=1, eval_steps=1, save_steps=1, patience=1, kl_horizon=1, kl_coef=0, target_kl=0,
@@ -331,7 +334,8 @@ def main(args):
         uniforms = torch.from_numpy(np.stack([draw(i) for i in mine]))  # (B,G,T)
         with roles.as_("policy") as policy:
             # The log-probabilities noted here are not used: step 3 computes them as the update will, so that rho is 1.
-            tokens, lengths, _ = generate(policy, prefix, uniforms, eos, args.temperature)  # (B,G,T), (B,G)
+            with unpacked(policy) if args.quantize == "nf4" and args.unpack_nf4 else nullcontext():
+                tokens, lengths, _ = generate(policy, prefix, uniforms, eos, args.temperature, args.cuda_graphs)
         answers = processor.decode_answers(tokens, lengths)
         clock.append(time.time())
 

@@ -37,7 +37,6 @@ from transformers import (
     BitsAndBytesConfig,
     Blip2QFormerConfig,
     Blip2QFormerModel,
-    Cache,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -51,7 +50,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
-from packing import GrowingLayer, block_mask, positions
+from packing import FixedRow, GrowingRow, block_mask, positions
 
 transformers.logging.set_verbosity_error()  # no load report, no bar: a CLIP checkpoint has a text tower we do not need
 transformers.logging.disable_progress_bar()
@@ -221,7 +220,7 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
             hidden = self.language_model.get_decoder()(**kwargs).last_hidden_state[:, keep]
             return CausalLMOutputWithPast(logits=self.score_head(hidden.float()))
         out = self.language_model(logits_to_keep=logits_to_keep, **kwargs)
-        banned = torch.tensor([self.config.video_token_id], device=out.logits.device)
+        banned = torch.full((1,), self.config.video_token_id, device=out.logits.device)
         logits = out.logits.index_fill(-1, banned, BANNED_LOGIT)
         loss = None
         if labels is not None:
@@ -478,11 +477,12 @@ def mask_kind(model):
 
 
 @torch.no_grad()
-def generate(model, prefix, uniforms, eos_id, temperature=1.0):
+def generate(model, prefix, uniforms, eos_id, temperature=1.0, cuda_graphs=False):
     """Sample G answers per prompt from *one* prefill; G tokens a step go after it in one row, under `packed`'s mask.
 
     So the keys and values of a prompt are held and read once for its G answers: P + G*T places and not G*(P + T).
-    Finished answers leave the row, finished groups the batch: a step costs what still runs.
+    Finished answers leave the row, finished groups the batch: a step costs what still runs. cuda_graphs: they leave
+    later, all room is taken at the start, and a GPU replays one CUDA graph a token (packing.py).
 
     uniforms (B,G,T) in [0,1): one number a token decides everything (inverse of the cumulated probabilities), so a
     caller who keys them by (seed, step, question) gets the same answers on any number of processes and after a resume.
@@ -490,18 +490,14 @@ def generate(model, prefix, uniforms, eos_id, temperature=1.0):
     the whole answers.
     """
     B, G, T = uniforms.shape
-    dtype, window = mask_kind(model)
     new = lambda fill, *shape, **kw: torch.full(shape, fill, device=prefix.input_ids.device, **kw)
     tokens, lengths, logprobs = new(eos_id, B, G, T), new(0, B, G), new(0.0, B, G)
-    cache = Cache(layer_class_to_replicate=GrowingLayer)
-    out = model(input_ids=prefix.input_ids, attention_mask=prefix.attention_mask, logits_to_keep=1, use_cache=True,
-                position_ids=positions(prefix.attention_mask), past_key_values=cache, **prefix.model_inputs())
-    logits = out.logits.expand(B, G, -1)
+    kind = mask_kind(model)
+    row = FixedRow(model, prefix, kind, G, T) if cuda_graphs else GrowingRow(model, prefix, kind)
+    logits = row.read(prefix).expand(B, G, -1)
     rows = torch.arange(B, device=tokens.device)  # the groups that still run, (b,)
     who = torch.arange(G, device=tokens.device).expand(B, G)  # and their answers that do, (b,A); some only fill up
-    uniforms = uniforms.to(tokens.device, torch.float64)
-    runs, owner, place = new(True, B, G), prefix.attention_mask - 2, positions(prefix.attention_mask)  # (b,K)
-    ends = prefix.attention_mask.sum(-1, keepdim=True)  # (b,1) where answers start
+    uniforms, runs = uniforms.to(tokens.device, torch.float64), new(True, B, G)
     for t in range(T):
         at = rows[:, None], who
         all_logprobs = (logits.float() / (temperature or 1)).log_softmax(-1)  # (b,A,V)
@@ -520,15 +516,14 @@ def generate(model, prefix, uniforms, eos_id, temperature=1.0):
         if unwrap(model).all_done(~runs) or t == T - 1:
             break
         some = runs.any(-1) | ~runs.any()  # sharded: without a running answer of its own it keeps the others company
-        if not some.all():
-            cache.batch_select_indices(some.nonzero()[:, 0])
-            rows, who, runs, token, owner, place, ends = (x[some] for x in (rows, who, runs, token, owner, place, ends))
-        most = int(runs.sum(-1).max()) or 1
-        order = runs.int().sort(dim=-1, descending=True, stable=True).indices[:, :most]
-        who, runs, token = (x.gather(1, order) for x in (who, runs, token))
-        owner, place = torch.cat([owner, who], 1), torch.cat([place, (ends + t).expand_as(who)], 1)  # of the cache
-        logits = model(input_ids=token, attention_mask=block_mask(owner, place, most, dtype, window),
-                       position_ids=place[:, -most:], past_key_values=cache, use_cache=True).logits
+        if 1 - some.float().mean() > row.most_idle:
+            row.select(some)
+            rows, who, runs, token = (x[some] for x in (rows, who, runs, token))
+        if not cuda_graphs:
+            most = int(runs.sum(-1).max()) or 1
+            order = runs.int().sort(dim=-1, descending=True, stable=True).indices[:, :most]
+            who, runs, token = (x.gather(1, order) for x in (who, runs, token))
+        logits = row.append(token, who)
     return tokens[..., : t + 1], lengths, logprobs
 
 
@@ -560,11 +555,11 @@ def packed(model, prefix, tokens, lengths, before=True, **kwargs):
 
     owner = row(torch.full((1, 1), -1, **new), torch.arange(G, **new)[:, None], -2)
     place = row(positions(mask), asked.unsqueeze(-1) + step, 0)
-    dtype, window = mask_kind(model)
-    causal = not window and bool((owner[:, 0] == -1).all())  # nothing is padded
+    kind = mask_kind(model)
+    causal = not kind[1] and bool((owner[:, 0] == -1).all())  # nothing is padded
     out = model(input_ids=row(prefix.input_ids, tokens, int(tokens[0, 0, 0])), position_ids=place, use_cache=False,
-                attention_mask=block_mask(owner, place, W, dtype, window), logits_to_keep=1 + A, prefix=(W - A, causal),
-                **prefix.model_inputs(), **kwargs).logits
+                attention_mask=block_mask(owner, place, torch.arange(W, **new), *kind), logits_to_keep=1 + A,
+                prefix=(W - A, causal), **prefix.model_inputs(), **kwargs).logits
     if before:
         column = torch.where(step > 0, column, start.unsqueeze(-1)) - 1
     return out, torch.where(real, column - (W - 1 - A), 0).flatten(1)

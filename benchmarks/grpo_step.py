@@ -9,7 +9,8 @@ One point is P,R,G,B: B prompts of P tokens, G answers of exactly R tokens each;
 grpo_rank.py. All sides get the same decoder, the same AdamW, one micro-batch, a KL to a frozen reference, no gradient
 checkpointing. How they take turns, the floor and the memory: turns.py.
 
-  ours     `generate` and `token_logprobs` (G answers behind one prefix), equations and losses of grpo_rank.py
+  ours     `generate` and `token_logprobs` (G answers behind one prefix), equations and losses of grpo_rank.py; on a
+           GPU with --cuda_graphs
   plain    `model.generate` on B*G rows, forward passes over B*G rows of P + R tokens: 40 lines without TRL
   trl      GRPOTrainer as it comes; its checkpointing and bfloat16 are off, as on the other sides
 
@@ -91,7 +92,8 @@ def ours(args, P, R, G, B):
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(B, G, R, generator=generator, dtype=torch.float64)
         with unpacked(model):
-            tokens, lengths, _ = generate(model, prefix, uniforms, eos_id=-1)  # no token ends an answer
+            tokens, lengths, _ = generate(model, prefix, uniforms, eos_id=-1,  # no token ends an answer
+                                          cuda_graphs=args.device == "cuda")
         sampling = now(args) - began
         ranks = ranks_of(torch.rand(B, G, generator=generator))
         A = grpo_rank.scale_by_std(grpo_rank.rank_advantages("oracle_rank", ranks, ranks)).float().view(-1)

@@ -1,5 +1,6 @@
 """What LoRA and NF4 cost in a step, taking turns: sampling from an NF4 base as it is, unpacked for the rollout, and
-from a base that was never packed; and the reference's log-probabilities in a pass of their own or in the policy's.
+from a base that was never packed, on a GPU with and without CUDA graphs; and the reference's log-probabilities in a
+pass of their own or in the policy's.
 
 Run      python benchmarks/rollout.py --out docs/results/rollout                     5 minutes on two CPU cores
          python benchmarks/rollout.py --device cuda --shape 7b --out docs/results/rollout
@@ -7,6 +8,7 @@ Run      python benchmarks/rollout.py --out docs/results/rollout                
   nf4         every layer unpacks its weights at every token
   unpacked    `rollouts.unpacked`: once a rollout, which needs the room of unpacked weights: grpo_rank.py --unpack_nf4
   bfloat16    the base was never quantised
+  .. graphs   the two before with grpo_rank.py's --cuda_graphs, on a GPU alone
   two passes  adapter off and no gradient, then adapter on (what the scripts do)
   one pass    PEFT's mixed batch: every row twice, of which `adapter_names` gives one half to the base. All rows then
               carry gradients and activations, the reference's too, and its half goes backward for nothing
@@ -17,6 +19,7 @@ import json
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import turns
@@ -30,7 +33,7 @@ def rollouts(args, P, R, G, B):
     from rollouts import unpacked
     from video_llm import generate
 
-    def sampler(base, unpack):
+    def sampler(base, unpack, graphs=False):
         model = turns.video_llm_around(turns.decoder(argparse.Namespace(**{**vars(args), "base": base})))
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # as in load_model: its gradients are wrong
@@ -39,12 +42,13 @@ def rollouts(args, P, R, G, B):
         uniforms = torch.rand(B, G, R, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
         def work():
-            if unpack:
-                with unpacked(model):
-                    return generate(model, prefix, uniforms, -1)
-            return generate(model, prefix, uniforms, -1)
+            with unpacked(model) if unpack else nullcontext():
+                return generate(model, prefix, uniforms, -1, cuda_graphs=graphs)
         return work
-    return {"nf4": sampler("nf4", False), "unpacked": sampler("nf4", True), "bfloat16": sampler("bfloat16", False)}
+    sides = {"nf4": sampler("nf4", False), "unpacked": sampler("nf4", True), "bfloat16": sampler("bfloat16", False)}
+    if args.device == "cuda":
+        sides |= {"unpacked, graphs": sampler("nf4", True, True), "bfloat16, graphs": sampler("bfloat16", False, True)}
+    return sides
 
 
 def references(args, P, R, G, B):

@@ -109,6 +109,7 @@ def test_greedy_answers_are_those_of_transformers(start):
     _, folder, _, model, processor = start
     prefix, eos = prefix_of(processor), processor.tokenizer.eos_token_id
     ours, lengths, _ = generate(model, prefix, torch.zeros(2, 1, 12), eos, temperature=0)
+    assert torch.equal(generate(model, prefix, torch.zeros(2, 1, 12), eos, temperature=0, cuda_graphs=True)[0], ours)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for b in range(2):
         words = embedded(model, prefix, b)[None]

@@ -99,3 +99,15 @@ def test_what_cannot_be_combined_is_refused_in_one_line(monkeypatch, tmp_path, c
         main_of(monkeypatch, tmp_path, script, *flags)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and told in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("script, flags, told", [
+    ("grpo_rank.py", ["--cuda_graphs"], "--cuda_graphs: there is no GPU here"),
+    ("ppo_rlaif.py", ["--cuda_graphs"], "--cuda_graphs: there is no GPU here"),
+    ("grpo_rank.py", ["--cuda_graphs", "--shard"], "--cuda_graphs: not with --shard")])  # fmt: skip
+def test_graphs_are_refused_where_there_are_none(monkeypatch, tmp_path, capsys, script, flags, told):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        main_of(monkeypatch, tmp_path, script, *flags)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and told in said and said.count("\n") == 1

@@ -2,12 +2,15 @@
 
 import os
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
 from peft import PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import packing
 from data import Clip, FeatureCache, read_records
 from frames import VideoError, read_frames
 from video_llm import (
@@ -191,11 +194,11 @@ def plain_sample(model, prefix, b, uniforms, eos, temperature):
     return answer
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.3])
-def test_generate_equals_plain_sampling(start, prefix, temperature):
+@pytest.mark.parametrize("temperature, cuda_graphs", [(0.7, False), (1.3, False), (1.3, True)])
+def test_generate_equals_plain_sampling(start, prefix, temperature, cuda_graphs):
     model, eos = start[0], start[1].tokenizer.eos_token_id
     uniforms = torch.rand(3, 4, 9, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    tokens, lengths, _ = generate(model, prefix, uniforms, eos, temperature)
+    tokens, lengths, _ = generate(model, prefix, uniforms, eos, temperature, cuda_graphs)
     with torch.no_grad():
         expected = [[plain_sample(model, prefix, b, u, eos, temperature) for u in uniforms[b]] for b in range(3)]
     assert lengths.tolist() == [[len(a) for a in row] for row in expected]
@@ -216,27 +219,81 @@ def test_nothing_but_eos_behind_eos(policy, prefix):
     assert (tokens[before] != eos).all()
 
 
+@contextmanager
+def often_ended(model, eos, sizes):
+    """Every fourth token is an end; sizes gets (rows, tokens) of every forward pass."""
+    hook = model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True)
+    head = model.language_model.lm_head.register_forward_hook(
+        lambda module, inputs, out: out.index_copy(-1, torch.tensor([eos]), out.logsumexp(-1, keepdim=True) - 1))
+    try:
+        yield
+    finally:
+        hook.remove()
+        head.remove()
+
+
 def test_finished_answers_leave_the_batch(start, prefix):
     """A step is as large as what still runs: groups that have an unfinished answer x the most of one of them."""
     model, eos = start[0], start[1].tokenizer.eos_token_id
     sizes = []
-    hook = model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True)
-    head = model.language_model.lm_head.register_forward_hook(  # every fourth token is an end
-        lambda module, inputs, out: out.index_copy(-1, torch.tensor([eos]), out.logsumexp(-1, keepdim=True) - 1))
     uniforms = torch.rand(3, 4, 9, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    try:
+    with often_ended(model, eos, sizes):
         tokens, lengths, _ = generate(model, prefix, uniforms, eos)
         alone = [generate(model, prefix.rows(slice(b, b + 1)), uniforms[b : b + 1], eos) for b in range(3)]
-    finally:
-        hook.remove()
-        head.remove()
     left = [(lengths > t).sum(-1) for t in range(1, int(lengths.max()))]
     left = [(int((n > 0).sum()), int(n.max())) for n in left]
     assert sizes[: len(left) + 1] == [tuple(prefix.input_ids.shape), *left]
     assert len(set(left)) > 3  # groups and answers did leave
     for b, (one, n, _) in enumerate(alone):  # and the others do not notice
         assert torch.equal(n[0], lengths[b]) and torch.equal(one[0], tokens[b, :, : one.shape[-1]])
+
+
+def test_with_room_from_the_start_answers_are_the_same(start, prefix):
+    """What CUDA graphs need: shapes change only when more than half of the groups have ended; then those leave."""
+    model, eos = start[0], start[1].tokenizer.eos_token_id
+    five = Prefix(*(x[[0, 1, 2, 0, 1]] for x in prefix))
+    uniforms = torch.rand(5, 3, 12, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    sizes = []
+    with often_ended(model, eos, sizes):
+        tokens, lengths, logprobs = generate(model, five, uniforms, eos)
+        del sizes[:]
+        again, same_lengths, same = generate(model, five, uniforms, eos, cuda_graphs=True)
+    assert torch.equal(again, tokens) and torch.equal(same_lengths, lengths)
+    torch.testing.assert_close(same, logprobs, rtol=0, atol=1e-5)
+    left, here = [int((lengths > t).any(-1).sum()) for t in range(1, int(lengths.max()))], 5
+    for size, n in zip(sizes[1:], left, strict=True):
+        here = n if 2 * n < here else here
+        assert size == (here, 3)
+    assert len({b for b, _ in sizes}) > 1 and 5 > left[-1]
+
+
+def test_a_step_can_be_captured(start, prefix, monkeypatch):
+    """No GPU is here to capture one: on a CPU the operations are looked at. None brings a number to Python or makes a
+    tensor of one (a copy from the processor), and whatever a step reads and writes lies where it lay before."""
+    seen, places = [], []
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **kwargs or {})
+
+    def listened(row):
+        held = [row.owner, row.place, row.next, row.columns, row.token, row.who]
+        places.append([x.data_ptr() for layer in row.cache.layers for x in layer.room] + [x.data_ptr() for x in held])
+        with Listen():
+            return step(row)
+
+    step = packing.FixedRow.step
+    monkeypatch.setattr(packing.FixedRow, "step", listened)
+    uniforms = torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    generate(start[0], prefix, uniforms, -1, cuda_graphs=True)
+    forbidden = ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "unique", "is_nonzero", "equal.")
+    assert not [name for name in seen if any(word in name for word in forbidden)] and len(seen) > 100
+    assert len(places) == 4 and all(p == places[0] for p in places)
+    with Listen():  # the test would notice
+        torch.tensor([1.0]).item()
+    assert {"aten::lift_fresh", "aten::_local_scalar_dense"} <= set(seen)
 
 
 def chi_square(drawn, p):
