@@ -15,7 +15,7 @@ LIMITED = ("video_llm", "compose", "harness", "data", "frames", "check_videos", 
            "reward_model", "preferences", "ppo_rlaif", "roles", "dpo_iter_w2s", "preference_zoo")
 # dataclasses that an Args can inherit from
 SHARED_FLAGS = {"ApiArgs": "api_oracle.py", "OracleArgs": "oracle.py", "ModelArgs": "harness.py",
-                "ShardArgs": "harness.py"}
+                "ShardArgs": "harness.py", "RolloutArgs": "rollouts.py"}
 name_of = lambda path: path.stem
 
 
@@ -86,7 +86,9 @@ def test_every_flag_is_read(path):
 
 @pytest.mark.parametrize("name", SHARED_FLAGS)
 def test_every_shared_flag_is_read_where_it_is_shared(name):
-    read = set()
+    """Or in every script that has it."""
+    heirs = [flags_and_reads(path)[1] for path in SCRIPTS if name in map(ast.unparse, class_of(path, "Args").bases)]
+    read = set.intersection(*heirs) if heirs else set()
     for file in set(SHARED_FLAGS.values()):
         read |= {n.attr for n in ast.walk(ast.parse((REPO / file).read_text()))
                  if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "args"}
