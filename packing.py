@@ -143,8 +143,8 @@ class FixedRow(GrowingRow):
         P, room = self.owner.shape[1], G * (T - 1)
         self.owner, self.place = F.pad(self.owner, (0, room), value=-2), F.pad(self.place, (0, room))
         self.next = self.next.repeat(1, G)
-        self.columns = torch.arange(P, P + G, device=self.owner.device)
-        self.cache = Cache(layer_class_to_replicate=lambda: FixedLayer(P + room, self.columns))
+        self.columns = columns = torch.arange(P, P + G, device=self.owner.device)
+        self.cache = Cache(layer_class_to_replicate=lambda: FixedLayer(P + room, columns))  # with self: a cycle
         self.graph = self.token = None
 
     def append(self, token, who):

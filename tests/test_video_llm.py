@@ -1,7 +1,9 @@
 """The model's short cuts against the slow way: a forward pass per answer, a token at a time, no cache, no packing."""
 
+import gc
 import os
 import shutil
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -266,6 +268,20 @@ def test_with_room_from_the_start_answers_are_the_same(start, prefix):
         here = n if 2 * n < here else here
         assert size == (here, 3)
     assert len({b for b, _ in sizes}) > 1 and 5 > left[-1]
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_the_cache_is_gone_behind_a_rollout(start, prefix, monkeypatch, cuda_graphs):
+    """Not when the garbage collector comes by: by then the update would need the room."""
+    kept, select = [], packing.GrowingLayer.write
+    monkeypatch.setattr(packing.GrowingLayer, "write",
+                        lambda layer, *a: (kept.append(weakref.ref(layer)), select(layer, *a))[1])
+    gc.disable()
+    try:
+        generate(start[0], prefix, torch.rand(3, 2, 5), -1, cuda_graphs=cuda_graphs)
+        assert kept and not any(ref() for ref in kept)
+    finally:
+        gc.enable()
 
 
 def test_a_step_can_be_captured(start, prefix, monkeypatch):
