@@ -309,12 +309,15 @@ def _store(out, frame, places):
         if frame.is_corrupt:
             raise VideoError("damaged, a frame can be decoded only in part")
         # rotation is by how many degrees counterclockwise the picture is to be turned, which is how rot90 turns.
-        frame = np.rot90(frame.to_ndarray(format="rgb24", threads=1), round(frame.rotation / 90))
+        turns, frame = round(frame.rotation / 90), frame.reformat(format="rgb24", threads=1)
+        rows = np.frombuffer(frame.planes[0], np.uint8).reshape(frame.height, -1)  # where it lies: to_ndarray copies
+        frame = np.rot90(rows[:, : frame.width * 3].reshape(frame.height, frame.width, 3), turns)
     if out is None:
         if len(places) * frame.size > BYTES:
             raise VideoError(f"{len(places)} frames of {frame.shape[1]} x {frame.shape[0]} are too large")
         out = np.empty((len(places), *frame.shape), np.uint8)
     if out.shape[1:] != frame.shape:
         raise VideoError(f"frames of different sizes, {out.shape[1:3]} and {frame.shape[:2]}")
-    out[places] = frame
+    for place in np.flatnonzero(places):
+        out[place] = frame
     return out
