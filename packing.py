@@ -6,6 +6,8 @@ rows that grow in place while they are sampled, on a GPU as one CUDA graph a tok
 `video_llm.packed` and `video_llm.generate` lay rows out like this; B rows, b of them still running.
 """
 
+import gc
+
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
@@ -145,7 +147,7 @@ class FixedRow(GrowingRow):
         self.next = self.next.repeat(1, G)
         self.columns = columns = torch.arange(P, P + G, device=self.owner.device)
         self.cache = Cache(layer_class_to_replicate=lambda: FixedLayer(P + room, columns))  # with self: a cycle
-        self.graph = self.token = None
+        self.graph = self.token = self.logits = None
 
     def append(self, token, who):
         if self.token is None:  # the first step of these groups is taken as it is; it warms up what is captured
@@ -155,9 +157,12 @@ class FixedRow(GrowingRow):
         if not token.is_cuda:
             return self.step()
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
+            self.graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+            gc.disable()  # what it frees meanwhile could end the capture
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL's threads may go on
                 self.logits = self.step()
+            if collects:
+                gc.enable()
         self.graph.replay()
         return self.logits
 
@@ -172,4 +177,4 @@ class FixedRow(GrowingRow):
 
     def select(self, some):
         super().select(some)
-        self.graph = self.token = None
+        self.graph = self.token = self.logits = None

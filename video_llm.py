@@ -493,6 +493,8 @@ def generate(model, prefix, uniforms, eos_id, temperature=1.0, cuda_graphs=False
     new = lambda fill, *shape, **kw: torch.full(shape, fill, device=prefix.input_ids.device, **kw)
     tokens, lengths, logprobs = new(eos_id, B, G, T), new(0, B, G), new(0.0, B, G)
     kind = mask_kind(model)
+    if cuda_graphs and "dynamic" in str(getattr(unwrap(model).config.text_config, "rope_parameters", "")):
+        raise ValueError("--cuda_graphs: dynamic RoPE asks the GPU how long a row is, which no graph can hold")
     row = FixedRow(model, prefix, kind, G, T) if cuda_graphs else GrowingRow(model, prefix, kind)
     logits = row.read(prefix).expand(B, G, -1)
     rows = torch.arange(B, device=tokens.device)  # the groups that still run, (b,)

@@ -10,6 +10,7 @@ import transformers
 from conftest import run
 from hub import DECODERS, as_hub_cache, shards, write_blip2, write_clip, write_decoder, write_qformer, write_tokenizer
 from inside import flags_of
+from test_video_llm import assert_capturable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compose import check_decoder, compose, load_qformer
@@ -119,6 +120,11 @@ def test_greedy_answers_are_those_of_transformers(start):
                                 < plain.config.vocab_size else None)
         assert ours[b, 0, : lengths[b, 0]].tolist() == theirs[0].tolist()[: lengths[b, 0]]
     assert lengths.max() > 3 and len(set(ours.flatten().tolist())) > 3
+
+
+def test_a_step_of_every_decoder_can_be_captured(start, monkeypatch):
+    _, _, _, model, processor = start
+    assert_capturable(model, prefix_of(processor), monkeypatch)
 
 
 def test_prompts_follow_the_tokenizers_own_template(start):

@@ -284,9 +284,9 @@ def test_the_cache_is_gone_behind_a_rollout(start, prefix, monkeypatch, cuda_gra
         gc.enable()
 
 
-def test_a_step_can_be_captured(start, prefix, monkeypatch):
-    """No GPU is here to capture one: on a CPU the operations are looked at. None brings a number to Python or makes a
-    tensor of one (a copy from the processor), and whatever a step reads and writes lies where it lay before."""
+def assert_capturable(model, prefix, monkeypatch):
+    """No GPU is here to capture a step: on a CPU its operations are looked at. None brings a number to Python or makes
+    a tensor of one (a copy from the processor), and what a step reads and writes lies where it lay before."""
     seen, places = [], []
 
     class Listen(TorchDispatchMode):
@@ -302,14 +302,29 @@ def test_a_step_can_be_captured(start, prefix, monkeypatch):
 
     step = packing.FixedRow.step
     monkeypatch.setattr(packing.FixedRow, "step", listened)
-    uniforms = torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    generate(start[0], prefix, uniforms, -1, cuda_graphs=True)
+    uniforms = torch.rand(len(prefix.input_ids), 2, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    generate(model, prefix, uniforms, -1, cuda_graphs=True)
     forbidden = ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "unique", "is_nonzero", "equal.")
     assert not [name for name in seen if any(word in name for word in forbidden)] and len(seen) > 100
     assert len(places) == 4 and all(p == places[0] for p in places)
     with Listen():  # the test would notice
         torch.tensor([1.0]).item()
     assert {"aten::lift_fresh", "aten::_local_scalar_dense"} <= set(seen)
+
+
+@pytest.mark.parametrize("lora, load", [
+    (False, {}), (True, {}), (True, dict(gradient_checkpointing=True)), (False, dict(attn_implementation="eager")),
+    (True, dict(quantize="nf4"))])  # fmt: skip
+def test_a_step_can_be_captured(policy, prefix, monkeypatch, lora, load):
+    model, _ = load_model(policy, **load)
+    assert_capturable(add_lora(model, 4, 8) if lora else model, prefix, monkeypatch)
+
+
+def test_dynamic_rope_cannot(policy, prefix):
+    model, _ = load_model(policy)
+    model.config.text_config.rope_parameters = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+    with pytest.raises(ValueError, match="dynamic RoPE"):
+        generate(model, prefix, torch.rand(3, 2, 5), -1, cuda_graphs=True)
 
 
 def chi_square(drawn, p):
