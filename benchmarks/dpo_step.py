@@ -140,7 +140,7 @@ def measured(args, point, flops):
     floor = floor_seconds(turns.weights_of(args.shape), P, R, B, flops, args.base)
     note += f"; prompts read once save {2 * (P + R) / (P + 2 * R):.2f} times the floor's arithmetic"
     return dict(P=P, R=R, B=B, shape=args.shape, base=args.base, rounds=rows, floor=floor, note=note,
-                sides=turns.summary(rows, floor, 2 * B * R))
+                sides=turns.summary(rows, floor, floor, 2 * B * R))
 
 
 def main(args):

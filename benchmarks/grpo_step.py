@@ -18,6 +18,7 @@ Before a point is measured, `ours` and `plain` give the gradient of one batch: t
 two processes of `ours` with one thread each against one: how many times as many answers a second.
 """
 
+import math
 import os
 import statistics
 import time
@@ -205,11 +206,12 @@ def measured(args, point, flops, bandwidth):
     args.shape = "tiny" if point == "embedded" else args.shape
     note = check(args, point, P, R, G, min(B, 2))
     rows = turns.measure(args, __file__, point)
-    floor_of = lambda G, B: floor_seconds(turns.weights_of(args.shape), P, R, G, B, flops, bandwidth, args.base)
+    weights = turns.weights_of(args.shape)
+    floor_of = lambda G, B, bandwidth=bandwidth: floor_seconds(weights, P, R, G, B, flops, bandwidth, args.base)
     floor = floor_of(G, B)
     note += f"; prompts read once save {floor_of(1, B * G) / floor:.2f} times the floor's arithmetic"
     return dict(P=P, R=R, G=G, B=B, shape=args.shape, base=args.base, rounds=rows, floor=floor, note=note,
-                sides=turns.summary(rows, floor, B * G * R))
+                sides=turns.summary(rows, floor, floor_of(G, B, math.inf), B * G * R))
 
 
 def scaling(args, point):

@@ -292,16 +292,16 @@ def weights_of(shape):
     return sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
 
 
-def summary(rows, floor, tokens):
-    """-> {side: medians; ratio: the side's seconds over ours, within rounds}."""
+def summary(rows, floor, arithmetic, tokens):
+    """-> {side: medians; ratio: the side's seconds over ours, within rounds}. floor, arithmetic: seconds."""
     out = {}
     for side in rows:
         total = statistics.median(r["seconds"] for r in rows[side])
         ratios = sorted(a["seconds"] / b["seconds"] for a, b in zip(rows[side], rows["ours"]))
         out[side] = dict(seconds=total, sampling=statistics.median(r["sampling"] for r in rows[side]),
                          tokens_per_second=tokens / total, peak_mib=max(r["peak_mib"] for r in rows[side]),
-                         of_floor=floor / total, ratio=statistics.median(ratios), ratio_low=ratios[0],
-                         ratio_high=ratios[-1])
+                         of_floor=floor / total, mfu=arithmetic / total, ratio=statistics.median(ratios),
+                         ratio_low=ratios[0], ratio_high=ratios[-1])
     return out
 
 
@@ -313,14 +313,14 @@ def about_machine(args, flops, bandwidth):
                 gbytes=bandwidth / 1e9)
 
 
-HEAD = ("| point | side | s/step | sampling s | training s | tokens/s | peak MiB | of the floor | times ours |\n"
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|\n")
+HEAD = ("| point | side | s/step | sampling s | training s | tokens/s | peak MiB | of the floor | MFU | times ours |\n"
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|\n")
 
 
 def table_rows(point, name):
     for side, r in point["sides"].items():
         cells = [name, side, f"{r['seconds']:.3g}", f"{r['sampling']:.3g}", f"{r['seconds'] - r['sampling']:.3g}",
-                 f"{r['tokens_per_second']:.0f}", f"{r['peak_mib']:.0f}", f"{r['of_floor']:.0%}",
+                 f"{r['tokens_per_second']:.0f}", f"{r['peak_mib']:.0f}", f"{r['of_floor']:.0%}", f"{r['mfu']:.0%}",
                  f"{r['ratio']:.2f} [{r['ratio_low']:.2f}, {r['ratio_high']:.2f}]"]
         yield f"| {' | '.join(cells)} |\n"
 

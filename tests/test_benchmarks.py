@@ -46,10 +46,10 @@ def test_both_sides_have_one_gradient(module, point, monkeypatch):
 def test_ratios_are_taken_within_a_round():
     row = lambda seconds: dict(seconds=seconds, sampling=seconds / 2, peak_mib=10 * seconds)
     rows = dict(ours=[row(1), row(10), row(2)], trl=[row(3), row(20), row(8)])  # the second round was disturbed
-    found = turns.summary(rows, floor=1.0, tokens=100)
+    found = turns.summary(rows, floor=1.0, arithmetic=0.5, tokens=100)
     assert (found["trl"]["ratio"], found["trl"]["ratio_low"], found["trl"]["ratio_high"]) == (3, 2, 4)
     ours = found["ours"]
-    assert (ours["seconds"], ours["tokens_per_second"], ours["of_floor"]) == (2, 50, 0.5)
+    assert (ours["seconds"], ours["tokens_per_second"], ours["of_floor"], ours["mfu"]) == (2, 50, 0.5, 0.25)
     assert found["trl"]["peak_mib"] == 200
 
 
