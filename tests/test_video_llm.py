@@ -111,7 +111,8 @@ def trained(request, policy):
     model, _ = load_model(policy, "nf4" if request.param == "nf4" else "none")
     if request.param != "full":
         model = add_lora(model, 4, 8, train_bridge=request.param == "lora")
-    return lively(model)
+    # Where it can be, in float64: in float32 the sums of a busy machine were once 1.1e-5 apart.
+    return lively(model if request.param == "nf4" else model.double())
 
 
 def test_packed_answers_score_as_if_alone(trained, prefix, tokens):
@@ -129,8 +130,9 @@ def test_packed_answers_score_as_if_alone(trained, prefix, tokens):
     assert plain.min() < -2 and len(params) > 20
     for name, a, b in zip(params, packed_grads, plain_grads):
         assert b.abs().max() > 1e-6 or name.endswith("bias"), name
-        # 1e-5 of the largest entry; a bias of attention keys has gradient zero but for rounding
-        assert (a - b).abs().max() < 1e-5 * max(1.0, b.abs().max().item()), name
+        # parts of the largest entry; a bias of attention keys has gradient zero but for rounding
+        within = 3e-5 if trained.dtype == torch.float32 else 2e-6
+        assert (a - b).abs().max() < within * max(1.0, b.abs().max().item()), name
 
 
 def test_what_stands_behind_an_answer_does_not_matter(start, prefix, tokens):
