@@ -187,7 +187,7 @@ def _open(path):
     stream.codec_context.options = {"max_pixels": str(PIXELS)}  # they may grow on the way
     # Several frames at once; but of small ones each is decoded in less time than it takes to hand it over and back.
     stream.thread_type = "AUTO" if stream.width * stream.height >= THREADED else "NONE"
-    stream.codec_context.thread_count = min(os.cpu_count(), 16)  # ffmpeg itself takes one more, which is slower
+    stream.codec_context.thread_count = min(os.cpu_count(), 16)  # ffmpeg takes one more, slower on two cores
     return container, stream
 
 

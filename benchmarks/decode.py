@@ -1,16 +1,16 @@
 """Seconds to read 8 and 50 frames out of a video file, taking turns: `read_frames` of frames.py, the video loader of
 `transformers` with every backend that is installed, and a decoding of the whole file.
 
-Run      pip install decord opencv-python-headless        (torchcodec also needs ffmpeg's own libraries)
+Run      pip install decord opencv-python-headless torchcodec==0.12.0         (this needs ffmpeg's own libraries)
          python benchmarks/decode.py --out docs/results/decode            10 minutes on two CPU cores
          python benchmarks/decode.py --videos my_videos                   files of your own beside the three
 
 The three files are made here: short (2 s, 320 x 240), long (10 minutes, 320 x 240), 1080p (20 s), all H.264 at 25
 frames a second with its default distance of key frames. Everyone is asked for the frames np.linspace(0, N - 1, n) and
 gets whatever threads it takes by default. In a round a file is read for at least a quarter of a second, a short one
-several times. Ratios are medians over the rounds of the other's seconds over ours within a
-round. Before, the frames are compared: all must be the same ones (decoders turn colours into RGB by tables of their
-own, so a mean difference of 3 of 255 is allowed; the next frame of these files is further away).
+several times. Ratios are medians over the rounds of the other's seconds over ours within a round. Before, the frames
+are compared: all must be the same ones (decoders turn colours into RGB by tables of their own, so a mean difference of
+3 of 255 is allowed; the next frame of these files is further away).
 """
 
 import argparse
