@@ -23,7 +23,7 @@ test: .venv/done
 	$(PY) -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/done
-	$(PY) -m pytest -n 2 --dist loadfile -m slow
+	$(PY) -m pytest -n 2 --dist loadfile -m slow -o faulthandler_timeout=7200
 
 demo: export OMP_NUM_THREADS = 1
 demo: .venv/done

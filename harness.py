@@ -152,23 +152,24 @@ def one_line_errors(*kinds):
 # ---------------------------------------------------------------------------------------------------------------
 class Stop:
     """In the middle of training a signal is noted, and `checkpoint` acts on it at the end of the step, on all processes
-    together; before that, nothing would be saved and it ends the script at once. So does a second one, three seconds
-    later or more: torchrun repeats the Ctrl-C of a terminal within milliseconds."""
+    together. Else there is nothing to save and it ends the script at once, as in any process forked from here, or when
+    it comes again, three seconds later or more: torchrun repeats a terminal's Ctrl-C within milliseconds."""
 
     asked, training, since, resumes = 0, False, 0.0, False  # asked: number of the signal; resumes: there is --resume
 
     @classmethod
     def watch(cls):
-        cls.asked, cls.training = 0, False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, cls.note)
+        cls.asked, cls.training, cls.process = 0, False, os.getpid()
+        signal.signal(signal.SIGTERM, cls.note), signal.signal(signal.SIGINT, cls.note)
 
     @classmethod
     def note(cls, number, frame):
+        if os.getpid() != cls.process:
+            os._exit(128 + number)
         if not cls.training or cls.asked and time.monotonic() - cls.since > 3:
             say(f"{signal.Signals(number).name}: ended at once; continue with: {resume_command()}")
             sys.exit(128 + number)
-        if not cls.asked:
+        elif not cls.asked:
             cls.asked, cls.since = number, time.monotonic()
             say(f"{signal.Signals(number).name}: a checkpoint is written at the end of this step")
 
@@ -228,8 +229,7 @@ def own(path, rank=0):
 
 
 def unlock():
-    while HELD:
-        HELD.popitem()[1].close()
+    HELD.clear()  # which closes the files
 
 
 # ---------------------------------------------------------------------------------------------------------------

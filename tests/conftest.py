@@ -4,6 +4,7 @@ Accuracy means nothing in it; files, shapes and equations do. Scripts run inside
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,21 @@ os.environ["OMP_NUM_THREADS"] = "1"  # several small processes on two cores
 
 import torch  # noqa: E402
 
+import harness  # noqa: E402
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def as_after_the_end():
+    """What the end of a process undoes, for the scripts that a test runs inside this one: a handler of signals that
+    stayed would be that of every process forked by a later test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    sys.excepthook = sys.__excepthook__
+    harness.unlock()
 
 
 def run(cwd, *command, check=True, env=None):

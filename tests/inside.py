@@ -1,7 +1,6 @@
 """A script run inside this process, as from the command line: that saves importing torch each time."""
 
 import importlib
-import signal
 import sys
 
 import harness
@@ -12,13 +11,9 @@ def main_of(monkeypatch, cwd, script, *flags):
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
     module = importlib.import_module(script.removesuffix(".py"))
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         module.main(harness.parse_args(module.Args))
-    finally:  # what the end of a process undoes
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        sys.excepthook = sys.__excepthook__
+    finally:  # conftest.py undoes the rest
         harness.unlock()
 
 

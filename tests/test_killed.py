@@ -5,6 +5,7 @@ and checkpoint writing, and compares metrics and weights with the uninterrupted 
 """
 
 import json
+import multiprocessing
 import os
 import random
 import shlex
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -145,6 +147,18 @@ def test_a_signal_during_set_up_ends_at_once(world, policy, forked, tmp_path):
     os.kill(pid, signal.SIGTERM)
     assert forked.wait() == [143] and "Traceback" not in forked.said()
     assert forked.line("ended at once").endswith("--resume")
+
+
+def test_a_process_forked_in_training_still_ends_by_a_signal(monkeypatch):
+    harness.Stop.watch()
+    monkeypatch.setattr(harness.Stop, "training", True)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
+    child.start()
+    child.terminate()  # what the end of a multiprocessing.Pool does
+    child.join(20)
+    ended = child.exitcode
+    child.kill()
+    assert ended in (143, -signal.SIGTERM) and not harness.Stop.asked
 
 
 def test_the_command_that_continues(monkeypatch):
