@@ -152,8 +152,10 @@ def test_a_signal_during_set_up_ends_at_once(world, policy, forked, tmp_path):
 def test_a_process_forked_in_training_still_ends_by_a_signal(monkeypatch):
     harness.Stop.watch()
     monkeypatch.setattr(harness.Stop, "training", True)
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
+    fork, runs = multiprocessing.get_context("fork"), multiprocessing.Event()
+    child = fork.Process(target=lambda: (runs.set(), time.sleep(600)), daemon=True)
     child.start()
+    assert runs.wait(60)  # a signal amid the fork itself is lost
     child.terminate()  # what the end of a multiprocessing.Pool does
     child.join(20)
     ended = child.exitcode
