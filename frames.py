@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -13,8 +14,11 @@ from av.stream import Disposition
 av.logging.set_level(None)  # ffmpeg's own messages stay off stderr; what goes wrong is said by VideoError
 SLOW, SLOWEST, STALL = 30.0, 600.0, 30.0  # seconds: see _watched
 PIXELS, BYTES = 2**26, 2**32  # of one frame, 8192 x 8192; of all frames read of a video
+CORES = min(os.cpu_count(), 16)  # threads that decode; ffmpeg itself takes one more, which is slower on two cores
 THREADED = 2**17  # pixels of a frame from which threads pay
-WHOLE = 1000  # videos of up to so many frames are always decoded as a whole, so that damage anywhere is found
+# Videos of up to so many frames and pixels are always decoded as a whole, so that damage anywhere is found: a tenth of
+# a second or two.
+WHOLE, WHOLE_PIXELS = 1000, 10**8
 
 
 class VideoError(Exception):
@@ -33,7 +37,7 @@ def read_frames(video, num_frames, start=None, end=None, sampling="linspace"):
 
     Returns the frames, uint8 (F, H, W, 3) RGB and upright, and their times, float (F,) seconds after the first frame.
     F is always ``num_frames``: a video of fewer frames repeats some. Whatever is wrong with a file is a VideoError.
-    Of more than ``WHOLE`` frames only the needed parts are decoded, so damage elsewhere can go unnoticed.
+    Of longer and larger videos than ``WHOLE`` only the needed parts are decoded: damage elsewhere can go unnoticed.
     """
     if num_frames < 1 or sampling not in ("linspace", "midpoint"):
         raise ValueError(f"num_frames must be at least 1, sampling linspace or midpoint: {num_frames}, {sampling!r}")
@@ -130,14 +134,15 @@ def _video_error(name, exc):
 
 def _read_video(path, num_frames, start, end, sampling):
     """Choose frames by the time stamps of the packets, which cost no decoding, then decode what these frames need."""
-    packets, base, rate, length = _scan(path)
+    packets, base, rate, length, pixels = _scan(path)
     # The stamps of the shown frames in display order. Raw streams have none: there frames are numbered.
     ticks = [pts for pts, _, shown in packets if shown]
     stamped = None not in ticks
     ticks, base = (np.sort(ticks), base) if stamped else (np.arange(len(ticks)), 1 / rate)
     ranks = _choose(ticks, base, length, num_frames, start, end, sampling)
     out = None
-    if len(packets) > WHOLE and len({pts for pts, _, _ in packets} - {None}) == len(packets):
+    short = len(packets) <= WHOLE and len(packets) * pixels <= WHOLE_PIXELS
+    if not short and len({pts for pts, _, _ in packets} - {None}) == len(packets):
         out = _decode_seeking(path, packets, ticks[ranks])
     if out is None:
         out, seen = _decode_all(path, ranks, len(ticks))
@@ -170,8 +175,9 @@ def _choose(ticks, base, length, num_frames, start, end, sampling):
     return np.interp(targets, clock, count).astype(int)  # the last frame that is not later than the target
 
 
-def _open(path):
-    """A container (closed by ``with``) and its video stream: the one marked default, else the first."""
+def _open(path, threads):
+    """A container (closed by ``with``) and its video stream: the one marked default, else the first; what is decoded of
+    it is decoded by so many threads."""
     if not os.path.isfile(path):  # a pipe or a device could hang
         raise VideoError("no such file")
     # "file:" keeps a name like "a:b.mp4" from being taken for an address, the whitelist keeps playlists off the net.
@@ -187,15 +193,16 @@ def _open(path):
     stream.codec_context.options = {"max_pixels": str(PIXELS)}  # they may grow on the way
     # Several frames at once; but of small ones each is decoded in less time than it takes to hand it over and back.
     stream.thread_type = "AUTO" if stream.width * stream.height >= THREADED else "NONE"
-    stream.codec_context.thread_count = min(os.cpu_count(), 16)  # ffmpeg takes one more, slower on two cores
+    stream.codec_context.thread_count = threads
     return container, stream
 
 
 def _scan(path):
     """Read the packets without decoding. Returns (pts, is key, is shown) of each in file order, the seconds per tick,
-    the frame rate and the length in seconds. Refuses a file that holds clearly less than its header promises."""
+    the frame rate, the length in seconds and the pixels of a frame. Refuses a file that holds clearly less than its
+    header promises."""
     packets, ends = [], {}  # the last tick of every stream
-    container, stream = _open(path)
+    container, stream = _open(path, 1)
     with container:
         base, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 25)
         video = stream.index
@@ -218,7 +225,7 @@ def _scan(path):
         if not shown:
             raise VideoError("no frames")
         if None in [pts for pts, _, _ in packets]:
-            return packets, base, rate, len(shown) / rate
+            return packets, base, rate, len(shown) / rate, stream.width * stream.height
         # mp4 and avi tell the number of frames (hidden ones included) and the length of the stream, mkv and webm only
         # the length of the file, which may be that of its sound. Compared is the time, which suits any frame rate.
         stamps = np.sort([pts for pts, _, _ in packets])
@@ -228,7 +235,7 @@ def _scan(path):
         if stream.duration is None and container.duration is not None:
             covered = max(end * float(container.streams[index].time_base) for index, end in ends.items())
             _check_covered(covered, container.duration / av.time_base, gap)
-        return packets, base, rate, (ends[stream.index] - min(shown)) * base
+        return packets, base, rate, (ends[stream.index] - min(shown)) * base, stream.width * stream.height
 
 
 def _tail(path):
@@ -248,13 +255,13 @@ def _decode_all(path, ranks, total):
     """Decode the whole video. Returns the frames numbered ``ranks`` in the order in which the decoder gives them, which
     is the display order even where the stamps are wrong, and the stamps of all frames."""
     out, seen = None, []
-    container, stream = _open(path)
+    container, stream = _open(path, CORES)
     with container:
         try:
             for frame in container.decode(stream):
                 _tick()
                 if len(seen) in ranks:
-                    out = _store(out, frame, ranks == len(seen))
+                    out = _store(out, _rgb(frame), ranks == len(seen))
                 seen.append(frame.pts)
         except av.error.FFmpegError as exc:
             raise VideoError(f"broken after {len(seen)} of {total} frames") from exc
@@ -264,8 +271,8 @@ def _decode_all(path, ranks, total):
 
 
 def _decode_seeking(path, packets, wanted):
-    """Decode only from the key frame before each wanted stamp. Returns the frames, or None where decoding everything
-    costs about the same, or anything is odd: then _decode_all has the word, on errors as well."""
+    """Decode only from the key frame before each wanted stamp, CORES such runs at a time. Returns the frames, or None
+    where anything is odd: then _decode_all has the word, on errors too."""
     place = {pts: i for i, (pts, _, _) in enumerate(packets)}
     keys = [i for i, (_, is_key, _) in enumerate(packets) if is_key]
     runs = {}  # wanted stamps by their key frame
@@ -273,51 +280,71 @@ def _decode_seeking(path, packets, wanted):
         # A frame that follows a key frame in the file but is shown before it needs the key frame before that.
         key = max((k for k in keys if k <= place[pts] and packets[k][0] <= pts), default=0)
         runs.setdefault(key, []).append(pts)
-    if sum(max(place[pts] for pts in run) - key + 1 for key, run in runs.items()) > 0.75 * len(packets):
-        return None
-    out, found, left = None, [], len(packets)
-    try:
-        container, stream = _open(path)
-        with container:
-            for key, run in runs.items():
+    out, found, todo, lock = None, [], iter(list(runs.items())), threading.Lock()
+    workers = min(len(runs), CORES)
+    budget = _reading.until - time.thread_time()
+
+    def work(beats):
+        """Decode one run after the other until there are none. -> False where anything is odd."""
+        nonlocal out
+        left, last_moment = len(packets), time.thread_time() + budget
+        _reading.until, _reading.last, _reading.beats = last_moment, last_moment, beats
+        container, stream = _open(path, CORES // workers)
+        try:
+            for key, run in todo:
                 container.seek(packets[key][0], stream=stream)
                 last = -np.inf
                 for number, packet in enumerate(container.demux(stream)):
                     _tick()
                     left -= 1
                     if number == 0 and (not packet.is_keyframe or place.get(packet.pts, key + 1) > key) or left < 0:
-                        return None  # seeking leads to somewhere else, or always far back
+                        return False  # seeking leads to somewhere else, or always far back
                     # on the way to a wanted frame those that no other refers to (half of H.264's) need no decoding
                     stream.codec_context.skip_frame = "DEFAULT" if packet.pts in run or not packet.size else "NONREF"
                     for frame in packet.decode():
                         if frame.pts is None or frame.pts <= last:
-                            return None  # stamps that run backwards name no frames
+                            return False  # stamps that run backwards name no frames
                         last = frame.pts
                         if last in run:
-                            found.append(last)
-                            out = _store(out, frame, wanted == last)
+                            image = _rgb(frame)
+                            with lock:
+                                found.append(last)
+                                out = _store(out, image, wanted == last)
                     if last >= run[-1]:
                         break
+            return True
+        finally:
+            container.close()
+            for _ in todo:  # nobody else goes on
+                pass
+
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            if not all(pool.map(work, [_reading.beats] * workers)):
+                return None
     except (VideoError, av.error.FFmpegError):
         return None
-    return out if found == np.unique(wanted).tolist() else None
+    return out if sorted(found) == np.unique(wanted).tolist() else None
 
 
-def _store(out, frame, places):
-    """Put a frame, upright and RGB, at ``places`` of the output. That is made with the first: nothing is held twice."""
-    if isinstance(frame, av.VideoFrame):
-        if frame.is_corrupt:
-            raise VideoError("damaged, a frame can be decoded only in part")
-        # rotation is by how many degrees counterclockwise the picture is to be turned, which is how rot90 turns.
-        turns, frame = round(frame.rotation / 90), frame.reformat(format="rgb24", threads=1)
-        rows = np.frombuffer(frame.planes[0], np.uint8).reshape(frame.height, -1)  # where it lies: to_ndarray copies
-        frame = np.rot90(rows[:, : frame.width * 3].reshape(frame.height, frame.width, 3), turns)
+def _rgb(frame):
+    """A decoded frame as an upright image, uint8 (H, W, 3)."""
+    if frame.is_corrupt:
+        raise VideoError("damaged, a frame can be decoded only in part")
+    # rotation is by how many degrees counterclockwise the picture is to be turned, which is how rot90 turns.
+    turns, frame = round(frame.rotation / 90), frame.reformat(format="rgb24", threads=1)
+    rows = np.frombuffer(frame.planes[0], np.uint8).reshape(frame.height, -1)  # where it lies: to_ndarray copies
+    return np.rot90(rows[:, : frame.width * 3].reshape(frame.height, frame.width, 3), turns)
+
+
+def _store(out, image, places):
+    """Put an image at ``places`` of the output. That is made with the first: nothing is held twice."""
     if out is None:
-        if len(places) * frame.size > BYTES:
-            raise VideoError(f"{len(places)} frames of {frame.shape[1]} x {frame.shape[0]} are too large")
-        out = np.empty((len(places), *frame.shape), np.uint8)
-    if out.shape[1:] != frame.shape:
-        raise VideoError(f"frames of different sizes, {out.shape[1:3]} and {frame.shape[:2]}")
+        if len(places) * image.size > BYTES:
+            raise VideoError(f"{len(places)} frames of {image.shape[1]} x {image.shape[0]} are too large")
+        out = np.empty((len(places), *image.shape), np.uint8)
+    if out.shape[1:] != image.shape:
+        raise VideoError(f"frames of different sizes, {out.shape[1:3]} and {image.shape[:2]}")
     for place in np.flatnonzero(places):
-        out[place] = frame
+        out[place] = image
     return out

@@ -131,6 +131,24 @@ def test_long_video_by_seeking_equals_whole_decoding(tmp_path, monkeypatch, name
         assert np.array_equal(found, again) and np.array_equal(times, same_times)
 
 
+@pytest.mark.parametrize("name, codec, options", LONG)
+def test_large_video_by_seeking_equals_whole_decoding(tmp_path, monkeypatch, name, codec, options):
+    """Also where most frames are wanted and there is but one key frame, or one every ten frames."""
+    seeking, results = frames._decode_seeking, []
+    for gap in (10, 250):
+        path = write(tmp_path / name, range(100), codec, **{**options, "g": gap})
+        for count in (1, 7, 60, 130):
+            monkeypatch.setattr(frames, "WHOLE_PIXELS", 10**8)
+            monkeypatch.setattr(frames, "_decode_seeking", lambda *args: pytest.fail("small videos are decoded whole"))
+            whole, times = read_frames(path, count)
+            assert numbers(whole) == np.linspace(0, 99, count).astype(int).tolist()
+            monkeypatch.setattr(frames, "WHOLE_PIXELS", 100)
+            monkeypatch.setattr(frames, "_decode_seeking", lambda *args: results.append(seeking(*args)) or results[-1])
+            found, same_times = read_frames(path, count)
+            assert name == "a.ts" or results.pop() is not None
+            assert np.array_equal(found, whole) and np.array_equal(times, same_times)
+
+
 @pytest.mark.parametrize("gap, refused", [(5, False), (50, True)])
 def test_frames_that_cannot_be_decoded(tmp_path, gap, refused):
     """Without its first packet a video begins with frames that nothing can be made of, up to the next key frame."""
