@@ -5,7 +5,8 @@ Run      python check_videos.py --videos my_videos                  exit code 1 
 
 The training scripts leave out what is refused here, and list it in `broken_videos.json`. They decode in their own
 process; here each file is decoded in a process of its own kind, with a limit on time and memory, so that a file which
-crashes or hangs the decoder is named as well. Found are files with the extension of a video, in all sub-folders.
+crashes or hangs the decoder is named as well. Of long or large files what the frames need is decoded, not everything
+(frames.py). Found are files with the extension of a video, in all sub-folders.
 """
 
 import json

@@ -287,10 +287,12 @@ def _decode_seeking(path, packets, wanted):
     def work(beats):
         """Decode one run after the other until there are none. -> False where anything is odd."""
         nonlocal out
-        left, last_moment = len(packets), time.thread_time() + budget
+        left, last_moment = 2 * len(packets), time.thread_time() + budget  # stretches may overlap
         _reading.until, _reading.last, _reading.beats = last_moment, last_moment, beats
         container, stream = _open(path, CORES // workers)
         try:
+            if container.format.name == "avi" and stream.codec_context.has_b_frames:
+                return False  # its stamps are those of decoding: they name other frames
             for key, run in todo:
                 container.seek(packets[key][0], stream=stream)
                 last = -np.inf
