@@ -1,7 +1,7 @@
 """Seconds and memory of one GRPO step: this repository, a plain version, and TRL's GRPOTrainer, taking turns.
 
 Run      pip install -r benchmarks/requirements.txt
-         python benchmarks/grpo_step.py --out docs/results/grpo_step            30 minutes on two CPU cores
+         python benchmarks/grpo_step.py --out docs/results/grpo_step            20 minutes on two CPU cores
          python benchmarks/grpo_step.py --points 64,32,5,8 --rounds 2           one point
          python benchmarks/grpo_step.py --device cuda --shape 7b --base nf4 --points 64,128,5,8     or --base bfloat16
 
