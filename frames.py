@@ -14,11 +14,9 @@ from av.stream import Disposition
 av.logging.set_level(None)  # ffmpeg's own messages stay off stderr; what goes wrong is said by VideoError
 SLOW, SLOWEST, STALL = 30.0, 600.0, 30.0  # seconds: see _watched
 PIXELS, BYTES = 2**26, 2**32  # of one frame, 8192 x 8192; of all frames read of a video
-CORES = min(os.cpu_count(), 16)  # threads that decode; ffmpeg itself takes one more, which is slower on two cores
-THREADED = 2**17  # pixels of a frame from which threads pay
-# Videos of up to so many frames and pixels are always decoded as a whole, so that damage anywhere is found: a tenth of
-# a second or two.
-WHOLE, WHOLE_PIXELS = 1000, 10**8
+CORES = min(os.cpu_count(), 16)  # threads that decode
+THREADED = 2**17  # pixels of a frame from which ffmpeg's own threads share the work
+WHOLE, WHOLE_PIXELS = 1000, 10**8  # up to so many frames and pixels all is decoded, so that damage anywhere is found
 
 
 class VideoError(Exception):
@@ -94,10 +92,10 @@ _reading = threading.local()  # of the video that this thread reads: .until, .la
 
 @contextlib.contextmanager
 def _watched(name):
-    """Limits the processor's time for a video: SLOW seconds and a tenth of one per packet, at most SLOWEST; so a busy
-    machine changes nothing. Between two packets or frames that is a VideoError. A decoder that gives no sign of life
-    for STALL seconds cannot be stopped from within its process: a line names the video and the process ends, so that
-    nobody waits for it in vain."""
+    """Limits the processor's time of every thread that reads a video: SLOW seconds and a tenth of one per packet, at
+    most SLOWEST; so a busy machine changes nothing. Between two packets or frames that is a VideoError. A decoder that
+    gives no sign of life for STALL seconds cannot be stopped from within its process: a line names the video and the
+    process ends, so that nobody waits for it in vain."""
     over, now, beats = threading.Event(), time.thread_time(), [0]
     _reading.until, _reading.last, _reading.beats = now + SLOW, now + SLOWEST, beats
 
@@ -134,15 +132,14 @@ def _video_error(name, exc):
 
 def _read_video(path, num_frames, start, end, sampling):
     """Choose frames by the time stamps of the packets, which cost no decoding, then decode what these frames need."""
-    packets, base, rate, length, pixels = _scan(path)
+    packets, base, rate, length, seekable = _scan(path)
     # The stamps of the shown frames in display order. Raw streams have none: there frames are numbered.
     ticks = [pts for pts, _, shown in packets if shown]
     stamped = None not in ticks
     ticks, base = (np.sort(ticks), base) if stamped else (np.arange(len(ticks)), 1 / rate)
     ranks = _choose(ticks, base, length, num_frames, start, end, sampling)
     out = None
-    short = len(packets) <= WHOLE and len(packets) * pixels <= WHOLE_PIXELS
-    if not short and len({pts for pts, _, _ in packets} - {None}) == len(packets):
+    if seekable:
         out = _decode_seeking(path, packets, ticks[ranks])
     if out is None:
         out, seen = _decode_all(path, ranks, len(ticks))
@@ -199,7 +196,7 @@ def _open(path, threads):
 
 def _scan(path):
     """Read the packets without decoding. Returns (pts, is key, is shown) of each in file order, the seconds per tick,
-    the frame rate, the length in seconds and the pixels of a frame. Refuses a file that holds clearly less than its
+    the frame rate, the length in seconds, and whether to seek in it. Refuses a file that holds clearly less than its
     header promises."""
     packets, ends = [], {}  # the last tick of every stream
     container, stream = _open(path, 1)
@@ -225,7 +222,7 @@ def _scan(path):
         if not shown:
             raise VideoError("no frames")
         if None in [pts for pts, _, _ in packets]:
-            return packets, base, rate, len(shown) / rate, stream.width * stream.height
+            return packets, base, rate, len(shown) / rate, False
         # mp4 and avi tell the number of frames (hidden ones included) and the length of the stream, mkv and webm only
         # the length of the file, which may be that of its sound. Compared is the time, which suits any frame rate.
         stamps = np.sort([pts for pts, _, _ in packets])
@@ -235,7 +232,11 @@ def _scan(path):
         if stream.duration is None and container.duration is not None:
             covered = max(end * float(container.streams[index].time_base) for index, end in ends.items())
             _check_covered(covered, container.duration / av.time_base, gap)
-        return packets, base, rate, (ends[stream.index] - min(shown)) * base, stream.width * stream.height
+        large = len(packets) > WHOLE or len(packets) * stream.width * stream.height > WHOLE_PIXELS
+        # Stamps must name frames: those of AVI are of decoding, which is another order where there are B frames.
+        named = (np.diff(stamps) > 0).all() and not (
+            container.format.name == "avi" and stream.codec_context.has_b_frames)
+        return packets, base, rate, (ends[stream.index] - min(shown)) * base, large and named
 
 
 def _tail(path):
@@ -280,9 +281,9 @@ def _decode_seeking(path, packets, wanted):
         # A frame that follows a key frame in the file but is shown before it needs the key frame before that.
         key = max((k for k in keys if k <= place[pts] and packets[k][0] <= pts), default=0)
         runs.setdefault(key, []).append(pts)
-    out, found, todo, lock = None, [], iter(list(runs.items())), threading.Lock()
+    out, found, todo, lock = None, [], iter(runs.items()), threading.Lock()
     workers = min(len(runs), CORES)
-    budget = _reading.until - time.thread_time()
+    budget = min(_reading.until, _reading.last) - time.thread_time()
 
     def work(beats):
         """Decode one run after the other until there are none. -> False where anything is odd."""
@@ -291,8 +292,6 @@ def _decode_seeking(path, packets, wanted):
         _reading.until, _reading.last, _reading.beats = last_moment, last_moment, beats
         container, stream = _open(path, CORES // workers)
         try:
-            if container.format.name == "avi" and stream.codec_context.has_b_frames:
-                return False  # its stamps are those of decoding: they name other frames
             for key, run in todo:
                 container.seek(packets[key][0], stream=stream)
                 last = -np.inf

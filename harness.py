@@ -169,7 +169,7 @@ class Stop:
         if not cls.training or cls.asked and time.monotonic() - cls.since > 3:
             say(f"{signal.Signals(number).name}: ended at once; continue with: {resume_command()}")
             sys.exit(128 + number)
-        elif not cls.asked:
+        if not cls.asked:
             cls.asked, cls.since = number, time.monotonic()
             say(f"{signal.Signals(number).name}: a checkpoint is written at the end of this step")
 
