@@ -38,7 +38,6 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -49,46 +48,17 @@ import torch
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError, OfflineModeIsEnabled
 from PIL import Image
-from transformers.hf_argparser import HfArg
 
 import harness
+from flags import KEY
 from frames import VideoError, read_frames
 from ranks import normalize, one_of_equals, ranks_of
 
-KEY = "ORACLE_API_KEY"
 LONGEST_WAIT = 120  # seconds; a server that asks for a longer pause is given up
-MODES = ("listwise", "pairwise")
 ASPECTS = ("relevance", "accuracy", "detail", "clarity")
 REASONS = ("no_reply", "no_json", "missing_answer", "no_permutation", "no_video")  # why a group was masked
 COST = ("requests", "retries", "cached", "repairs", "prompt_tokens", "completion_tokens", "seconds")
 COUNTERS = (*COST, *(f"masked_{reason}" for reason in REASONS))
-
-
-@dataclass
-class ApiArgs:
-    """The flags of a server, inherited by every script that can ask one."""
-
-    api_url: str = HfArg(default="", help="OpenAI-compatible server, http(s)://host/v1; its key: environment variable "
-                         f"{KEY}")
-    api_model: str = HfArg(default="", help="the model's name on that server")
-    api_frames: int = HfArg(default=8, help="frames of the video sent with a question; 0: none, a blind control")
-    api_size: int = HfArg(default=336, help="longer side of a frame in pixels; larger frames are scaled down to it")
-    api_max_tokens: int = HfArg(default=512, help="longest reply; models that think before they reply need more")
-    api_concurrency: int = HfArg(default=8, help="requests under way at the same time, per process")
-    api_timeout: float = HfArg(default=60.0, help="seconds without a sign of the server before a request is given up")
-    api_retries: int = HfArg(default=4, help="further attempts after a failed request")
-
-    def check_api(self, needed):
-        """ValueError with one line that names the flag. needed: a server will be asked."""
-        if needed and not (self.api_url and self.api_model):
-            raise ValueError("--api_url and --api_model are needed to ask a server")
-        for flag, low, high in (("api_frames", 0, 64), ("api_size", 16, 4096), ("api_max_tokens", 1, 10**6),
-                                ("api_concurrency", 1, 64), ("api_timeout", 0.01, 3600), ("api_retries", 0, 20)):
-            if not low <= getattr(self, flag) <= high:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: must lie between {low} and {high}")
-        if self.api_url:
-            check_url(self.api_url)
-            read_key()
 
 
 def check_url(url):

@@ -21,9 +21,7 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-import harness
-from data import EXTENSIONS
-from frames import VideoError, read_frames
+from flags import above_zero, answer_help, at_least, parse_args
 
 MORE = (".3gp", ".264", ".flv", ".h264", ".m4v", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".wmv")
 BLACK = 24  # of 255; a picture without a brighter dot
@@ -39,10 +37,19 @@ class Args:
     out: str = HfArg(default="", help="write {file: why it is refused} into this JSON file")
 
     def __post_init__(self):
-        harness.at_least(self, num_frames=1, workers=1)
-        harness.above_zero(self, "time_limit", "memory_gib")
+        at_least(self, num_frames=1, workers=1)
+        above_zero(self, "time_limit", "memory_gib")
         if not self.videos:
             raise ValueError("--videos: a folder, or one file")
+
+
+if __name__ == "__main__":
+    answer_help(Args)  # before the imports below, which take seconds
+
+
+import harness
+from data import EXTENSIONS
+from frames import VideoError, read_frames
 
 
 def examine(path, num_frames):
@@ -154,4 +161,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(harness.parse_args(Args))
+    main(parse_args(Args))

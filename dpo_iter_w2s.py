@@ -61,31 +61,29 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from peft import PeftModel
 from transformers.hf_argparser import HfArg
 
-import evaluate
-import harness
-from api_oracle import ASPECTS, ApiError
-from data import DataError, FeatureCache, read_records, report_lines
-from oracle import SCORERS, OracleArgs, make_oracle, normalize, token_f1
-from preference_zoo import build_zoo, check_source, collect, default_zoo, name_of, score
-from preferences import read_preferences, write_preferences
-from questions import build_embedded, choose_questions, held_out_questions, question_indices, sft_start
-from video_llm import Prefix, add_lora, load_model, merged, reference_of, token_logprobs, unwrap
+from flags import (
+    SCORERS,
+    WORLD,
+    ModelArgs,
+    OracleArgs,
+    above_zero,
+    answer_help,
+    at_least,
+    check_start,
+    check_training,
+    parse_args,
+)
 
-WORLD = "data/moving_shapes"
 SIDES = ("chosen", "rejected")
 PAIR_METRICS = ("losses/dpo", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
                 "logps/chosen", "logps/rejected")
 
 
 @dataclass
-class Args(OracleArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py, harness.py
-    # -- the paper's parts
+class Args(OracleArgs, ModelArgs):  # the last groups: flags.py
+    # -- algorithm
     zoo: list[str] = HfArg(default_factory=list, help="who answers: policy, checkpoint folders, http://host/v1#model; "
                            "empty: policy and, in the embedded world, four relatives of it (D1)")
     samples: int = HfArg(default=2, help="answers of each source to a question; servers give one")
@@ -140,13 +138,13 @@ class Args(OracleArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py,
             raise ValueError(f"--stage {self.stage}: choose build or all")
         if self.stage == "build" and self.preferences:
             raise ValueError("--stage build makes the pairs of the first iteration, --preferences gives them: drop one")
-        harness.at_least(self, samples=1, min_gap=0, iterations=1, questions=1, steps=1, prompts_per_step=1,
-                         micro_batch_size=1, max_prompt_tokens=1, max_new_tokens=1, eval_questions=0, eval_steps=1,
-                         save_steps=1, lora_r=0)
-        harness.check_training(self, batch="prompts_per_step")
-        harness.above_zero(self, "beta", "temperature", "lr")
+        at_least(self, samples=1, min_gap=0, iterations=1, questions=1, steps=1, prompts_per_step=1,
+                 micro_batch_size=1, max_prompt_tokens=1, max_new_tokens=1, eval_questions=0, eval_steps=1,
+                 save_steps=1, lora_r=0)
+        check_training(self, batch="prompts_per_step")
+        above_zero(self, "beta", "temperature", "lr")
         self.model = self.model or sft_start(self.seed)
-        harness.check_start(self, "model")
+        check_start(self, "model")
         self.zoo = self.zoo or default_zoo(self.model, self.seed)
         for source in self.zoo:
             check_source(source)
@@ -162,6 +160,24 @@ class Args(OracleArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py,
         self.alphas = sorted({0.0, *self.alphas}, key=lambda a: (abs(a), a))
         if len(self.alphas) > 1 and not (self.eval_data and self.eval_questions):
             raise ValueError("--alphas are chosen on --eval_data: give some, or --alphas 0")
+
+
+if __name__ == "__main__":
+    answer_help(Args)  # before the imports below, which take seconds
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import evaluate
+import harness
+from api_oracle import ASPECTS, ApiError
+from data import DataError, FeatureCache, read_records, report_lines
+from oracle import make_oracle, normalize, token_f1
+from preference_zoo import build_zoo, check_source, collect, default_zoo, name_of, score
+from preferences import read_preferences, write_preferences
+from questions import build_embedded, choose_questions, held_out_questions, question_indices, sft_start
+from video_llm import Prefix, add_lora, has_adapter, load_model, merged, reference_of, token_logprobs, unwrap
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -393,7 +409,7 @@ def line_of(model, reference):
 
     [D5] With LoRA W = W_{k-1} + s B A: A held, B goes from 0 to B_k, so the merged weights go exactly to W_k.
     """
-    lora = isinstance(model, PeftModel)
+    lora = has_adapter(model)
     with reference() as ref:
         before = dict(ref.named_parameters())
     line = []
@@ -533,7 +549,7 @@ def all_means(sums):
 
 def save_result(folder, model, processor):
     """folder/final, a whole model: what `harness.finish` does at the end of a run."""
-    if isinstance(model, PeftModel):
+    if has_adapter(model):
         harness.save_checkpoint(folder, "adapter", model, processor)
         model = merged(folder / "adapter")
     harness.save_checkpoint(folder, "final", model, processor)
@@ -589,4 +605,4 @@ def write_card(folder, k, pairs, dropped, groups, processor, cost):
 
 
 if __name__ == "__main__":
-    main(harness.parse_args(Args))
+    main(parse_args(Args))

@@ -38,85 +38,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-import benchmark_files
-import harness
-from answers import Answering, Run, answer, fingerprint
-from api_oracle import ApiArgs
-from data import DataError, FeatureCache, read_records, report_lines
-from frames import VideoError
-from judges import ClipText, make_judge, score_rows
-from metrics import over_seeds, paired_bootstrap, spread
-from moving_shapes import TASK_TYPES
-from oracle import DESCRIBE, normalize, token_f1
-from prediction_files import in_own_format, join, predictions
-from report import (
-    as_markdown,
-    as_text,
-    facts,
-    group_tables,
-    overview,
-    paired,
-    plot_benchmarks,
-    plot_runs,
-    side_by_side,
-    summarise,
-    uneven_counts,
-)
-from video_llm import load_model, unwrap
+from flags import ORACLE_SFT, WORLD, ApiArgs, answer_help, parse_args
 
-WORLD = "data/moving_shapes"
-SYNOPSIS = "what happens in the video?"  # [D1]
 CLIP = "openai/clip-vit-base-patch32"  # VLM-Eval's README
-LEGEND = "a ± b: mean and standard deviation over seeds; [low, high]: 95 % interval over videos, seeds as they are"
-
-
-# --- Answers and benchmarks ----------------------------------------------------------------------------------------
-def is_correct(prediction, reference):
-    """Exact match of normalised text (lower case, no punctuation, no articles)."""
-    return normalize(prediction) == normalize(reference)
-
-
-def open_questions(files, video_root):
-    """Labelled questions about videos; requests for descriptions have no single right answer. -> records, report."""
-    records, report = read_records(files, video_root)
-    records = [r for r in records if r["clip"] and r["answer"] and r["question"] != DESCRIBE]
-    return [{**r, "task_type": r["task_type"] or "no task type"} for r in records], report
-
-
-class Benchmark(NamedTuple):
-    data: str  # its test split
-    questions: Callable  # (files, video_root) -> records, report
-    correct: Callable  # (prediction, reference) -> bool
-
-
-BENCHMARKS = {"moving_shapes": Benchmark(f"{WORLD}/test.json", open_questions, is_correct)}
-BENCHMARK = BENCHMARKS["moving_shapes"]
 
 
 @dataclass
 class Args(ApiArgs):
+    # -- what is scored
     runs: list[str] = HfArg(default_factory=list, help="run or checkpoint folders, one column each; a quoted glob is "
                             "one column of seeds")
     checkpoint: str = HfArg(default="", help="run or checkpoint folder to score on --benchmark")
     predictions: str = HfArg(default="", help="prediction file(s), comma-separated, or a folder of them, to score")
     compare: list[str] = HfArg(default_factory=list, help="run folders or prediction files: scores side by side, "
                                "differences to the first")
-    benchmark: str = HfArg(default="all", help="held_out | " + " | ".join(benchmark_files.BENCHMARKS) + " | with "
-                           "--predictions also " + " | ".join(benchmark_files.ONLY_PREDICTIONS) + "; several "
+    benchmark: str = HfArg(default="all", help="held_out | msvd_qa | msrvtt_qa | activitynet_qa | video_chatgpt | "
+                           "video_mme | msvd_retrieval | msrvtt_retrieval | ucf101 | hmdb51 | mmaip_v | nextqa | "
+                           "nextoe | video_mme_subtitles | with --predictions also tempcompass | cvrr_es; several "
                            "comma-separated, or all")
     labels: str = HfArg(default="", help="names of the columns, comma-separated; empty: folder names without _s<seed>")
+    # -- data and models
     data: str = HfArg(default="", help="--runs: annotation file(s), comma-separated; else the folder or file of the "
                       "benchmarks. Empty: the embedded world")
     video_root: str = HfArg(default="", help="where the videos are; empty: beside the annotation file")
     chance_data: str = HfArg(default="", help="training file, for chance; empty: train.json beside --data, if any")
+    # -- judges and answers
     judge: str = HfArg(default="exact", help="exact: no model | local: --judge_model | api: --api_url, --api_model")
-    judge_model: str = HfArg(default="runs/sft/oracle/final", help="checkpoint of --judge local")
+    judge_model: str = HfArg(default=ORACLE_SFT, help="checkpoint of --judge local")
     clip: str = HfArg(default="", help="CLIP whose text features retrieval and action recognition use; empty: the "
                       f"embedded one, with --data {CLIP}")
     choose: str = HfArg(default="", help="multiple choice: generate a letter | likelihood of the options; empty: "
@@ -124,6 +74,7 @@ class Args(ApiArgs):
     max_new_tokens: int = HfArg(default=48, help="longest answer in a benchmark")
     batch_size: int = HfArg(default=100, help="questions at a time")
     limit: int = HfArg(default=0, help="questions per benchmark, drawn by a fixed seed; 0: all")
+    # -- plumbing
     out: str = HfArg(default="", help="write <out>.json, <out>.md and <out>.png; benchmarks of a checkpoint: empty is "
                      "<run>/benchmarks/report")
     cache: str = HfArg(default="cache", help="folder of cached CLIP features and verdicts")
@@ -156,6 +107,66 @@ class Args(ApiArgs):
             self.chance_data = self.chance_data or str(Path(self.data.split(",")[0]).parent / "train.json")
         self.choose = self.choose or ("generate" if self.data else "likelihood")
         self.clip = self.clip or (CLIP if self.data else f"{WORLD}/hub/clip")
+
+
+if __name__ == "__main__":
+    answer_help(Args)  # before the imports below, which take seconds
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+import benchmark_files
+import harness
+from answers import Answering, Run, answer, fingerprint
+from data import DataError, FeatureCache, read_records, report_lines
+from frames import VideoError
+from judges import ClipText, make_judge, score_rows
+from metrics import over_seeds, paired_bootstrap, spread
+from moving_shapes import TASK_TYPES
+from oracle import DESCRIBE, normalize, token_f1
+from prediction_files import in_own_format, join, predictions
+from report import (
+    as_markdown,
+    as_text,
+    facts,
+    group_tables,
+    overview,
+    paired,
+    plot_benchmarks,
+    plot_runs,
+    side_by_side,
+    summarise,
+    uneven_counts,
+)
+from video_llm import load_model, unwrap
+
+SYNOPSIS = "what happens in the video?"  # [D1]
+LEGEND = "a ± b: mean and standard deviation over seeds; [low, high]: 95 % interval over videos, seeds as they are"
+
+
+# --- Answers and benchmarks ----------------------------------------------------------------------------------------
+def is_correct(prediction, reference):
+    """Exact match of normalised text (lower case, no punctuation, no articles)."""
+    return normalize(prediction) == normalize(reference)
+
+
+def open_questions(files, video_root):
+    """Labelled questions about videos; requests for descriptions have no single right answer. -> records, report."""
+    records, report = read_records(files, video_root)
+    records = [r for r in records if r["clip"] and r["answer"] and r["question"] != DESCRIBE]
+    return [{**r, "task_type": r["task_type"] or "no task type"} for r in records], report
+
+
+class Benchmark(NamedTuple):
+    data: str  # its test split
+    questions: Callable  # (files, video_root) -> records, report
+    correct: Callable  # (prediction, reference) -> bool
+
+
+BENCHMARKS = {"moving_shapes": Benchmark(f"{WORLD}/test.json", open_questions, is_correct)}
+BENCHMARK = BENCHMARKS["moving_shapes"]
 
 
 # --- Numbers -------------------------------------------------------------------------------------------------------
@@ -541,4 +552,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(harness.parse_args(Args))
+    main(parse_args(Args))

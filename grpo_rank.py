@@ -63,31 +63,32 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from transformers.hf_argparser import HfArg
 
-import harness
-from api_oracle import ApiError
-from data import DataError, FeatureCache, read_records
-from oracle import OracleArgs, log_counts, make_oracle, ranks_of
-from questions import build_embedded, choose_questions, count_correct, question_indices, sft_start
-from ranks import random_scores
-from rollouts import RolloutArgs, micro_batches, unpacked
-from video_llm import Prefix, add_lora, answer_mask, generate, load_model, reference_of, token_logprobs, unwrap
+from flags import (
+    WORLD,
+    OracleArgs,
+    RolloutArgs,
+    ShardArgs,
+    above_zero,
+    answer_help,
+    at_least,
+    check_start,
+    check_training,
+    parse_args,
+)
 
-WORLD = "data/moving_shapes"
 ADVANTAGES = ("oracle_rank", "published", "signed", "score", "random")
 
 
 @dataclass
-class Args(OracleArgs, RolloutArgs, harness.ShardArgs):  # flags of oracle.py, api_oracle.py, rollouts.py, harness.py
+class Args(OracleArgs, RolloutArgs, ShardArgs):  # the last groups: flags.py
     PRESETS = {"paper": dict(  # [OR]; lr, answer length and memory are ours (D7); no annotation: this is not a flag
         G=5, prompts_per_step=64, epochs=4, lora_r=64, lora_alpha=16, quantize="nf4", dtype="bfloat16",
         oracle_dtype="bfloat16", gradient_checkpointing=True, tokens_per_micro_batch=1500, lr=3e-5, max_new_tokens=128)}
+    # -- algorithm
     preset: str = HfArg(default="", help="paper: the published G, batch, epochs and QLoRA, with rates, lengths and "
                         "precision of ours (D7); other flags still win")
-    # -- the paper's hyper-parameters
     G: int = HfArg(default=5, help="answers per question [OR: 5]")
     advantage: str = HfArg(default="oracle_rank", help="oracle_rank | published | signed (D1) | score: GRPO on the "
                            "oracle's scores [G] | random: control, a random order of all groups that are not masked")
@@ -129,18 +130,34 @@ class Args(OracleArgs, RolloutArgs, harness.ShardArgs):  # flags of oracle.py, a
             raise ValueError(f"--preset {self.preset}: choose paper or nothing")
         if self.advantage not in ADVANTAGES:
             raise ValueError(f"--advantage {self.advantage}: choose one of {', '.join(ADVANTAGES)}")
-        harness.at_least(self, G=2, steps=1, prompts_per_step=1, tokens_per_micro_batch=1, inner_epochs=1,
-                         max_new_tokens=1, eval_steps=1, save_steps=1, beta=0, entropy_coef=0, lora_r=0,
-                         eval_questions=0, epochs=0)
+        at_least(self, G=2, steps=1, prompts_per_step=1, tokens_per_micro_batch=1, inner_epochs=1,
+                 max_new_tokens=1, eval_steps=1, save_steps=1, beta=0, entropy_coef=0, lora_r=0,
+                 eval_questions=0, epochs=0)
         self.check_rollouts()
-        harness.check_training(self, batch="prompts_per_step")
-        harness.above_zero(self, "clip_range", "temperature", "lr")
+        check_training(self, batch="prompts_per_step")
+        above_zero(self, "clip_range", "temperature", "lr")
         if self.clip_range >= 1:
             raise ValueError(f"--clip_range {self.clip_range}: must be below 1")
         if self.epochs and self.steps != type(self).steps:
             raise ValueError("--steps and --epochs: give one of them (--preset paper sets 4 epochs: add --epochs 0)")
         self.model = self.model or sft_start(self.seed)
-        harness.check_start(self, "model")
+        check_start(self, "model")
+
+
+if __name__ == "__main__":
+    answer_help(Args)  # before the imports below, which take seconds
+
+import numpy as np
+import torch
+
+import harness
+from api_oracle import ApiError
+from data import DataError, FeatureCache, read_records
+from oracle import log_counts, make_oracle, ranks_of
+from questions import build_embedded, choose_questions, count_correct, question_indices, sft_start
+from ranks import random_scores
+from rollouts import micro_batches, unpacked
+from video_llm import Prefix, add_lora, answer_mask, generate, load_model, reference_of, token_logprobs, unwrap
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -390,4 +407,4 @@ def write_samples(folder, step, batch, answers, ranks, advantages):
 
 
 if __name__ == "__main__":
-    main(harness.parse_args(Args))
+    main(parse_args(Args))

@@ -4,7 +4,6 @@ Nothing here knows an algorithm. One process or many is the same code: `python x
 x.py` differ only in what `setup_dist` returns.
 """
 
-import argparse
 import contextlib
 import errno
 import fcntl
@@ -19,50 +18,27 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import state_dict as whole
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
-from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
 
-from video_llm import merged, save_model, unwrap
+import flags
+from flags import world_size
+from video_llm import has_adapter, merged, save_model, unwrap
 
 ROOT = Path(__file__).resolve().parent
 PATIENCE = timedelta(days=2)  # for what may take long on one process while the others wait: a prerequisite, videos
 STEP = timedelta(minutes=30)  # for what all processes do at about the same time
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KL_WARNING = 10.0  # nats: so far from its start a policy says something else altogether
-WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; the others get nothing
 NEUTRAL = ("tokens_per_micro_batch", "micro_batch_size", "gradient_checkpointing", "unpack_nf4", "cuda_graphs",
            "save_steps", "api_url", "api_concurrency", "api_timeout", "api_retries")  # may differ when resumed
-TRAINED = whole.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-
-
-@dataclass
-class ModelArgs:
-    """How a model lies in memory: flags of the training scripts, read here."""
-
-    dtype: str = HfArg(default="float32", help="float32, or bfloat16: of the weights that LoRA leaves alone")
-    attn_implementation: str = HfArg(default="sdpa", help="sdpa | eager")
-    gradient_checkpointing: bool = HfArg(default=False, help="keep the inputs of layers alone and compute them again: "
-                                         "a third more time, a fraction of the activations")
-
-
-@dataclass
-class ShardArgs(ModelArgs):
-    shard: bool = HfArg(default=False, help="FSDP2: each process keeps a share of every layer, for decoders that do "
-                        "not fit one GPU")
 
 
 def load_options(args, device):
@@ -70,72 +46,6 @@ def load_options(args, device):
     device = "cpu" if getattr(args, "shard", False) else str(device)
     return dict(quantize=args.quantize, dtype=getattr(torch, args.dtype), device=device,
                 attn_implementation=args.attn_implementation, gradient_checkpointing=args.gradient_checkpointing)
-
-
-def parse_args(cls):
-    """The dataclass `cls` from the command line. Whatever is wrong with a flag: one line, exit code 2."""
-    parser = HfArgumentParser(cls, allow_abbrev=False, description=sys.modules[cls.__module__].__doc__.split("\n")[0])
-    parser.error = lambda message: (print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr), sys.exit(2))
-    if hasattr(cls, "PRESETS"):  # --preset NAME: other defaults; what stands on the command line still wins
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.error = parser.error
-        first.add_argument("--preset")
-        parser.set_defaults(**cls.PRESETS.get(first.parse_known_args()[0].preset, {}))
-    Stop.resumes = any(f.name == "resume" for f in fields(cls))
-    try:
-        return parser.parse_args_into_dataclasses()[0]
-    except ValueError as e:  # raised by __post_init__
-        parser.error(str(e))
-
-
-def at_least(args, **low):
-    """ValueError with one line for a flag below its least value, or NaN or infinite, which is no value."""
-    for flag, least in low.items():
-        if not least <= getattr(args, flag) < math.inf:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least {least}")
-
-
-def above_zero(args, *flags):
-    for flag in flags:
-        if not 0 < getattr(args, flag) < math.inf:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: must be above 0")
-
-
-def check_training(args, batch=None):
-    """What the training scripts refuse alike. batch: the flag of the global batch, where micro-batches must fill it."""
-    if args.quantize not in ("none", "nf4") or args.quantize == "nf4" and not args.lora_r:
-        raise ValueError(f"--quantize {args.quantize}: choose none, or nf4 with --lora_r")
-    if not re.fullmatch(r"\w[\w.+-]*", args.name):
-        raise ValueError(f"--name {args.name}: letters, digits and . _ + - make a name")
-    at_least(args, seed=0, lora_alpha=1)
-    if args.lora_alpha != type(args).lora_alpha and not args.lora_r:
-        raise ValueError("--lora_alpha: does nothing without --lora_r")
-    if isinstance(args, ModelArgs):
-        if args.dtype not in ("float32", "bfloat16") or args.dtype == "bfloat16" and not args.lora_r:
-            raise ValueError(f"--dtype {args.dtype}: choose float32, or bfloat16 with --lora_r (in bfloat16 the small "
-                             "steps of trained weights are lost)")
-        if args.attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(f"--attn_implementation {args.attn_implementation}: choose sdpa or eager; flash and flex "
-                             "attention cannot take the mask of packed groups")
-    if isinstance(args, ShardArgs) and args.shard:
-        if args.quantize != "none":
-            raise ValueError("--shard: bitsandbytes' 4-bit weights cannot be sharded; --dtype bfloat16 --lora_r can")
-        if world_size() == 1:
-            raise ValueError("--shard: one process has nobody to share with; start several with torchrun")
-    world, size = world_size(), batch and getattr(args, batch)
-    if hasattr(args, "tokens_per_micro_batch"):  # these are as long as they may be, not as many
-        if size % world:
-            raise ValueError(f"--{batch} {size} must be a multiple of the {world} processes")
-    elif batch and size % (world * args.micro_batch_size):
-        raise ValueError(f"--{batch} {size} must be a multiple of processes x --micro_batch_size "
-                         f"({world} x {args.micro_batch_size})")
-
-
-def check_start(args, flag):
-    """ValueError where the model of `--flag` is an adapter: without it, it is no reference for what is trained next."""
-    path = Path(getattr(args, flag))
-    if (path / "adapter_config.json").exists():
-        raise ValueError(f"--{flag} {path}: an adapter; name the merged model, final/ beside it")
 
 
 @contextlib.contextmanager
@@ -155,7 +65,7 @@ class Stop:
     together. Else there is nothing to save and it ends the script at once, as in any process forked from here, or when
     it comes again, three seconds later or more: torchrun repeats a terminal's Ctrl-C within milliseconds."""
 
-    asked, training, since, resumes = 0, False, 0.0, False  # asked: number of the signal; resumes: there is --resume
+    asked, training, since = 0, False, 0.0  # asked: number of the signal
 
     @classmethod
     def watch(cls):
@@ -182,7 +92,7 @@ def say(line):
 
 def resume_command():
     """What continues this run: the command line as it was given, with --resume."""
-    words = re.sub(r" --resume(?:[= ](?!-)\S+)?(?= |$)", "", shlex.join(sys.argv)) + " --resume" * Stop.resumes
+    words = re.sub(r" --resume(?:[= ](?!-)\S+)?(?= |$)", "", shlex.join(sys.argv)) + " --resume" * flags.RESUMES
     launcher = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if world_size() > 1 else "python"
     return f"{launcher} {words}"
 
@@ -257,10 +167,6 @@ def setup_dist():
     return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def all_sum(x):
     """Sum of a tensor over all processes; the tensor itself on one."""
     if dist.is_initialized():
@@ -288,6 +194,8 @@ def shard(model, device):
     stays whole: it is frozen, small, and called outside the forward pass. Like DDP it averages gradients.
 
     All processes must run the same forward passes: sampling ends when the answers of all of them have ended."""
+    from torch.distributed.fsdp import fully_shard
+
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     inside = unwrap(model)
     inside.vision_tower.to(device)
@@ -295,6 +203,11 @@ def shard(model, device):
         fully_shard(layer, mesh=mesh)
     inside.all_done = lambda done: all_sum((~done).sum()) == 0
     return fully_shard(model, mesh=mesh, ignored_params=set(inside.vision_tower.parameters()))
+
+
+def is_sharded(model):
+    """Did `shard` change this model? Asked without importing FSDP2."""
+    return hasattr(model, "set_requires_gradient_sync")
 
 
 def distribute(model, device, sharded=False, find_unused=False):
@@ -327,7 +240,7 @@ def sum_gradients(params):
 def clip_gradients(params):
     """Scale the whole gradient down to norm 1 where it is longer. -> the norm it had."""
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model: the share of one process
 
 
 def build_if_missing(path, command, duration, rank):
@@ -418,9 +331,14 @@ def save_checkpoint(folder, name, model, processor, optimizer=None, step=None, a
     about: {file name: what to write there as JSON}, where a model needs to say how it is to be used;
     beside: {folder name: (model, processor)}, further networks without which one cannot continue."""
     folder, weights, moments = Path(folder), None, optimizer and optimizer.state_dict()
-    if isinstance(model, FSDPModule):
-        weights = whole.get_model_state_dict(model, options=TRAINED if isinstance(model, PeftModel) else WHOLE)
-        moments = optimizer and whole.get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    if is_sharded(model):
+        from torch.distributed.checkpoint import state_dict as whole
+
+        options = dict(full_state_dict=True, cpu_offload=True)  # on rank 0; the others get nothing
+        trained = whole.StateDictOptions(**options, ignore_frozen_params=has_adapter(model))
+        weights = whole.get_model_state_dict(model, options=trained)
+        moments = optimizer and whole.get_optimizer_state_dict(model, optimizer,
+                                                               options=whole.StateDictOptions(**options))
     if dist.is_initialized() and dist.get_rank():
         return
     aside = folder / f"{name}.tmp"
@@ -481,8 +399,11 @@ def load_trainer(checkpoint, optimizer, model=None):
         which, _, key = name.rpartition(".")  # of a sharded model the parameter's name, else its number
         state.setdefault(int(which) if which.isdigit() else which, {})[key] = value
     state = dict(state=state, param_groups=about["param_groups"])
-    if isinstance(model, FSDPModule):
-        whole.set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+    if is_sharded(model):
+        from torch.distributed.checkpoint import state_dict as whole
+
+        options = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        whole.set_optimizer_state_dict(model, optimizer, state, options=options)
     else:
         optimizer.load_state_dict(state)
     return about["step"]
@@ -505,6 +426,8 @@ class Log:
                 rows = file.read_text().split("\n")[:-1]  # half a row, which a kill leaves, has no line feed
                 kept = [r for r in rows if json.loads(r)["step"] < first_step]
                 write(file, "".join(r + "\n" for r in kept))
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
             self.board = SummaryWriter(folder, purge_step=first_step)
 
     def add(self, key, total, count=1):
@@ -589,7 +512,7 @@ def finish(folder, model, processor, rank, about=()):
     if rank == 0:
         about_run = dict(peak_gb=peak, device=torch.cuda.get_device_name() if cuda else "cpu", processes=world_size())
         Path(folder, "cost.json").write_text(json.dumps(about_run, indent=2))
-    adapter = isinstance(model, PeftModel)
+    adapter = has_adapter(model)
     save_checkpoint(folder, "adapter" if adapter else "final", model, processor, about=about)
     if rank == 0:
         if adapter:

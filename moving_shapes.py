@@ -27,12 +27,29 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.hf_argparser import HfArg
+
+from flags import answer_help, at_least, parse_args
+
+
+@dataclass
+class Args:
+    out: str = HfArg(default="data/moving_shapes", help="folder to make")
+    clips: int = HfArg(default=4000, help="number of clips, all splits together")
+    seed: int = HfArg(default=0, help="seed of the world")
+    preview: str = HfArg(default=None, help="also draw six clips and some of their questions into this picture file")
+    workers: int = HfArg(default=os.cpu_count(), help="processes that render; the result does not depend on it")
+
+    def __post_init__(self):
+        at_least(self, clips=1, workers=1, seed=0)
+
+
+if __name__ == "__main__":
+    answer_help(Args)  # before the imports below, which take seconds
+
 import av
 import numpy as np
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg
-
-import harness
 
 # Video-ME's task types as far as this world can ask them (no text to read in it, so no "OCR Problems").
 TASK_TYPES = (
@@ -50,17 +67,6 @@ NUMBERS = ("zero", "one", "two", "three")
 DESCRIBE = "Describe this video in detail"
 SIZE, FPS, WHITE = 64, 8, (250, 250, 250)
 
-
-@dataclass
-class Args:
-    out: str = HfArg(default="data/moving_shapes", help="folder to make")
-    clips: int = HfArg(default=4000, help="number of clips, all splits together")
-    seed: int = HfArg(default=0, help="seed of the world")
-    preview: str = HfArg(default=None, help="also draw six clips and some of their questions into this picture file")
-    workers: int = HfArg(default=os.cpu_count(), help="processes that render; the result does not depend on it")
-
-    def __post_init__(self):
-        harness.at_least(self, clips=1, workers=1, seed=0)
 
 
 # --- the scene: what happens in one clip ---------------------------------------------------------------------------
@@ -507,6 +513,8 @@ def write_benchmarks(out, seed):
 def build(args):
     """Make the whole set aside, then rename it: `args.out` is complete or not there."""
     out, made_with = Path(args.out), {"clips": args.clips, "seed": args.seed}
+    import harness  # slow: torch comes with it
+
     harness.own(out.with_name(f"{out.name}.lock"))
     if out.exists() and any(out.iterdir()):
         found = json.loads((out / "args.json").read_text()) if (out / "args.json").exists() else "something else"
@@ -579,4 +587,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(harness.parse_args(Args))
+    main(parse_args(Args))

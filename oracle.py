@@ -45,12 +45,35 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from transformers.hf_argparser import HfArg
 
+from flags import ORACLE_SFT, ORACLES, REWARD_MODEL, SCORERS, WORLD, OracleArgs, answer_help, at_least, parse_args
+
+
+@dataclass
+class Args(OracleArgs):
+    oracle: str = HfArg(default="judge,context", help=f"of {', '.join(ORACLES)}; several: each and their mean rank")
+    demo: bool = HfArg(default=False, help="rank five answers to one clip of the embedded world by every oracle")
+    checkpoint: str = HfArg(default="runs/sft/policy_s0/final", help="the policy whose sampled answers are ranked")
+    data: str = HfArg(default=f"{WORLD}/test.json", help="labelled questions")
+    questions: int = HfArg(default=500, help="how many of them, drawn by --seed")
+    G: int = HfArg(default=5, help="answers per question, sampled at temperature 1")
+    seed: int = HfArg(default=0, help="choice of questions, sampled answers, order in which a server sees them")
+    cache: str = HfArg(default="cache", help="folder of cached CLIP features, narratives and replies of servers")
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, G=2, questions=1, seed=0)
+
+
+if __name__ == "__main__":
+    answer_help(Args)  # before the imports below, which take seconds
+
+import numpy as np
+import torch
+
 import harness
-from api_oracle import ASPECTS, COUNTERS, MODES, ApiArgs, ApiClient, ApiError, ApiOracle
+from api_oracle import ASPECTS, COUNTERS, ApiClient, ApiError, ApiOracle
 from data import Clip, DataError, FeatureCache, read_records
 from frames import VideoError, clip_seconds
 from preferences import reward_batch
@@ -68,43 +91,7 @@ from video_llm import Prefix, generate, load_model, token_logprobs, token_scores
 
 DESCRIBE = "Describe this video in detail"  # VLM-RLAIF Sec. 3.1
 MAX_NARRATIVE_TOKENS = 64  # per clip
-ORACLES = ("reference", "judge", "context", "reward_model", "api")
-SCORERS = ("reference", "judge", "context", "api")  # those with `aspects`
-WORLD = "data/moving_shapes"
-ORACLE_SFT = "runs/sft/oracle/final"
-REWARD_MODEL = "runs/reward_model/context_s0/final"
 PACK = 4  # comparisons in one packed row
-
-
-@dataclass
-class OracleArgs(ApiArgs):
-    """The flags of `make_oracle`, inherited by every script that asks an oracle; it also reads --cache and --seed."""
-
-    oracle: str = HfArg(default="context", help="context | judge | reward_model | api: AI feedback; reference: token "
-                        "F1 with the label; several, comma-separated: the mean of their ranks")
-    oracle_model: str = HfArg(default=ORACLE_SFT, help="the judging model, built if missing")
-    reward_model: str = HfArg(default=REWARD_MODEL, help="the checkpoint that --oracle reward_model ranks by")
-    oracle_dtype: str = HfArg(default="float32", help="float32, or bfloat16: of the oracles' weights")
-    api_mode: str = HfArg(default="listwise", help="listwise: one request a group | pairwise: one a pair and order")
-
-    @property
-    def raters(self):
-        return self.oracle.split(",")
-
-    def __post_init__(self):
-        for name in self.raters:
-            if name not in ORACLES or self.raters.count(name) > 1:
-                raise ValueError(f"--oracle {self.oracle}: choose of {', '.join(ORACLES)}, each once")
-        if self.api_mode not in MODES:
-            raise ValueError(f"--api_mode {self.api_mode}: choose one of {', '.join(MODES)}")
-        if not getattr(self, "data", WORLD).startswith(WORLD):  # moving shapes are all that the default ones know
-            for flag, default, names in (("oracle_model", ORACLE_SFT, ("judge", "context")),
-                                         ("reward_model", REWARD_MODEL, ("reward_model",))):
-                if set(names) & set(self.raters) and getattr(self, flag) == default:
-                    raise ValueError(f"--{flag} {default} knows the embedded world only, not --data {self.data}")
-        if self.oracle_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--oracle_dtype {self.oracle_dtype}: choose float32 or bfloat16")
-        self.check_api(needed="api" in self.raters)
 
 
 def judge_prompt(question, first, second, narrative=None):
@@ -530,22 +517,6 @@ def demo(args):
 # ---------------------------------------------------------------------------------------------------------------
 # How far does an oracle agree with the truth?
 # ---------------------------------------------------------------------------------------------------------------
-@dataclass
-class Args(OracleArgs):
-    oracle: str = HfArg(default="judge,context", help=f"of {', '.join(ORACLES)}; several: each and their mean rank")
-    demo: bool = HfArg(default=False, help="rank five answers to one clip of the embedded world by every oracle")
-    checkpoint: str = HfArg(default="runs/sft/policy_s0/final", help="the policy whose sampled answers are ranked")
-    data: str = HfArg(default=f"{WORLD}/test.json", help="labelled questions")
-    questions: int = HfArg(default=500, help="how many of them, drawn by --seed")
-    G: int = HfArg(default=5, help="answers per question, sampled at temperature 1")
-    seed: int = HfArg(default=0, help="choice of questions, sampled answers, order in which a server sees them")
-    cache: str = HfArg(default="cache", help="folder of cached CLIP features, narratives and replies of servers")
-
-    def __post_init__(self):
-        super().__post_init__()
-        harness.at_least(self, G=2, questions=1, seed=0)
-
-
 def agreement(args):
     """Sampled answers of a policy, ranked by each oracle and by all together, against the labels."""
     with harness.one_line_errors(DataError, OSError):
@@ -590,4 +561,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(harness.parse_args(Args))
+    main(parse_args(Args))

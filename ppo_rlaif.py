@@ -83,33 +83,33 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from transformers.hf_argparser import HfArg
 
-import evaluate
-import harness
-from api_oracle import ApiError
-from data import DataError, FeatureCache, read_records
-from oracle import ORACLES, OracleArgs, build_oracle, log_counts, make_oracle
-from questions import build_embedded, choose_questions, question_indices, sft_start
-from ranks import random_scores
-from roles import Roles, value_prompts
-from rollouts import RolloutArgs, unpacked
-from video_llm import Prefix, answer_mask, generate, token_logprobs, token_scores, unwrap
-
-WORLD = "data/moving_shapes"
+from flags import (
+    ORACLES,
+    WORLD,
+    ModelArgs,
+    OracleArgs,
+    RolloutArgs,
+    above_zero,
+    answer_help,
+    at_least,
+    check_start,
+    check_training,
+    parse_args,
+    world_size,
+)
 
 
 @dataclass
-class Args(OracleArgs, RolloutArgs, harness.ModelArgs):  # flags of oracle.py, api_oracle.py, rollouts.py, harness.py
+class Args(OracleArgs, RolloutArgs, ModelArgs):  # the last groups: flags.py
     PRESETS = {"paper": dict(  # RLAIF/scripts/train_rl_model.sh of [V]; no annotation: this is not a flag
         prompts_per_step=256, G=1, mini_batches=2, ppo_epochs=2, lr=3e-5, value_lr=3e-5, schedule="cosine",
         warmup_steps=5, value_warmup=0, kl_coef=0.1, target_kl=0.0, center_scores=False, reward_scale=10.0,
         missing_eos_penalty=8.0, length_penalty=10.0, clip_range=0.2, value_clip_range=0.2, gamma=1.0, lam=1.0,
         temperature=1.0, adam_eps=1e-8, max_new_tokens=896, lora_r=64, lora_alpha=16, quantize="nf4",
         dtype="bfloat16", oracle_dtype="bfloat16", gradient_checkpointing=True, micro_batch_size=8, stop_oracle="")}
-    # -- the algorithm
+    # -- algorithm
     preset: str = HfArg(default="", help="paper: defaults of VLM-RLAIF's script, QLoRA included; other flags still win")
     oracle: str = HfArg(default="reward_model", help="whose score is the reward: reward_model | judge | context | api: "
                         "AI feedback; reference: token F1 with the label; several: the mean of their ranks")
@@ -172,12 +172,12 @@ class Args(OracleArgs, RolloutArgs, harness.ModelArgs):  # flags of oracle.py, a
             if getattr(self, flag) not in choices:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: choose {', '.join(c or 'nothing' for c in choices)}")
         self.check_rollouts()
-        harness.check_training(self)
-        harness.at_least(self, G=1, steps=1, prompts_per_step=1, micro_batch_size=1, ppo_epochs=1, mini_batches=1,
-                         max_new_tokens=1, eval_steps=1, save_steps=1, patience=1, kl_horizon=1, kl_coef=0, target_kl=0,
-                         reward_scale=0, missing_eos_penalty=0, length_penalty=0, value_warmup=0, warmup_steps=0,
-                         lora_r=0, eval_questions=0)
-        harness.above_zero(self, "temperature", "lr", "value_lr", "adam_eps", "clip_range", "value_clip_range")
+        check_training(self)
+        at_least(self, G=1, steps=1, prompts_per_step=1, micro_batch_size=1, ppo_epochs=1, mini_batches=1,
+                 max_new_tokens=1, eval_steps=1, save_steps=1, patience=1, kl_horizon=1, kl_coef=0, target_kl=0,
+                 reward_scale=0, missing_eos_penalty=0, length_penalty=0, value_warmup=0, warmup_steps=0,
+                 lora_r=0, eval_questions=0)
+        above_zero(self, "temperature", "lr", "value_lr", "adam_eps", "clip_range", "value_clip_range")
         for flag in ("gamma", "lam"):
             if not 0 <= getattr(self, flag) <= 1:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must lie between 0 and 1")
@@ -185,12 +185,12 @@ class Args(OracleArgs, RolloutArgs, harness.ModelArgs):  # flags of oracle.py, a
             raise ValueError(f"--G {self.G}: --center_scores needs two answers to a question (or False)")
         if self.clip_range >= 1:
             raise ValueError(f"--clip_range {self.clip_range}: must be below 1")
-        for divisor, what in ((harness.world_size(), "processes"), (self.mini_batches, "--mini_batches")):
+        for divisor, what in ((world_size(), "processes"), (self.mini_batches, "--mini_batches")):
             if self.prompts_per_step % divisor:
                 raise ValueError(f"--prompts_per_step {self.prompts_per_step} must be a multiple of {what} ({divisor})")
         if self.target_kl and not self.kl_coef:
             raise ValueError("--target_kl: the controller multiplies --kl_coef, which must be above 0")
-        if self.stop_oracle and self.eval_questions < harness.world_size():
+        if self.stop_oracle and self.eval_questions < world_size():
             raise ValueError(f"--eval_questions {self.eval_questions}: --stop_oracle needs one for each process")
         if self.stop_oracle in self.raters and not self.random_reward:
             raise ValueError(f"--stop_oracle {self.stop_oracle}: another one than --oracle, or it shares its errors")
@@ -199,8 +199,26 @@ class Args(OracleArgs, RolloutArgs, harness.ModelArgs):  # flags of oracle.py, a
         if self.stop_oracle == "api":
             self.check_api(needed=True)
         self.model = self.model or sft_start(self.seed)
-        harness.check_start(self, "model")
+        check_start(self, "model")
         self.value_model = self.value_model or (self.reward_model if "reward_model" in self.raters else "sft")
+
+
+if __name__ == "__main__":
+    answer_help(Args)  # before the imports below, which take seconds
+
+import numpy as np
+import torch
+
+import evaluate
+import harness
+from api_oracle import ApiError
+from data import DataError, FeatureCache, read_records
+from oracle import build_oracle, log_counts, make_oracle
+from questions import build_embedded, choose_questions, question_indices, sft_start
+from ranks import random_scores
+from roles import Roles, value_prompts
+from rollouts import unpacked
+from video_llm import Prefix, answer_mask, generate, token_logprobs, token_scores, unwrap
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -564,4 +582,4 @@ def write_samples(folder, step, batch, answers, scores, kl, advantages):
 
 
 if __name__ == "__main__":
-    main(harness.parse_args(Args))
+    main(parse_args(Args))

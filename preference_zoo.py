@@ -35,8 +35,9 @@ import torch
 import harness
 from api_oracle import ASPECTS, ApiClient, ApiError, check_url, frames_as_urls, message
 from data import FeatureCache
+from flags import WORLD
 from frames import VideoError
-from questions import POLICY_SFT, WORLD, sft_start
+from questions import POLICY_SFT, sft_start
 from video_llm import Prefix, generate, load_model, unwrap
 
 PART = 48  # questions

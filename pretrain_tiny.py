@@ -24,6 +24,28 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.hf_argparser import HfArg
+
+from flags import above_zero, answer_help, at_least, parse_args
+
+
+@dataclass
+class Args:
+    data: str = HfArg(default="data/moving_shapes", help="folder made by moving_shapes.py")
+    steps: int = HfArg(default=1600, help="optimizer steps of stage 1")
+    text_steps: int = HfArg(default=300, help="optimizer steps of stage 2")
+    batch_size: int = HfArg(default=32, help="clips per step of stage 1")
+    lr: float = HfArg(default=1e-3, help="peak learning rate; linear warm-up, linear to zero")
+    seed: int = HfArg(default=0, help="initialisation and order of the data")
+
+    def __post_init__(self):
+        at_least(self, steps=1, text_steps=1, batch_size=1, seed=0)
+        above_zero(self, "lr")
+
+
+if __name__ == "__main__":
+    answer_help(Args)  # before the imports below, which take seconds
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -31,7 +53,6 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
-from transformers.hf_argparser import HfArg
 
 import harness
 from compose import init_from_nothing
@@ -51,20 +72,6 @@ TINY_TEMPLATE = (
 # attributes per colour: form (0: not there), action, start, end, order of appearance (3: all together) ...
 CLASSES = (1 + len(SHAPES), len(ACTIONS), len(QUADRANTS), len(QUADRANTS), 4)
 TOKEN_OF = (0, 1, 2, 2, 3)  # ... and which of a colour's four query tokens each is read from
-
-
-@dataclass
-class Args:
-    data: str = HfArg(default="data/moving_shapes", help="folder made by moving_shapes.py")
-    steps: int = HfArg(default=1600, help="optimizer steps of stage 1")
-    text_steps: int = HfArg(default=300, help="optimizer steps of stage 2")
-    batch_size: int = HfArg(default=32, help="clips per step of stage 1")
-    lr: float = HfArg(default=1e-3, help="peak learning rate; linear warm-up, linear to zero")
-    seed: int = HfArg(default=0, help="initialisation and order of the data")
-
-    def __post_init__(self):
-        harness.at_least(self, steps=1, text_steps=1, batch_size=1, seed=0)
-        harness.above_zero(self, "lr")
 
 
 def make_tokenizer(texts):
@@ -235,4 +242,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(harness.parse_args(Args))
+    main(parse_args(Args))

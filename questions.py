@@ -15,9 +15,9 @@ import evaluate
 import harness
 from answers import fits
 from data import DataError, read_records, report_lines
+from flags import WORLD
 from oracle import DESCRIBE, build_oracle
 
-WORLD = "data/moving_shapes"
 POLICY_SFT = "--steps 200 --batch_size 16 --lr 1e-3"  # annealed and long enough: more steps gain nothing more
 
 

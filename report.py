@@ -2,7 +2,6 @@
 
 from itertools import groupby
 
-import matplotlib
 import numpy as np
 
 from judges import CRITERIA, VISION
@@ -162,11 +161,19 @@ def facts(results):
 # ---------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------
+def pyplot():
+    """matplotlib without a screen, imported when a picture is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    return plt
+
+
 def plot_benchmarks(results, file):
     """A panel for shares and one for points; per benchmark its metrics, a bar per source, with intervals. Of two
     conventions of one metric the one that counts every question is drawn."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     drawn = []
     for name in dict.fromkeys(b for r in results for b in r["benchmarks"]):
@@ -207,8 +214,7 @@ def plot_benchmarks(results, file):
 
 def plot_runs(summary, curves, title, file):
     """Bars by task type with the spread over seeds, and beside them the learning curves of columns that have some."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     types, columns, colors = list(summary["counts"]), summary["columns"], {}
     place = np.arange(len(types)) + 0.35 * (np.array(types) == "all")  # a gap before the sum

@@ -60,21 +60,21 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from transformers.hf_argparser import HfArg
 
-import harness
-from data import DataError, FeatureCache, read_records, report_lines
-from evaluate import is_correct
-from oracle import JudgeOracle, ReferenceOracle, normalize
-from preferences import read_preferences, reward_batch, write_preferences
-from questions import build_embedded, question_indices, sft_start, usable_questions
-from video_llm import Prefix, add_lora, add_scalar_head, generate, load_model, token_scores, unwrap
+from flags import (
+    ORACLE_SFT,
+    WORLD,
+    ModelArgs,
+    above_zero,
+    answer_help,
+    at_least,
+    check_start,
+    check_training,
+    parse_args,
+)
 
-WORLD = "data/moving_shapes"
-ORACLES = ("context", "judge", "reference")
+JUDGES = ("context", "judge", "reference")
 SIDES = ("chosen", "rejected")
 MEASURES = ("accuracy", "margin", "reward", "truth_accuracy", "oracle_accuracy")
 COLLECTED_WITH = ("model", "data", "video_root", "oracle", "oracle_model", "clips", "prompts", "samples", "temperature",
@@ -82,7 +82,8 @@ COLLECTED_WITH = ("model", "data", "video_root", "oracle", "oracle_model", "clip
 
 
 @dataclass
-class Args(harness.ModelArgs):  # --dtype, ...: harness.py
+class Args(ModelArgs):  # --dtype, ...: flags.py
+    # -- algorithm
     stage: str = HfArg(default="train", help="train (collects first where the file is missing), or collect alone")
     # -- preferences
     oracle: str = HfArg(default="context", help="context: a judge that knows the narrative [V]; judge: without it; "
@@ -118,8 +119,8 @@ class Args(harness.ModelArgs):  # --dtype, ...: harness.py
     data: str = HfArg(default=f"{WORLD}/train.json", help="collect: videos and questions")
     video_root: str = HfArg(default="", help="where the videos are; empty: beside the annotation or preference file")
     model: str = HfArg(default="", help="collect: the SFT model that answers; empty: runs/sft/policy_s<seed>/final")
-    oracle_model: str = HfArg(default="runs/sft/oracle/final", help="the model that judges and tells the narrative")
-    base: str = HfArg(default="runs/sft/oracle/final", help="train: what the reward model starts from (D5)")
+    oracle_model: str = HfArg(default=ORACLE_SFT, help="the model that judges and tells the narrative")
+    base: str = HfArg(default=ORACLE_SFT, help="train: what the reward model starts from (D5)")
     max_prompt_tokens: int = HfArg(default=512, help="longer prompts are cut at their end, never the video")
     max_answer_tokens: int = HfArg(default=96, help="longer answers are cut")
     # -- plumbing
@@ -132,21 +133,21 @@ class Args(harness.ModelArgs):  # --dtype, ...: harness.py
     def __post_init__(self):
         if self.stage not in ("train", "collect"):
             raise ValueError(f"--stage {self.stage}: choose train or collect")
-        if self.oracle not in ORACLES:
-            raise ValueError(f"--oracle {self.oracle}: choose one of {', '.join(ORACLES)}")
-        harness.at_least(self, clips=1, prompts=2, samples=2, max_new_tokens=1, min_margin=0, centring=0, lora_r=0,
-                         weight_decay=0, prompts_per_step=1, pack=1, micro_batch_size=1, eval_steps=1, save_steps=1,
-                         max_prompt_tokens=1, max_answer_tokens=1)
+        if self.oracle not in JUDGES:
+            raise ValueError(f"--oracle {self.oracle}: choose one of {', '.join(JUDGES)}")
+        at_least(self, clips=1, prompts=2, samples=2, max_new_tokens=1, min_margin=0, centring=0, lora_r=0,
+                 weight_decay=0, prompts_per_step=1, pack=1, micro_batch_size=1, eval_steps=1, save_steps=1,
+                 max_prompt_tokens=1, max_answer_tokens=1)
         if not (0 < self.eval_share < 1 and 0 < self.share <= 1 and self.min_margin < 0.5):
             raise ValueError("--eval_share must lie between 0 and 1, --share in (0, 1], --min_margin below 0.5")
         if self.guided and not self.answer_first:
             raise ValueError("--answer_first False: the judge's task ends with the question; add --guided False")
-        harness.above_zero(self, "epochs", "lr", "head_lr", "temperature")
-        harness.check_training(self, batch="prompts_per_step")
+        above_zero(self, "epochs", "lr", "head_lr", "temperature")
+        check_training(self, batch="prompts_per_step")
         if self.stage == "collect" and "," in self.preferences:
             raise ValueError(f"--preferences {self.preferences}: --stage collect writes one file")
         self.model = self.model or sft_start(self.seed)
-        harness.check_start(self, "base")
+        check_start(self, "base")
         self.own_file = bool(self.preferences)
         parts = f"_c{self.clips}" if self.oracle == "context" else ""
         default = f"runs/reward_model/preferences/{self.oracle}{parts}_s{self.seed}.json"
@@ -155,6 +156,22 @@ class Args(harness.ModelArgs):  # --dtype, ...: harness.py
     @property
     def raters(self):
         return [self.oracle]
+
+
+if __name__ == "__main__":
+    answer_help(Args)  # before the imports below, which take seconds
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import harness
+from data import DataError, FeatureCache, read_records, report_lines
+from evaluate import is_correct
+from oracle import JudgeOracle, ReferenceOracle, normalize
+from preferences import read_preferences, reward_batch, write_preferences
+from questions import build_embedded, question_indices, sft_start, usable_questions
+from video_llm import Prefix, add_lora, add_scalar_head, generate, load_model, token_scores, unwrap
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -329,8 +346,8 @@ def main(args):
             sys.exit(f"{args.preferences} is there already")
     if args.stage == "collect":
         return
-    if "runs/sft/oracle/final" in (args.base, args.oracle_model * (args.narrative or args.guided)):
-        harness.build_if_missing("runs/sft/oracle/final", ["sft.py", "--name", "oracle", "--resume"],
+    if ORACLE_SFT in (args.base, args.oracle_model * (args.narrative or args.guided)):
+        harness.build_if_missing(ORACLE_SFT, ["sft.py", "--name", "oracle", "--resume"],
                                  "about 6 minutes", rank)
     if not args.own_file:  # the file of the default name, but of which flags?
         with harness.one_line_errors(DataError, OSError):
@@ -525,4 +542,4 @@ def measure(rewards, pairs):
 
 
 if __name__ == "__main__":
-    main(harness.parse_args(Args))
+    main(parse_args(Args))

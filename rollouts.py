@@ -1,29 +1,10 @@
 """A step's work cut to size: micro-batches out of a token budget, an NF4 base unpacked while answers are sampled."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
-from transformers.hf_argparser import HfArg
 
 import harness
-
-
-@dataclass
-class RolloutArgs:
-    """How answers are sampled: flags of the scripts that do it in their loop, read there."""
-
-    unpack_nf4: bool = HfArg(default=True, help="unpack an nf4 base once for a rollout, not at every token; takes the "
-                             "unquantised size meanwhile (7B: 13 GB)")
-    cuda_graphs: bool = HfArg(default=False, help="sample with a CUDA graph a token; takes the room of the longest "
-                              "answers at once (not yet measured on a GPU)")
-
-    def check_rollouts(self):
-        if self.cuda_graphs and getattr(self, "shard", False):
-            raise ValueError("--cuda_graphs: not with --shard, whose layers are gathered anew for every token")
-        if self.cuda_graphs and not torch.cuda.is_available():
-            raise ValueError("--cuda_graphs: there is no GPU here")
 
 
 def micro_batches(tokens, budget):

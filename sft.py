@@ -35,30 +35,21 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from transformers.hf_argparser import HfArg
 
-import harness
-from answers import fits
-from compose import compose
-from data import DataError, FeatureCache, read_records, report_lines
-from oracle import DESCRIBE, judge_prompt
-from ranks import normalize
-from video_llm import Prefix, add_lora, load_model, save_model, token_logprobs, unwrap
+from flags import WORLD, ShardArgs, above_zero, answer_help, at_least, check_training, parse_args
 
-WORLD = "data/moving_shapes"
 KINDS = ("answer", "describe", "judge")  # what an example asks for; logged apart
 
 
 @dataclass
-class Args(harness.ShardArgs):  # --dtype, --shard, ...: harness.py
+class Args(ShardArgs):  # --dtype, --shard, ...: flags.py
     PRESETS = {"paper": dict(  # parts, frames, queries, LoRA: published; the rest is ours; no annotation: not a flag
         clip="openai/clip-vit-large-patch14-336", qformer="32", llm="meta-llama/Llama-2-7b-hf", num_frames=50,
         judge_share=0.0, lora_r=32, lora_alpha=32, quantize="nf4", dtype="bfloat16",
         gradient_checkpointing=True, batch_size=128, micro_batch_size=2, lr=1e-4, weight_decay=0.0)}
+    # -- algorithm
     preset: str = HfArg(default="", help="paper: 7B with QLoRA, 50 frames, 32 queries; other flags still win")
-    # -- the paper's hyper-parameters
     curriculum: str = HfArg(default="length", help="length: short answers first [V Sec. 3.2]; off: all at once")
     easy_share: float = HfArg(default=0.65, help="share of the records that counts as easy [V: 214k of 327k]")
     easy_steps: float = HfArg(default=0.4, help="share of the steps spent in the easy stage")
@@ -75,7 +66,7 @@ class Args(harness.ShardArgs):  # --dtype, --shard, ...: harness.py
     warmup: float = HfArg(default=0.03, help="share of the steps that warm up")
     weight_decay: float = HfArg(default=0.05, help="AdamW weight decay")
     judge_share: float = HfArg(default=0.25, help="chance of a group drawn to become comparisons (D3)")
-    # -- data and model
+    # -- data and models
     data: str = HfArg(default=f"{WORLD}/pretrain.json", help="annotation files, comma-separated; formats: docs/sft.md")
     video_root: str = HfArg(default="", help="where the videos are; empty: beside the annotation file")
     num_clips: int = HfArg(default=0, help="use the labels of so many clips, drawn by --seed; 0: all")
@@ -104,13 +95,28 @@ class Args(harness.ShardArgs):  # --dtype, --shard, ...: harness.py
         for flag in ("easy_share", "easy_steps", "warmup", "judge_share"):
             if not 0 <= getattr(self, flag) <= 1:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must lie between 0 and 1")
-        harness.at_least(self, steps=1, batch_size=1, pack=1, micro_batch_size=1, save_steps=1, num_frames=1,
-                         max_prompt_tokens=1, max_answer_tokens=1, num_clips=0, lora_r=0, weight_decay=0)
+        at_least(self, steps=1, batch_size=1, pack=1, micro_batch_size=1, save_steps=1, num_frames=1,
+                 max_prompt_tokens=1, max_answer_tokens=1, num_clips=0, lora_r=0, weight_decay=0)
         composed = [f for f in ("clip", "qformer", "llm", "num_frames") if getattr(self, f) != getattr(Args, f)]
         if self.model and composed:
             raise ValueError(f"--{composed[0]}: does nothing with --model, which is a whole model already")
-        harness.check_training(self, batch="batch_size")
-        harness.above_zero(self, "lr")
+        check_training(self, batch="batch_size")
+        above_zero(self, "lr")
+
+
+if __name__ == "__main__":
+    answer_help(Args)  # before the imports below, which take seconds
+
+import numpy as np
+import torch
+
+import harness
+from answers import fits
+from compose import compose
+from data import DataError, FeatureCache, read_records, report_lines
+from oracle import DESCRIBE, judge_prompt
+from ranks import normalize
+from video_llm import Prefix, add_lora, load_model, save_model, token_logprobs, unwrap
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -352,4 +358,4 @@ def collate(rows, processor, cache, device):
 
 
 if __name__ == "__main__":
-    main(harness.parse_args(Args))
+    main(parse_args(Args))

@@ -20,6 +20,7 @@ Papers  CLIP arXiv:2103.00020 | Q-Former BLIP-2 arXiv:2301.12597 | LLaMA arXiv:2
 
 import copy
 import json
+import logging
 import re
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -29,7 +30,6 @@ import torch
 import torch.nn as nn
 import transformers
 from huggingface_hub.dataclasses import strict
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -54,6 +54,7 @@ from packing import FixedRow, GrowingRow, block_mask, positions
 
 transformers.logging.set_verbosity_error()  # no load report, no bar: a CLIP checkpoint has a text tower we do not need
 transformers.logging.disable_progress_bar()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import of kernels that we do not use
 
 VIDEO_TOKEN = "<video>"
 BANNED_LOGIT = -1e4  # exp(-1e4) is exactly 0 in every dtype, and 0 * -1e4 is 0 where 0 * -inf would be NaN (entropy)
@@ -373,6 +374,8 @@ def load_model(path, quantize="none", dtype=torch.float32, device="cpu", attn_im
             add_scalar_head(model)  # the base is an SFT model, its head comes with the adapter
         for name in whole:
             model.get_submodule(name).float()
+        from peft import PeftModel  # here and below: seconds to import, and bitsandbytes with it; LoRA alone needs it
+
         return PeftModel.from_pretrained(model, path, is_trainable=True), processor
     load = dict(dtype=dtype, attn_implementation=attn_implementation)
     if quantize == "none":
@@ -395,6 +398,8 @@ def load_model(path, quantize="none", dtype=torch.float32, device="cpu", attn_im
 def add_lora(model, r, alpha, train_bridge=False):
     """LoRA on every linear layer of the decoder; train_bridge: Q-Former, projection too. A scalar head is trained as a
     whole. VLM-RLAIF: r=32, alpha=32 in SFT, r=64, alpha=16 in reward model and PPO."""
+    from peft import LoraConfig, get_peft_model
+
     targets = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     whole = ["qformer", "projection"] * train_bridge + ["score_head"] * model.config.scalar_head
     for name in whole:
@@ -428,13 +433,18 @@ def save_model(model, processor, path, state_dict=None):
 def unwrap(model):
     """The VideoLLM inside DistributedDataParallel and PEFT wrappers."""
     model = getattr(model, "module", model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if has_adapter(model) else model
+
+
+def has_adapter(model):
+    """Is this a PEFT model? Asked without importing PEFT."""
+    return hasattr(model, "peft_config")
 
 
 def reference_of(model, place=lambda frozen: frozen):
     """Makes context managers for the frozen start: `with ref() as ref_model`. LoRA: the same weights, adapter off;
     else a copy, which `place` may spread over processes."""
-    frozen = None if isinstance(model, PeftModel) else place(copy.deepcopy(model).requires_grad_(False).eval())
+    frozen = None if has_adapter(model) else place(copy.deepcopy(model).requires_grad_(False).eval())
 
     @contextmanager
     def reference():

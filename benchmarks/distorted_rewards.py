@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpo_rank  # noqa: E402
-import harness  # noqa: E402
+from flags import parse_args  # noqa: E402
 from oracle import ReferenceOracle  # noqa: E402
 from ranks import one_of_equals  # noqa: E402
 
@@ -69,6 +69,6 @@ if __name__ == "__main__":
     if kind not in DISTORTIONS:
         sys.exit(f"--distortion {kind}: choose one of {', '.join(DISTORTIONS)}")
     sys.argv[at : at + 2] = ["--oracle", "reference"]
-    args = harness.parse_args(grpo_rank.Args)
+    args = parse_args(grpo_rank.Args)
     grpo_rank.make_oracle = lambda args, records, device: DistortedOracle(records, kind, args.seed)
     grpo_rank.main(args)

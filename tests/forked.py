@@ -19,6 +19,7 @@ torch.set_num_threads(1)
 for name in ("sft", "grpo_rank", "reward_model", "ppo_rlaif", "dpo_iter_w2s", "torch.distributed.nn"):
     importlib.import_module(name)
 import harness
+from flags import parse_args
 
 def one(job, rank):
     os.chdir(job["cwd"])
@@ -32,7 +33,7 @@ def one(job, rank):
     try:
         module = importlib.import_module(sys.argv[0].removesuffix(".py"))
         exec(job["plant"], dict(harness=harness, module=module, rank=rank))
-        module.main(harness.parse_args(module.Args))
+        module.main(parse_args(module.Args))
     except SystemExit as stop:  # as the interpreter does
         code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
         if isinstance(stop.code, str):

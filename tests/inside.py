@@ -4,6 +4,7 @@ import importlib
 import sys
 
 import harness
+from flags import parse_args
 
 
 def main_of(monkeypatch, cwd, script, *flags):
@@ -12,7 +13,7 @@ def main_of(monkeypatch, cwd, script, *flags):
     monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
     module = importlib.import_module(script.removesuffix(".py"))
     try:
-        module.main(harness.parse_args(module.Args))
+        module.main(parse_args(module.Args))
     finally:  # conftest.py undoes the rest
         harness.unlock()
 
@@ -20,4 +21,4 @@ def main_of(monkeypatch, cwd, script, *flags):
 def flags_of(monkeypatch, script, *flags):
     """The flags of a script as it would read them."""
     monkeypatch.setattr(sys, "argv", [script, *flags])
-    return harness.parse_args(importlib.import_module(script.removesuffix(".py")).Args)
+    return parse_args(importlib.import_module(script.removesuffix(".py")).Args)

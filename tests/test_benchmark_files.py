@@ -6,9 +6,9 @@ import sys
 import pytest
 
 import benchmark_files as bf
-import harness
 import prediction_files as pf
 from data import DataError
+from flags import parse_args
 from judges import ExactJudge, score_rows
 from report import summarise
 
@@ -257,7 +257,7 @@ def script(monkeypatch, *flags):
     import evaluate
 
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
-    evaluate.main(harness.parse_args(evaluate.Args))
+    evaluate.main(parse_args(evaluate.Args))
 
 
 def test_prediction_files_side_by_side(tmp_path, monkeypatch, capsys):

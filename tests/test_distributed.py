@@ -127,9 +127,9 @@ def test_a_tenth_of_the_videos_broken_on_two_ranks(world, policy, forked, tmp_pa
 def test_torchrun_of_a_dead_rank_ends_with_an_error(world, policy, tmp_path):
     place = a_world(world, tmp_path / "torchrun")
     (place / "fault.py").write_text(
-        "import os, sys\nimport grpo_rank, harness\nsample = grpo_rank.generate\n"
+        "import os, sys\nimport grpo_rank\nfrom flags import parse_args\nsample = grpo_rank.generate\n"
         "def wrong(*args):\n    if os.environ['RANK'] == '1':\n        sys.exit('rank 1 gives up')\n"
-        "    return sample(*args)\ngrpo_rank.generate = wrong\ngrpo_rank.main(harness.parse_args(grpo_rank.Args))")
+        "    return sample(*args)\ngrpo_rank.generate = wrong\ngrpo_rank.main(parse_args(grpo_rank.Args))")
     done = run(place, "torchrun", "--nproc_per_node=2", place / "fault.py", *GRPO[1:], check=False,
                env={"PYTHONPATH": str(Path(__file__).parent.parent)})
     assert done.returncode != 0 and "rank 1 gives up" in done.stderr

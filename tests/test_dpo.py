@@ -36,6 +36,7 @@ from dpo_iter_w2s import (
     questions_of,
     write_card,
 )
+from flags import parse_args
 from frames import VideoError
 from preference_zoo import MISSING, Checkpoint, Server, collect, in_parts, score
 from preferences import read_preferences, write_preferences
@@ -429,7 +430,7 @@ def test_the_embedded_zoo_sees_the_policys_labels_and_no_others(world, policy, m
         file = Path(flags["--data"])
         assert {f"data/moving_shapes/{r['video']}" for r in json.loads(file.read_text())} == set(labelled)
         monkeypatch.setattr(sys, "argv", command)
-        parsed = harness.parse_args(sft.Args)
+        parsed = parse_args(sft.Args)
         assert f"runs/sft/{parsed.name}/final" == path and parsed.resume
         assert parsed.seed != 0 and parsed.num_clips == 6
     assert Args(model="elsewhere").zoo == ["policy"]

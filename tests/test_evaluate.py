@@ -15,10 +15,10 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 import evaluate as ev  # noqa: E402
-import harness  # noqa: E402
 from answers import fits  # noqa: E402
 from compose import compose  # noqa: E402
 from data import Clip  # noqa: E402
+from flags import parse_args
 from moving_shapes import TASK_TYPES, write_video  # noqa: E402
 from pretrain_tiny import make_tokenizer  # noqa: E402
 from video_llm import TINY_VISION, Prefix, save_model  # noqa: E402
@@ -311,7 +311,7 @@ def script(folder, monkeypatch, *flags):
     """The script as the command line runs it, in this process: importing torch anew costs more than all tests."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
-    ev.main(harness.parse_args(ev.Args))
+    ev.main(parse_args(ev.Args))
 
 
 def test_script_answers_once_draws_again_and_notices_changes(place, monkeypatch, capsys):

@@ -19,12 +19,12 @@ DIFFS = sorted((REPO / "docs/forks").glob("*.diff"))
     ("no_kl", ["--oracle", "reference"]), ("borda", ["--oracle", "reference", "--advantage", "borda"]),
     ("majority", ["--oracle", "majority"])])  # fmt: skip
 def test_a_fork_applies_and_trains(world, policy, tmp_path, diff, flags):
-    for name in ("grpo_rank.py", "oracle.py"):
+    for name in ("grpo_rank.py", "oracle.py", "flags.py"):
         shutil.copy(REPO / name, tmp_path)
     file = REPO / "docs/forks" / f"{diff}.diff"
     done = subprocess.run(["git", "apply", str(file)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert any((tmp_path / n).read_text() != (REPO / n).read_text() for n in ("grpo_rank.py", "oracle.py"))
+    assert any((tmp_path / n).read_text() != (REPO / n).read_text() for n in ("grpo_rank.py", "oracle.py", "flags.py"))
     command = [sys.executable, tmp_path / "grpo_rank.py", *FLAGS, *flags, "--name", diff]
     done = subprocess.run(command, cwd=world, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"})

@@ -22,6 +22,7 @@ from forked import Forked, a_world, until
 from safetensors.torch import load_file
 from test_dpo import SELF
 
+import flags
 import harness
 
 TRAIN = ["--data", "data/moving_shapes/train.json"]
@@ -164,14 +165,14 @@ def test_a_process_forked_in_training_still_ends_by_a_signal(monkeypatch):
 
 
 def test_the_command_that_continues(monkeypatch):
-    monkeypatch.setattr(harness.Stop, "resumes", True)
+    monkeypatch.setattr(flags, "RESUMES", True)
     for given, said in ((["x.py", "--name", "a b"], "python x.py --name 'a b' --resume"),
                         (["x.py", "--resume", "--G", "3"], "python x.py --G 3 --resume"),
                         (["x.py", "--resume", "false", "--G", "3"], "python x.py --G 3 --resume"),
                         (["x.py", "--resume=no"], "python x.py --resume")):
         monkeypatch.setattr("sys.argv", given)
         assert harness.resume_command() == said
-    monkeypatch.setattr(harness.Stop, "resumes", False)
+    monkeypatch.setattr(flags, "RESUMES", False)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert harness.resume_command() == "torchrun --nproc_per_node=2 x.py"

@@ -12,10 +12,10 @@ import torch
 
 import data
 import grpo_rank
-import harness
 import oracle
 from api_oracle import ApiOracle
 from data import Clip, DataError, read_records
+from flags import parse_args
 from frames import VideoError
 from oracle import (
     DESCRIBE,
@@ -449,10 +449,10 @@ def test_a_judge_in_half_the_memory(policy, judge, clips, tmp_path, monkeypatch)
 def test_the_embedded_oracles_do_not_judge_other_videos(flags, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["grpo_rank.py", "--data", "my.json", "--eval_data", "", *flags])
     with pytest.raises(SystemExit) as end:
-        harness.parse_args(grpo_rank.Args)
+        parse_args(grpo_rank.Args)
     assert end.value.code == 2 and "knows the embedded world only" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", [*sys.argv, "--oracle_model", "mine", "--reward_model", "mine"])
-    assert harness.parse_args(grpo_rank.Args).oracle_model == "mine"
+    assert parse_args(grpo_rank.Args).oracle_model == "mine"
 
 
 @pytest.mark.parametrize("flags", [dict(oracle=""), dict(oracle="god"), dict(oracle="judge,judge"),

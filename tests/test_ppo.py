@@ -22,6 +22,7 @@ from test_video_llm import lively, plain_logprobs, plain_scores
 import harness
 import ppo_rlaif
 from data import FeatureCache
+from flags import parse_args
 from oracle import RewardModelOracle, reply_tokens
 from ppo_rlaif import (
     Args,
@@ -218,7 +219,7 @@ def test_every_implementation_detail_is_where_the_header_says():
 
 def preset(*flags, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ppo_rlaif.py", *flags])
-    return harness.parse_args(Args)
+    return parse_args(Args)
 
 
 def test_preset_paper_is_the_published_script_and_flags_still_win(monkeypatch):
@@ -582,9 +583,10 @@ def test_two_processes_equal_one(world, policy, monkeypatch):
 SUICIDE = """
 import os, signal, sys
 import harness, ppo_rlaif
+from flags import parse_args
 plain, sys.argv = harness.Log.step, sys.argv[1:]
 harness.Log.step = lambda log, step, show: os.kill(os.getpid(), signal.SIGKILL) if step == 5 else plain(log, step, show)
-ppo_rlaif.main(harness.parse_args(ppo_rlaif.Args))
+ppo_rlaif.main(parse_args(ppo_rlaif.Args))
 """
 
 
