@@ -1,5 +1,6 @@
-# make demo    from nothing to a table 'SFT | SFT continued | GRPO_rank' and a plot (about 20 minutes on two cores)
-# make test    the tests (about 13 minutes on two cores)
+# make demo    from nothing to a table 'SFT | SFT continued | GRPO_rank' and a plot (minutes on two cores)
+# make test    the tests (minutes on two cores)
+# make world   the weights in embedded_world/weights trained again from nothing, into runs/weights (a quarter of an hour)
 # make test-slow   the long ones: every script killed twenty times, a thousand damaged videos (minutes)
 # make results   the tables and pictures of accuracy again, three seeds (hours on two cores)
 # All make .venv when it is not there; everything is resumable, what is finished is not done again.
@@ -12,7 +13,7 @@ DIST = $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(if $(filte
 WORLD = data/moving_shapes
 POLICY = --data $(WORLD)/train.json --num_clips 40 --batch_size 16
 
-.PHONY: demo results test test-slow
+.PHONY: demo results test test-slow world
 
 .venv/done: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -28,13 +29,19 @@ test-slow: .venv/done
 demo: export OMP_NUM_THREADS = 1
 demo: .venv/done
 	$(PY) moving_shapes.py
-	OMP_NUM_THREADS=2 $(PY) pretrain_tiny.py
-	$(DIST) sft.py --name oracle --resume
 	$(DIST) sft.py --name policy_s0 $(POLICY) --steps 200 --lr 1e-3 --resume
-	$(DIST) grpo_rank.py --G 5 --resume
+	$(PY) evaluate.py --watch runs/grpo_rank/context_s0 --out runs/demo & watch=$$!; \
+	    $(DIST) grpo_rank.py --G 5 --resume; done=$$?; kill $$watch 2>/dev/null; exit $$done
 	$(DIST) sft.py --name continued_s0 $(POLICY) --model runs/sft/policy_s0/final --steps 150 --lr 3e-4 --resume
-	$(PY) evaluate.py --runs runs/sft/policy_s0 runs/sft/continued_s0 runs/grpo_rank/context_s0 \
+	$(DIST) evaluate.py --runs runs/sft/policy_s0 runs/sft/continued_s0 runs/grpo_rank/context_s0 \
 	    --labels "SFT,SFT continued,GRPO_rank" --out runs/demo
+
+world: export OMP_NUM_THREADS = 1
+world: .venv/done
+	$(PY) moving_shapes.py
+	OMP_NUM_THREADS=$(PROCS) $(PY) pretrain_tiny.py
+	$(DIST) sft.py --name oracle --clip $(WORLD)/hub/clip --qformer $(WORLD)/hub/qformer --llm $(WORLD)/hub/llm --resume
+	$(PY) -m embedded_world.ship
 
 results: .venv/done
 	bash benchmarks/results.sh

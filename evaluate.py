@@ -40,7 +40,7 @@ from typing import Callable, NamedTuple
 
 from transformers.hf_argparser import HfArg
 
-from flags import ORACLE_SFT, WORLD, ApiArgs, answer_help, parse_args
+from flags import JUDGE, WEIGHTS, WORLD, ApiArgs, answer_help, parse_args
 
 CLIP = "openai/clip-vit-base-patch32"  # VLM-Eval's README
 
@@ -54,6 +54,8 @@ class Args(ApiArgs):
     predictions: str = HfArg(default="", help="prediction file(s), comma-separated, or a folder of them, to score")
     compare: list[str] = HfArg(default_factory=list, help="run folders or prediction files: scores side by side, "
                                "differences to the first")
+    watch: str = HfArg(default="", help="folder of a run in progress: its curve is drawn into <out>.png at every "
+                       "evaluation")
     benchmark: str = HfArg(default="all", help="held_out | msvd_qa | msrvtt_qa | activitynet_qa | video_chatgpt | "
                            "video_mme | msvd_retrieval | msrvtt_retrieval | ucf101 | hmdb51 | mmaip_v | nextqa | "
                            "nextoe | video_mme_subtitles | with --predictions also tempcompass | cvrr_es; several "
@@ -66,7 +68,7 @@ class Args(ApiArgs):
     chance_data: str = HfArg(default="", help="training file, for chance; empty: train.json beside --data, if any")
     # -- judges and answers
     judge: str = HfArg(default="exact", help="exact: no model | local: --judge_model | api: --api_url, --api_model")
-    judge_model: str = HfArg(default=ORACLE_SFT, help="checkpoint of --judge local")
+    judge_model: str = HfArg(default=JUDGE, help="checkpoint of --judge local")
     clip: str = HfArg(default="", help="CLIP whose text features retrieval and action recognition use; empty: the "
                       f"embedded one, with --data {CLIP}")
     choose: str = HfArg(default="", help="multiple choice: generate a letter | likelihood of the options; empty: "
@@ -83,9 +85,9 @@ class Args(ApiArgs):
     sources: list = field(init=False)  # [Source, ...] of the benchmarks
 
     def __post_init__(self):
-        modes = [m for m in ("runs", "checkpoint", "predictions", "compare") if getattr(self, m)]
+        modes = [m for m in ("runs", "checkpoint", "predictions", "compare", "watch") if getattr(self, m)]
         if len(modes) != 1:
-            raise ValueError("give one of --runs, --checkpoint, --predictions, --compare")
+            raise ValueError("give one of --runs, --checkpoint, --predictions, --compare, --watch")
         labels = [x.strip() for x in self.labels.split(",")] if self.labels else None
         self.groups, self.sources = group_runs(self.runs, labels), find_sources(self, labels)
         every = ["held_out", *benchmark_files.BENCHMARKS]
@@ -106,7 +108,7 @@ class Args(ApiArgs):
             self.data = self.data or BENCHMARK.data
             self.chance_data = self.chance_data or str(Path(self.data.split(",")[0]).parent / "train.json")
         self.choose = self.choose or ("generate" if self.data else "likelihood")
-        self.clip = self.clip or (CLIP if self.data else f"{WORLD}/hub/clip")
+        self.clip = self.clip or (CLIP if self.data else f"{WEIGHTS}/clip")
 
 
 if __name__ == "__main__":
@@ -135,6 +137,7 @@ from report import (
     overview,
     paired,
     plot_benchmarks,
+    plot_curve,
     plot_runs,
     side_by_side,
     summarise,
@@ -226,37 +229,42 @@ def group_runs(arguments, labels=None):
     return groups
 
 
-def predict(run, records, stem, cache_dir):
-    """Answers of one run, kept in predictions_<stem>.json -> a row per record, its prediction None where the video
-    cannot be read; {video: reason} of those."""
+def predict(run, records, stem, cache_dir, rank=0, world=1):
+    """Answers of one run, shared out over the processes and kept in predictions_<stem>.json -> a row per record, its
+    prediction None where the video cannot be read; {video: reason} of those. The same in every process."""
     file, mark = run.folder / f"predictions_{stem}.json", fingerprint(run.checkpoint, records)
-    if file.exists() and (kept := json.loads(file.read_text())).get("fingerprint") == mark:
-        print(f"{run.folder}: {len(records)} answers of {file.name} are used again", flush=True)
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    if all(harness.all_gather(kept.get("fingerprint") == mark)):
+        print(f"{run.folder}: {len(records)} answers of {file.name} are used again", flush=True) if rank == 0 else None
         return kept["predictions"], kept["left_out"]
-    began, screen = time.time(), sys.stderr.isatty()
+    began, screen = time.time(), sys.stderr.isatty() and rank == 0
     try:
         model, processor = load_model(run.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
     except SafetensorError as e:
         raise OSError(f"{run.checkpoint}: {e}") from e
     cache = FeatureCache(unwrap(model), processor, cache_dir)
-    broken = cache.prepare([r["clip"] for r in records], progress=screen)
+    mine = sorted({r["clip"] for r in records}, key=str)[rank::world]
+    shares = harness.all_gather(cache.prepare(mine, progress=screen))
+    broken = {clip: reason for share in shares for clip, reason in share.items()}
     rows = [dict(id=r.get("id"), video=str(r["clip"].path), question=r["question"], task_type=r["task_type"],
                  answer=r["answer"], prediction=None, correct=None, ended=None) for r in records]
     todo = [i for i, r in enumerate(records) if r["clip"] not in broken]
-    parts = [todo[k : k + 100] for k in range(0, len(todo), 100)]
+    parts, done = [todo[k : k + 100] for k in range(0, len(todo), 100)][rank::world], []
     for part in tqdm(parts, desc=f"{run.folder}, 100 questions each", leave=False, disable=not screen):
         texts, ended = answer(model.eval(), processor, cache, [records[i] for i in part], return_ended=True)
-        for i, text, end in zip(part, texts, ended):
-            rows[i] |= dict(prediction=text, correct=BENCHMARK.correct(text, records[i]["answer"]), ended=end)
+        done += zip(part, texts, ended)
+    for i, text, end in [row for share in harness.all_gather(done) for row in share]:
+        rows[i] |= dict(prediction=text, correct=BENCHMARK.correct(text, records[i]["answer"]), ended=end)
     left_out = {str(clip.path): reason for clip, reason in broken.items()}
-    harness.write(file, json.dumps(dict(fingerprint=mark, left_out=left_out, predictions=rows), indent=1))
-    print(f"{run.folder}: {len(todo)} questions answered in {time.time() - began:.0f} s", flush=True)
+    if rank == 0:
+        harness.write(file, json.dumps(dict(fingerprint=mark, left_out=left_out, predictions=rows), indent=1))
+        print(f"{run.folder}: {len(todo)} questions answered in {time.time() - began:.0f} s", flush=True)
     return rows, left_out
 
 
-def learning_curve(run):
+def learning_curve(folder):
     """{step: eval/accuracy} of a run's metrics.jsonl; empty where it has none."""
-    file = run.folder / "metrics.jsonl"
+    file = Path(folder, "metrics.jsonl")
     lines = file.read_text().splitlines() if file.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
     return {r["step"]: r["eval/accuracy"] for r in rows if "eval/accuracy" in r}
@@ -325,36 +333,53 @@ def table(summary):
 
 
 def main_runs(args):
+    rank, world, _ = harness.setup_dist()
+    say = print if rank == 0 else lambda *_, **__: None
     if args.data.startswith(WORLD):
-        harness.build_if_missing(f"{WORLD}/clips.json", ["moving_shapes.py"], "under a minute", 0)
+        harness.build_if_missing(f"{WORLD}/clips.json", ["moving_shapes.py"], "under a minute", rank)
     files, predictions, left_out, guesses = args.data.split(","), {}, {}, None
     with harness.one_line_errors(DataError, OSError):
         records, report = BENCHMARK.questions(files, args.video_root or None)
         if not records:
             raise DataError(f"{args.data}: no labelled question about a video")
-        print("\n".join(report_lines(report)))
+        say("\n".join(report_lines(report)))
         try:  # the training videos need not be here to score the held-out ones
             guesses = chance(BENCHMARK.questions([args.chance_data], args.video_root or None)[0], records)
         except DataError as e:
-            print(f"no chance column: {e}")
+            say(f"no chance column: {e}")
         for label, runs in args.groups.items():
-            done = [predict(run, records, "+".join(Path(f).stem for f in files), args.cache) for run in runs]
+            done = [predict(run, records, "+".join(Path(f).stem for f in files), args.cache, rank, world)
+                    for run in runs]
             predictions[label] = [rows for rows, _ in done]
             left_out |= {video: reason for _, broken in done for video, reason in broken.items()}
         summary = compare(args.groups, predictions, guesses)
         title = f"Accuracy on {args.data}: {summary['counts']['all']} questions about {summary['videos']} videos"
         missing = [f"left out of every column: {reason}" for reason in left_out.values()]
         missing += [f"{len(missing)} videos with {summary['left_out']} questions are left out"] if missing else []
-        print("\n" + "\n".join([*missing, title, "", as_text(table(summary)), LEGEND]))
-        if args.out:
+        say("\n" + "\n".join([*missing, title, "", as_text(table(summary)), LEGEND]))
+        if args.out and rank == 0:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             about = dict(title=title, command=" ".join(sys.argv), git_commit=harness.git_commit(), broken=left_out)
             Path(f"{args.out}.json").write_text(json.dumps(about | summary, indent=1) + "\n")
             parts = [title, *missing, as_markdown(table(summary)), LEGEND]
             Path(f"{args.out}.md").write_text("\n\n".join(parts) + "\n")
-            curves = {label: [c for c in map(learning_curve, runs) if c] for label, runs in args.groups.items()}
+            curves = {label: [c for c in (learning_curve(run.folder) for run in runs) if c]
+                      for label, runs in args.groups.items()}
             plot_runs(summary, curves, title, f"{args.out}.png")
             print(f"\nwritten: {args.out}.json, {args.out}.md, {args.out}.png")
+
+
+def watch(folder, out, pause=2.0):
+    """Draw <out>.png anew at every evaluation of the run in `folder`, until it has finished (or this is stopped)."""
+    drawn, finished = {}, False
+    while not finished:
+        finished = Path(folder, "final").exists()  # first: the last row was written before it
+        curve = learning_curve(folder)
+        if curve != drawn:
+            drawn = curve
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            plot_curve({Path(folder).name: [curve]}, f"{out}.png")
+        time.sleep(0 if finished else pause)
 
 
 # --- Benchmarks: questions -> answers of a checkpoint, or of a file -> values -> report --------------------------
@@ -467,8 +492,7 @@ def main_benchmarks(args):
     rank, world, device = harness.setup_dist()
     if not args.data and any(source.run for source in args.sources):
         harness.build_if_missing(f"{WORLD}/benchmarks/nextqa", ["moving_shapes.py"], "under a minute", rank)
-    if args.judge == "local" and args.judge_model == "runs/sft/oracle/final":
-        harness.build_if_missing(args.judge_model, ["sft.py", "--name", "oracle", "--resume"], "about 6 minutes", rank)
+    harness.ship_weights([args.clip, args.judge_model], rank)
     say = lambda *lines: print(*lines, sep="\n", flush=True) if rank == 0 and lines else None
     with harness.one_line_errors(DataError, OSError, SafetensorError, ValueError, VideoError):
         done = []
@@ -548,7 +572,10 @@ def write_report(scored, done, args):
 
 
 def main(args):
-    main_runs(args) if args.runs else main_benchmarks(args)
+    if args.watch:
+        watch(args.watch, args.out or "runs/watch")
+    else:
+        main_runs(args) if args.runs else main_benchmarks(args)
 
 
 if __name__ == "__main__":

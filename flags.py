@@ -23,7 +23,8 @@ RESUMES = False  # has the script whose command line was read a --resume?
 
 
 WORLD = "data/moving_shapes"  # the embedded world
-ORACLE_SFT = "runs/sft/oracle/final"
+WEIGHTS = "embedded_world/weights"  # its CLIP, Q-Former, tokenizer and judge, in place of downloads
+JUDGE = f"{WEIGHTS}/judge"
 REWARD_MODEL = "runs/reward_model/context_s0/final"
 ORACLES = ("reference", "judge", "context", "reward_model", "api")
 SCORERS = ("reference", "judge", "context", "api")  # those with `aspects`
@@ -113,7 +114,7 @@ class OracleArgs(ApiArgs):
     # -- oracle
     oracle: str = HfArg(default="context", help="context | judge | reward_model | api: AI feedback; reference: token "
                         "F1 with the label; several, comma-separated: the mean of their ranks")
-    oracle_model: str = HfArg(default=ORACLE_SFT, help="the judging model, built if missing")
+    oracle_model: str = HfArg(default=JUDGE, help="the judging model")
     reward_model: str = HfArg(default=REWARD_MODEL, help="the checkpoint that --oracle reward_model ranks by")
     oracle_dtype: str = HfArg(default="float32", help="float32, or bfloat16: of the oracles' weights")
     api_mode: str = HfArg(default="listwise", help="listwise: one request a group | pairwise: one a pair and order")
@@ -129,7 +130,7 @@ class OracleArgs(ApiArgs):
         if self.api_mode not in MODES:
             raise ValueError(f"--api_mode {self.api_mode}: choose one of {', '.join(MODES)}")
         if not getattr(self, "data", WORLD).startswith(WORLD):  # moving shapes are all that the default ones know
-            for flag, default, names in (("oracle_model", ORACLE_SFT, ("judge", "context")),
+            for flag, default, names in (("oracle_model", JUDGE, ("judge", "context")),
                                          ("reward_model", REWARD_MODEL, ("reward_model",))):
                 if set(names) & set(self.raters) and getattr(self, flag) == default:
                     raise ValueError(f"--{flag} {default} knows the embedded world only, not --data {self.data}")

@@ -358,7 +358,7 @@ def main(args):
             log.add(f"time/{key}_s", b - a)
         log_counts(log, oracle)
         log.add("charts/lr", lr_at(step, args))
-        log.step(step, show=["rank/policy_agrees", "objective/kl", "policy/entropy", "rank/tied_groups", "rollout/len"])
+        log.step(step, show=["eval/accuracy", "objective/kl", "policy/entropy", "rank/tied_groups", "rollout/len"])
         if rank == 0 and step % 25 == 0:
             write_samples(folder, step, batch, answers, oracle_ranks, advantages)
         harness.checkpoint(log, folder, step + 1, args.steps, args.save_steps, model, processor, optimizer)

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 import flags
-from flags import world_size
+from flags import WEIGHTS, world_size
 from video_llm import has_adapter, merged, save_model, unwrap
 
 ROOT = Path(__file__).resolve().parent
@@ -258,6 +258,17 @@ def build_if_missing(path, command, duration, rank):
     barrier()
 
 
+def ship_weights(paths, rank):
+    """Weights of the embedded world come with the code: where scripts run in another folder, they are copied there."""
+    if any(path.startswith(WEIGHTS) for path in paths) and rank == 0 and not Path(WEIGHTS).exists():
+        lock(building := Path("runs/.building/weights"), wait=True)
+        if not Path(WEIGHTS).exists():
+            shutil.copytree(ROOT / WEIGHTS, f"{WEIGHTS}.tmp", dirs_exist_ok=True)
+            os.replace(f"{WEIGHTS}.tmp", WEIGHTS)
+        HELD.pop(building.resolve()).close()
+    barrier()
+
+
 def run_script(path, command):
     # the child is one process of its own, not a member of this torchrun job
     ours = ("TORCHELASTIC", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "OMP_")
@@ -419,6 +430,7 @@ class Log:
     def __init__(self, folder, steps, first_step, rank):
         self.steps, self.first, self.rank, self.sums = steps, first_step, rank, {}
         self.stop, self.not_finite, self.warned, self.unscored = 0, None, False, 0
+        self.latest = {}  # the last values of eval/..., which not every step has
         self.began = self.last = time.time()
         if rank == 0:
             self.file = Path(folder, "metrics.jsonl")
@@ -448,12 +460,14 @@ class Log:
             now = time.time()
             with open(self.file, "a") as f:
                 f.write(json.dumps(dict(step=step, **row, **{"time/step_s": now - self.last})) + "\n")
+            self.latest |= {k: v for k, v in row.items() if k.startswith("eval/")}
+            shown = self.latest | row
             for k, v in row.items():
                 self.board.add_scalar(k, v, step)
             done = min(step + 1, self.steps)  # a row behind the last step: a last evaluation
             eta = int((now - self.began) / max(1, done - self.first) * (self.steps - done))
             line = (f"step {done:0{len(str(self.steps))}d}/{self.steps} {100 * done // self.steps:3d}% | "
-                    + " ".join(f"{k.split('/')[-1]} {row[k]:.3f}" for k in show if k in row)
+                    + " ".join(f"{k.split('/')[-1]} {shown[k]:.3f}" for k in show if k in shown)
                     + f" | {now - self.last:.2f}s | eta {eta // 60}m{eta % 60:02d}s")
             tty, due = sys.stdout.isatty(), done == self.steps or done % max(1, self.steps // 20) == 0
             if tty or due:  # a terminal sees every step on one line, a log file twenty lines

@@ -222,7 +222,7 @@ class ClipText:
     def __init__(self, name, device="cpu"):
         self.name, self.device = str(name), device
         self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.model = CLIPModel.from_pretrained(name).eval().to(device)
+        self.model = CLIPModel.from_pretrained(name, dtype=torch.float32).eval().to(device)
 
     @torch.no_grad()
     def __call__(self, texts, batch=256):

@@ -47,7 +47,7 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from flags import ORACLE_SFT, ORACLES, REWARD_MODEL, SCORERS, WORLD, OracleArgs, answer_help, at_least, parse_args
+from flags import ORACLES, REWARD_MODEL, SCORERS, WORLD, OracleArgs, answer_help, at_least, parse_args
 
 
 @dataclass
@@ -459,8 +459,8 @@ def make_oracle(args, records, device="cpu", names=None, loaded=None):
 
 def build_oracle(args, rank, names=None):
     """Build the models of the embedded default, judge and reward model, where `args.oracle`, or `names`, needs them."""
-    if {"judge", "context"} & set(names or args.raters) and args.oracle_model == ORACLE_SFT:
-        harness.build_if_missing(ORACLE_SFT, ["sft.py", "--name", "oracle", "--resume"], "about 6 minutes", rank)
+    if {"judge", "context"} & set(names or args.raters):
+        harness.ship_weights([args.oracle_model], rank)
     if "reward_model" in (names or args.raters) and args.reward_model == REWARD_MODEL:
         harness.build_if_missing(REWARD_MODEL, ["reward_model.py", "--resume"], "several minutes", rank)
 

@@ -469,7 +469,7 @@ def main(args):
         log_counts(log, oracle)
         log.add("charts/lr", lr_at(step, args, args.lr))
         log.add("charts/kl_coef", state["kl_coef"])
-        row = log.step(step, show=["objective/score", "objective/kl", "policy/clipfrac_high",
+        row = log.step(step, show=["eval/accuracy", "objective/score", "objective/kl", "policy/clipfrac_high",
                                    "val/explained_variance", "rollout/len"])
 
         # 6. The KL coefficient for the next batch; save

@@ -2,8 +2,9 @@
 
 Run      python pretrain_tiny.py                -> data/moving_shapes/hub/{clip,qformer,llm}, 4 minutes on two cores
 
-`sft.py` then composes its model from these folders exactly as it composes one from `openai/clip-vit-large-patch14-336`
-and friends. Trained on the clips of the `pretrain` split alone: no policy, RL run or benchmark sees one of them.
+Nobody has to run it: what it makes is shipped in embedded_world/weights; `make world` makes it again. `sft.py` composes
+its model from these folders exactly as it composes one from `openai/clip-vit-large-patch14-336` and friends. Trained on
+the clips of the `pretrain` split alone: no policy, RL run or benchmark sees one of them.
 
   stage 1   vision tower + Q-Former learn the attributes of every clip (per colour: form, action, place at the start and
             at the end, order of appearance) through a linear read-out that is thrown away. The labels are the embedded

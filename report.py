@@ -1,5 +1,6 @@
 """Tables and pictures of evaluate.py: numbers in, text, Markdown and PNG out."""
 
+import os
 from itertools import groupby
 
 import numpy as np
@@ -235,20 +236,37 @@ def plot_runs(summary, curves, title, file):
     bars.set_xticks(place, [t.replace(" ", "\n") for t in types], fontsize=10.5)
     bars.set(ylabel="accuracy (%)", xlim=(place[0] - 0.6, place[-1] + 0.6))
     bars.set_title(title, loc="left", fontsize=13)
-    for label, runs in curves.items():
-        steps = sorted(set.intersection(*map(set, runs))) if runs else []
-        if steps:
-            values = 100 * np.array([[run[s] for s in steps] for run in runs])  # (S,steps)
-            mean, band = values.mean(0), values.std(0, ddof=1) if len(runs) > 1 else 0
-            axes[0, 1].fill_between(steps, mean - band, mean + band, color=colors[label], alpha=0.2, linewidth=0)
-            axes[0, 1].plot(steps, mean, color=colors[label], linewidth=2.2, marker="o", markersize=4)
-            axes[0, 1].set(xlabel="step", ylabel="validation accuracy (%)")
-            axes[0, 1].set_title("Learning curves", loc="left", fontsize=13)
+    draw_curves(axes[0, -1], curves, colors)
     for ax in axes[0]:
         tidy(ax)
         ax.yaxis.label.set_size(12)
     fig.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=12)
     fig.savefig(file, dpi=150)
+    plt.close(fig)
+
+
+def draw_curves(ax, curves, colors):
+    """{label: [{step: accuracy}, a run each]}: the mean over runs and, of several, their deviation as a band."""
+    for label, runs in curves.items():
+        steps = sorted(set.intersection(*map(set, runs))) if runs else []
+        if steps:
+            values = 100 * np.array([[run[s] for s in steps] for run in runs])  # (S,steps)
+            mean, band = values.mean(0), values.std(0, ddof=1) if len(runs) > 1 else 0
+            ax.fill_between(steps, mean - band, mean + band, color=colors[label], alpha=0.2, linewidth=0)
+            ax.plot(steps, mean, color=colors[label], linewidth=2.2, marker="o", markersize=4)
+            ax.set(xlabel="step", ylabel="validation accuracy (%)")
+            ax.set_title("Learning curves", loc="left", fontsize=13)
+
+
+def plot_curve(curves, file):
+    """The learning curve of a run in progress; the file is there as a whole at any moment."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    draw_curves(ax, curves, dict(zip(curves, COLORS[1:])))
+    tidy(ax)
+    fig.legend(list(curves), loc="outside lower center", frameon=False)
+    fig.savefig(f"{file}.tmp", format="png", dpi=150)
+    os.replace(f"{file}.tmp", file)
     plt.close(fig)
 
 

@@ -63,7 +63,7 @@ from pathlib import Path
 from transformers.hf_argparser import HfArg
 
 from flags import (
-    ORACLE_SFT,
+    JUDGE,
     WORLD,
     ModelArgs,
     above_zero,
@@ -119,8 +119,8 @@ class Args(ModelArgs):  # --dtype, ...: flags.py
     data: str = HfArg(default=f"{WORLD}/train.json", help="collect: videos and questions")
     video_root: str = HfArg(default="", help="where the videos are; empty: beside the annotation or preference file")
     model: str = HfArg(default="", help="collect: the SFT model that answers; empty: runs/sft/policy_s<seed>/final")
-    oracle_model: str = HfArg(default=ORACLE_SFT, help="the model that judges and tells the narrative")
-    base: str = HfArg(default=ORACLE_SFT, help="train: what the reward model starts from (D5)")
+    oracle_model: str = HfArg(default=JUDGE, help="the model that judges and tells the narrative")
+    base: str = HfArg(default=JUDGE, help="train: what the reward model starts from (D5)")
     max_prompt_tokens: int = HfArg(default=512, help="longer prompts are cut at their end, never the video")
     max_answer_tokens: int = HfArg(default=96, help="longer answers are cut")
     # -- plumbing
@@ -346,9 +346,7 @@ def main(args):
             sys.exit(f"{args.preferences} is there already")
     if args.stage == "collect":
         return
-    if ORACLE_SFT in (args.base, args.oracle_model * (args.narrative or args.guided)):
-        harness.build_if_missing(ORACLE_SFT, ["sft.py", "--name", "oracle", "--resume"],
-                                 "about 6 minutes", rank)
+    harness.ship_weights([args.base, args.oracle_model], rank)
     if not args.own_file:  # the file of the default name, but of which flags?
         with harness.one_line_errors(DataError, OSError):
             report = json.loads(Path(args.preferences).with_suffix(".report.json").read_text())

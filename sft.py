@@ -37,7 +37,7 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from flags import WORLD, ShardArgs, above_zero, answer_help, at_least, check_training, parse_args
+from flags import WEIGHTS, WORLD, ShardArgs, above_zero, answer_help, at_least, check_training, parse_args
 
 KINDS = ("answer", "describe", "judge")  # what an example asks for; logged apart
 
@@ -71,10 +71,10 @@ class Args(ShardArgs):  # --dtype, --shard, ...: flags.py
     video_root: str = HfArg(default="", help="where the videos are; empty: beside the annotation file")
     num_clips: int = HfArg(default=0, help="use the labels of so many clips, drawn by --seed; 0: all")
     model: str = HfArg(default="", help="continue from this VideoLLM; empty: compose one of the next three")
-    clip: str = HfArg(default=f"{WORLD}/hub/clip", help="CLIP checkpoint, folder or hub name")
-    qformer: str = HfArg(default=f"{WORLD}/hub/qformer", help="of a VideoQFormer, BLIP-2 or InstructBLIP checkpoint; a "
+    clip: str = HfArg(default=f"{WEIGHTS}/clip", help="CLIP checkpoint, folder or hub name")
+    qformer: str = HfArg(default=f"{WEIGHTS}/qformer", help="of a VideoQFormer, BLIP-2 or InstructBLIP checkpoint; a "
                          "number of queries: a new one")
-    llm: str = HfArg(default=f"{WORLD}/hub/llm", help="LLaMA-class decoder, folder or hub name; a tokenizer alone: "
+    llm: str = HfArg(default=f"{WEIGHTS}/llm", help="LLaMA-class decoder, folder or hub name; a tokenizer alone: "
                      "tiny, from nothing")
     num_frames: int = HfArg(default=8, help="frames a video is sampled at, for a composed model [V: 50]")
     max_prompt_tokens: int = HfArg(default=512, help="longer questions are cut at their end, never the video; where "
@@ -176,8 +176,10 @@ def shorten(text, processor, max_tokens):
 # ---------------------------------------------------------------------------------------------------------------
 def main(args):
     rank, world, device = harness.setup_dist()
-    if needs_world(args):
-        harness.build_if_missing(f"{WORLD}/hub", ["pretrain_tiny.py"], "about 5 minutes", rank)
+    if any(path.startswith(WORLD) for path in args.data.split(",")):  # the user's own files are never built
+        harness.build_if_missing(f"{WORLD}/clips.json", ["moving_shapes.py"], "under a minute", rank)
+    if not args.model:
+        harness.ship_weights([args.clip, args.qformer, args.llm], rank)
     folder = f"runs/sft/{args.name}"
     checkpoint = harness.open_run(folder, args, rank)
 
@@ -269,12 +271,6 @@ def main(args):
         log.step(step, show=["losses/sft", *(f"losses/{k}" for k in KINDS), "policy/grad_norm"])
         harness.checkpoint(log, folder, step + 1, args.steps, args.save_steps, model, processor, optimizer)
     harness.finish(folder, model, processor, rank)
-
-
-def needs_world(args):
-    """Is anything that the run reads part of the embedded world? With --model no parts are composed."""
-    read = [*args.data.split(","), *[args.clip, args.qformer, args.llm] * (not args.model)]
-    return any(path.startswith(WORLD) for path in read)  # as in build_embedded: the user's own are never built
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,6 @@ LOGS=runs/logs
 mkdir -p $LOGS docs/results
 
 $PY moving_shapes.py
-OMP_NUM_THREADS=$JOBS $PY pretrain_tiny.py
-$PY -m torch.distributed.run --standalone --nproc_per_node="$JOBS" sft.py --name oracle --resume
 
 # Reads lines "name command..."; each is one process, $JOBS of them at a time, its output in $LOGS/name.log.
 side_by_side() {

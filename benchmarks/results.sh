@@ -22,7 +22,7 @@ LABELS="$LABELS,signed on the labels,published on the labels"
 $PY evaluate.py --runs "${RUNS[@]}" --labels "$LABELS" --out docs/results/results
 $PY benchmarks/costs.py --runs "${RUNS[@]}" --labels "$LABELS" --accuracy docs/results/results.json --out docs/results/results
 # what a run of each script costs: README
-$PY benchmarks/costs.py --runs runs/sft/oracle "runs/sft/policy_s*" "runs/reward_model/context_s*" "$P/reward_model_s*" \
+$PY benchmarks/costs.py --runs "runs/sft/policy_s*" "runs/reward_model/context_s*" "$P/reward_model_s*" \
   "$D/context_s*" "$G/context_s*" \
   --labels "sft.py: the oracle,sft.py: a policy,reward_model.py,ppo_rlaif.py,dpo_iter_w2s.py,grpo_rank.py" --out docs/results/scripts
 $PY docs/fill.py

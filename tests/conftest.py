@@ -1,4 +1,4 @@
-"""A miniature of the embedded world, made once per test session: 60 clips, a CLIP trained for two steps.
+"""A miniature of the embedded world, made once per test session: 60 clips, and the weights that come with the code.
 
 Accuracy means nothing in it; files, shapes and equations do. Scripts run inside `world` with the repository's code.
 """
@@ -50,10 +50,9 @@ def run(cwd, *command, check=True, env=None):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with data/moving_shapes (videos, annotations, hub), in which every script's defaults work."""
+    """A folder with data/moving_shapes (videos, annotations), in which every script's defaults work."""
     folder = tmp_path_factory.mktemp("world")
     run(folder, "moving_shapes.py", "--clips", "60")
-    run(folder, "pretrain_tiny.py", "--steps", "2", "--text_steps", "2", "--batch_size", "8")
     return folder
 
 

@@ -11,7 +11,7 @@ def main_of(monkeypatch, cwd, script, *flags):
     """`python script flags` in the folder `cwd`. Raises SystemExit where the script does."""
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-    module = importlib.import_module(script.removesuffix(".py"))
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     try:
         module.main(parse_args(module.Args))
     finally:  # conftest.py undoes the rest

@@ -14,11 +14,13 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+from conftest import run  # noqa: E402
+
 import evaluate as ev  # noqa: E402
 from answers import fits  # noqa: E402
 from compose import compose  # noqa: E402
 from data import Clip  # noqa: E402
-from flags import parse_args
+from flags import parse_args  # noqa: E402
 from moving_shapes import TASK_TYPES, write_video  # noqa: E402
 from pretrain_tiny import make_tokenizer  # noqa: E402
 from video_llm import TINY_VISION, Prefix, save_model  # noqa: E402
@@ -176,10 +178,9 @@ def test_wrong_runs_are_named(tmp_path, monkeypatch, runs, labels, message):
 
 
 def test_learning_curve_survives_a_killed_run_and_a_run_without_one(tmp_path):
-    run = ev.Run(tmp_path, tmp_path, "x", 0)
-    assert ev.learning_curve(run) == {}
+    assert ev.learning_curve(tmp_path) == {}
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/accuracy": 0.5}\n{"step": 1, "a": 1}\n{"step": 2, "eval')
-    assert ev.learning_curve(run) == {0: 0.5}
+    assert ev.learning_curve(tmp_path) == {0: 0.5}
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------
@@ -312,6 +313,39 @@ def script(folder, monkeypatch, *flags):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
     ev.main(parse_args(ev.Args))
+
+
+def test_two_processes_share_the_questions_out(place, tmp_path):
+    """One row per question in the order of the file, the same answers as one process gives, one table."""
+    both = {}
+    for world in (1, 2):
+        folder = shutil.copytree(place, tmp_path / str(world))
+        launch = ["torchrun", "--nproc_per_node=2"] if world == 2 else []
+        done = run(folder, *launch, "evaluate.py", "--runs", "runs/tiny_s0", "--data", "test.json", "--out", "out/x")
+        assert done.stdout.count("Accuracy on test.json") == 1
+        both[world] = json.loads((folder / "runs/tiny_s0/predictions_test.json").read_text())["predictions"]
+    assert both[1] == both[2] and sum(row["prediction"] is not None for row in both[1]) == 4
+
+
+def test_a_run_in_progress_is_drawn_at_every_evaluation(tmp_path, monkeypatch):
+    row = lambda step, value: json.dumps({"step": step, **({"eval/accuracy": value} if value else {})}) + "\n"
+    drawn, file = [], tmp_path / "run/metrics.jsonl"
+
+    def next_rows(pause):  # in place of time.sleep: what the run has done meanwhile
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(rows[: len(drawn) + 2]))
+        if len(drawn) == 2:
+            (tmp_path / "run/final").mkdir(exist_ok=True)
+
+    rows = [row(0, 0.3), row(1, None), row(25, 0.5), row(50, 0.6)]
+    monkeypatch.setattr(ev.time, "sleep", next_rows)
+    monkeypatch.setattr(ev, "plot_curve", lambda curves, out: drawn.append((curves, out)))
+    ev.watch(tmp_path / "run", tmp_path / "out/demo")
+    assert [curves["run"] for curves, _ in drawn] == [[{0: 0.3}], [{0: 0.3, 25: 0.5}], [{0: 0.3, 25: 0.5, 50: 0.6}]]
+    assert {out for _, out in drawn} == {f"{tmp_path}/out/demo.png"}
+    monkeypatch.undo()
+    ev.watch(tmp_path / "run", tmp_path / "out/demo")
+    assert (tmp_path / "out/demo.png").stat().st_size > 10_000 and len(list((tmp_path / "out").iterdir())) == 1
 
 
 def test_script_answers_once_draws_again_and_notices_changes(place, monkeypatch, capsys):

@@ -15,7 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import REPO, run
 from inside import main_of
 from safetensors.torch import load_file
 from test_video_llm import lively, plain_logprobs
@@ -88,20 +88,26 @@ def test_moving_shapes(script, tmp_path):
     assert len(list((tmp_path / "data/ten/videos").rglob("*.mp4"))) == 20
 
 
-def test_pretrain_tiny(world):
-    hub = world / "data/moving_shapes/hub"
+def test_pretrain_tiny(script, world, tmp_path):
+    (tmp_path / "data/moving_shapes").mkdir(parents=True)
+    for name in ("clips.json", "pretrain.json", "videos"):
+        (tmp_path / "data/moving_shapes" / name).symlink_to(world / "data/moving_shapes" / name)
+    short = ["--steps", "2", "--text_steps", "2", "--batch_size", "8"]
+    assert script("pretrain_tiny", *short, cwd=tmp_path).code == 0
+    hub = tmp_path / "data/moving_shapes/hub"
     assert {p.name for p in hub.iterdir()} == {"args.json", "clip", "llm", "qformer"}
     assert json.loads((hub / "args.json").read_text())["steps"] == 2
     made = (hub / "clip/model.safetensors").stat().st_mtime_ns
-    done = run(world, "pretrain_tiny.py", "--steps", "2", check=False)  # what is finished is not done again
-    assert (done.stdout + done.stderr).count("\n") == 1 and "is there already" in done.stdout + done.stderr
+    done = script("pretrain_tiny", *short, cwd=tmp_path)  # what is finished is not done again
+    assert (done.out + done.err).count("\n") == 1 and "is there already" in done.out
     assert (hub / "clip/model.safetensors").stat().st_mtime_ns == made
 
 
-def test_the_text_tower_is_read_at_the_end_of_a_text(world):
+def test_the_text_tower_is_read_at_the_end_of_a_text():
     """With an end token of id 2 `CLIPModel` would pool at the highest token id, in the middle of the sentence."""
-    clip = world / "data/moving_shapes/hub/clip"
-    model, tokenizer = CLIPModel.from_pretrained(clip).text_model, AutoTokenizer.from_pretrained(clip)
+    clip = REPO / "embedded_world/weights/clip"
+    model = CLIPModel.from_pretrained(clip, dtype=torch.float32).text_model
+    tokenizer = AutoTokenizer.from_pretrained(clip)
     ids = tokenizer("a red circle moves left").input_ids + [tokenizer.eos_token_id]
     padded = torch.tensor([ids + [tokenizer.pad_token_id] * 3])
     out = model(input_ids=padded, attention_mask=(padded != tokenizer.pad_token_id).long())
@@ -177,12 +183,25 @@ def test_sft_leaves_out_what_cannot_be_cut_to_fit(script, world, policy):
     assert done.code == 1 and len(said) == 1 and "long.json: 0 records are used; 1 clips cannot be read" in said[0]
 
 
-def test_the_world_is_built_for_what_reads_it_alone():
-    needs = lambda **flags: sft.needs_world(sft.Args(**flags))
-    assert needs() and needs(model="my_start") and needs(data="my.json")  # my own data, the embedded CLIP
-    assert not needs(data="my.json", model="my_start")
-    assert not needs(data=f"/elsewhere/{sft.WORLD}/train.json", model="my_start")  # another checkout's
-    assert not needs(data="my.json", clip="c", qformer="32", llm="l") and needs(data="my.json", clip="c", qformer="32")
+def test_the_world_is_built_for_what_reads_it_alone(monkeypatch, tmp_path):
+    def built(**flags):
+        """What a run builds or copies before it reads a file, which is missing here."""
+        made = []
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(harness, "build_if_missing", lambda path, *rest: made.append(path))
+        monkeypatch.setattr(harness, "ship_weights", lambda paths, rank: made.extend(
+            p for p in paths if p.startswith(sft.WEIGHTS)))
+        with pytest.raises(SystemExit):
+            sft.main(sft.Args(**flags))
+        return made
+
+    clips, parts = f"{sft.WORLD}/clips.json", [f"{sft.WEIGHTS}/{part}" for part in ("clip", "qformer", "llm")]
+    assert built() == [clips, *parts] and built(model="my_start") == [clips]
+    assert built(data="my.json") == parts and built(data="my.json", model="my_start") == []
+    assert built(data=f"my.json,{sft.WORLD}/train.json", model="my_start") == [clips]
+    assert built(data=f"/elsewhere/{sft.WORLD}/train.json", model="my_start") == []  # another checkout's
+    assert built(data="my.json", clip="c", qformer="32", llm="l") == []
+    assert built(data="my.json", clip="c", qformer="32") == parts[2:]
 
 
 class Words:

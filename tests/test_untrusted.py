@@ -12,6 +12,7 @@ from inside import main_of
 
 import harness
 from compose import compose
+from flags import WEIGHTS
 from video_llm import add_lora, load_model, save_model
 
 
@@ -52,9 +53,9 @@ def test_a_pickle_in_place_of_a_model(policy, tmp_path, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("part", ["clip", "qformer"])
-def test_a_pickle_in_place_of_a_part(world, tmp_path, monkeypatch, part):
+def test_a_pickle_in_place_of_a_part(tmp_path, monkeypatch, part):
     hub = tmp_path / "hub"
-    shutil.copytree(world / "data/moving_shapes/hub", hub)
+    shutil.copytree(REPO / WEIGHTS, hub)
     (hub / part / "model.safetensors").unlink()
     set_trap(hub / part, ["pytorch_model.bin"], tmp_path, monkeypatch)
     with pytest.raises(Exception):  # noqa: B017 - whatever transformers says, it says it before it runs anything

@@ -11,9 +11,10 @@ from inside import main_of
 from test_api_oracle import server  # noqa: F401 - a fixture
 from test_paid_oracle import usable
 
+from flags import WEIGHTS
+
 SECTION = (REPO / "README.md").read_text().split("## Your own videos and model")[1].split("\n## ")[0]
-HUB = "data/moving_shapes/hub"
-PARTS = f"--clip {HUB}/clip --qformer {HUB}/qformer --llm {HUB}/llm"  # in place of the preset's
+PARTS = f"--clip {WEIGHTS}/clip --qformer {WEIGHTS}/qformer --llm {WEIGHTS}/llm"  # in place of the preset's
 SHORT = {"sft.py": f"{PARTS} --steps 3 --batch_size 4 --micro_batch_size 4 --num_frames 4 --lr 1e-3".split(),
          "grpo_rank.py": "--steps 2 --epochs 0 --prompts_per_step 2 --G 3 --max_new_tokens 16 --api_frames 1 "
                          "--api_size 32 --eval_questions 4".split()}
@@ -41,7 +42,7 @@ def test_from_a_folder_of_videos_to_a_tuned_model(example, world, server, monkey
     assert [words[1] for words in lines] == ["check_videos.py", "sft.py", "grpo_rank.py", "evaluate.py"]
     for _, script, *flags in lines:
         flags = [server.url if flag.startswith("http") else flag for flag in flags]
-        short = [str(world / flag) if flag.startswith(HUB) else flag for flag in SHORT.get(script, [])]
+        short = [str(REPO / flag) if flag.startswith(WEIGHTS) else flag for flag in SHORT.get(script, [])]
         try:
             main_of(monkeypatch, example, script, *flags, *short)
         except SystemExit as stop:
