@@ -1,9 +1,12 @@
-"""A miniature of the embedded world, made once per test session: 60 clips, and the weights that come with the code.
+"""A miniature of the embedded world, made once per run of the tests: 60 clips, and the weights that come with the code.
 
 Accuracy means nothing in it; files, shapes and equations do. Scripts run inside `world` with the repository's code.
 """
 
+import contextlib
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,23 +18,56 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 os.environ["OMP_NUM_THREADS"] = "1"  # several small processes on two cores
 
-import torch  # noqa: E402
+# Nothing here imports torch: the process of pytest-xdist that hands the tests out need not wait for it.
+# Seconds on one core. The slowest files begin, so that at the end no core waits long for another.
+SECONDS = {}  # fmt: skip
 
-import harness  # noqa: E402
 
-torch.set_num_threads(1)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: -SECONDS.get(item.path.stem.removeprefix("test_"), 0))
+
+
+def pytest_collection_finish(session):
+    """Everything is imported and nothing has run: the moment to fork what forks the scripts."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    if any("forked" in getattr(item, "fixturenames", ()) for item in session.items):
+        from forked import Forked
+
+        session.config.stash[FORKED] = Forked()
+
+
+FORKED = pytest.StashKey()
+
+
+def pytest_unconfigure(config):
+    if FORKED in config.stash:
+        config.stash[FORKED].close()
+
+
+@pytest.fixture(scope="session")
+def forked(pytestconfig):
+    """Scripts as processes that need not import anything: see forked.py."""
+    return pytestconfig.stash[FORKED]
 
 
 @pytest.fixture(autouse=True)
 def as_after_the_end():
     """What the end of a process undoes, for the scripts that a test runs inside this one: a handler of signals that
     stayed would be that of every process forked by a later test."""
+    with a_process():
+        yield
+
+
+@contextlib.contextmanager
+def a_process():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
     sys.excepthook = sys.__excepthook__
-    harness.unlock()
+    if "harness" in sys.modules:
+        sys.modules["harness"].unlock()
 
 
 def run(cwd, *command, check=True, env=None):
@@ -48,17 +84,45 @@ def run(cwd, *command, check=True, env=None):
     return done
 
 
+def made_once(tmp_path_factory, name, make):
+    """A copy of our own of the folder `name`, which one of the processes of pytest-xdist makes for all of them."""
+    ours = shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = ours.parent
+    with open(shared / f"{name}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / f"{name}.made").exists():
+            make(shared / f"{name}.tmp")
+            (shared / f"{name}.tmp").rename(shared / f"{name}.made")
+    return shutil.copytree(shared / f"{name}.made", ours / name, symlinks=True)
+
+
+def make_in(folder, script, *flags):
+    from inside import main_of
+
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as monkeypatch, a_process():
+        main_of(monkeypatch, folder, script, *flags)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A folder with data/moving_shapes (videos, annotations), in which every script's defaults work."""
-    folder = tmp_path_factory.mktemp("world")
-    run(folder, "moving_shapes.py", "--clips", "60")
-    return folder
+    def make(folder):
+        make_in(folder, "moving_shapes.py", "--clips", "60", "--workers", "1")
+
+    return made_once(tmp_path_factory, "world", make)
 
 
 @pytest.fixture(scope="session")
-def policy(world):
+def policy(world, tmp_path_factory):
     """runs/sft/policy_s0/final in the miniature world: an SFT start of a few steps."""
-    run(world, "sft.py", "--name", "policy_s0", "--data", "data/moving_shapes/train.json", "--num_clips", "6",
-        "--steps", "4", "--batch_size", "8", "--micro_batch_size", "8")
+    def make(folder):
+        folder.mkdir()
+        (folder / "data").symlink_to(world / "data")
+        make_in(folder, "sft.py", "--name", "policy_s0", "--data", "data/moving_shapes/train.json", "--num_clips", "6",
+                "--steps", "4", "--batch_size", "8", "--micro_batch_size", "8")
+
+    made = made_once(tmp_path_factory, "policy", make)
+    shutil.copytree(made / "runs/sft/policy_s0", world / "runs/sft/policy_s0")
     return world / "runs/sft/policy_s0/final"

@@ -1,6 +1,9 @@
 """Scripts as processes that import nothing: a server has imported everything once and forks for every run. So a script
 can be killed twenty times in a minute. Ranks are forked too, without torchrun, which would end the others of a dead
-one: here each has to end by itself."""
+one: here each has to end by itself.
+
+There are two servers, this process as it was before the first test and a fresh interpreter, because two processes of
+one run do not hash strings alike: ranks that follow each other, and a run and its resumption, come of different ones."""
 
 import json
 import os
@@ -10,59 +13,107 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import REPO
+REPO = Path(__file__).resolve().parent.parent
+MODULES = ("sft", "grpo_rank", "reward_model", "ppo_rlaif", "dpo_iter_w2s", "evaluate", "torch.distributed.nn")
 
-SERVER = """
-import importlib, json, os, sys
-import torch
-torch.set_num_threads(1)
-for name in ("sft", "grpo_rank", "reward_model", "ppo_rlaif", "dpo_iter_w2s", "torch.distributed.nn"):
-    importlib.import_module(name)
-import harness
-from flags import parse_args
 
-def one(job, rank):
-    os.chdir(job["cwd"])
-    log = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1), os.dup2(log, 2), os.close(0)
-    os.environ.update(job["env"])
-    if job["world"] > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["world"]),
-                          LOCAL_WORLD_SIZE=str(job["world"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
-    code, sys.argv = 0, job["argv"]
-    try:
-        module = importlib.import_module(sys.argv[0].removesuffix(".py"))
-        exec(job["plant"], dict(harness=harness, module=module, rank=rank))
-        module.main(parse_args(module.Args))
-    except SystemExit as stop:  # as the interpreter does
-        code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-    except BaseException:
-        code = 1
-        sys.excepthook(*sys.exc_info())
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
+def serve(jobs, told):
+    """Runs in a process of its own: a line of JSON for every rank to start, the number of every process to wait for."""
+    import importlib
+    import random
+    import runpy
+    import signal
 
-print("ready", flush=True)
-while line := sys.stdin.readline():
-    job, pids = json.loads(line), []
-    for rank in range(job["world"]):
-        pid = os.fork()
-        if pid == 0:
-            one(job, rank)
-        pids.append(pid)
-    print(json.dumps(pids), flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
-"""
+    import numpy
+    import torch
+
+    torch.set_num_threads(1)
+    for name in MODULES:
+        importlib.import_module(name)
+    import harness
+    from flags import parse_args
+
+    def one(job, rank):
+        os.chdir(job["cwd"])
+        log = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1), os.dup2(log, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.closerange(3, 1024)
+        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+        signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        random.seed(), numpy.random.seed()
+        os.environ.update(job["env"])
+        if job["world"] > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["world"]),
+                              LOCAL_WORLD_SIZE=str(job["world"]), MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=str(job["port"]))
+        code, sys.argv = 0, job["argv"]
+        try:
+            if "/" in sys.argv[0]:
+                exec(job["plant"], dict(harness=harness, rank=rank))
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            else:
+                module = importlib.import_module(sys.argv[0].removesuffix(".py"))
+                exec(job["plant"], dict(harness=harness, module=module, rank=rank))
+                module.main(parse_args(module.Args))
+        except SystemExit as stop:  # as the interpreter does
+            code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+        except BaseException:
+            code = 1
+            sys.excepthook(*sys.exc_info())
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+    print("ready", file=told, flush=True)
+    for line in jobs:
+        job = json.loads(line)
+        if isinstance(job, int):
+            answer = os.waitstatus_to_exitcode(os.waitpid(job, 0)[1])
+        elif (answer := os.fork()) == 0:
+            one(job, job["rank"])
+        print(answer, file=told, flush=True)
 
 
 class Forked:
     def __init__(self):
-        env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       text=True, env=env)
-        assert self.server.stdout.readline() == "ready\n"
+        self.servers = [self.forked(), self.fresh()]
+        self.ready = [False, False]
+
+    @staticmethod
+    def forked():
+        """-> where to write jobs, where to read answers, how to wait for the end: of a copy of this process."""
+        (jobs, ours), (theirs, told) = os.pipe(), os.pipe()
+        if (pid := os.fork()) == 0:
+            try:
+                import faulthandler
+
+                faulthandler.disable()
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                keep = sorted((jobs, told))  # nothing else: who waits for the end of a pipe must see it
+                for low, high in zip((2, *keep), (*keep, 4096)):
+                    os.closerange(low + 1, high)
+                serve(open(jobs), open(told, "w"))
+            finally:
+                os._exit(0)
+        os.close(jobs), os.close(told)
+        return open(ours, "w"), open(theirs), lambda: os.waitpid(pid, 0)
+
+    @staticmethod
+    def fresh():
+        env = {**os.environ, "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}"}
+        code = "import sys, forked; forked.serve(sys.stdin, sys.stdout)"
+        server = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  text=True, env=env)
+        return server.stdin, server.stdout, server.wait
+
+    def ask(self, server, what):
+        jobs, told, _ = self.servers[server]
+        if not self.ready[server]:
+            assert told.readline() == "ready\n"
+            self.ready[server] = True
+        print(json.dumps(what), file=jobs, flush=True)
+        return int(told.readline())
 
     def start(self, cwd, *argv, world=1, plant="", **env):
         """-> process ids, one per rank. plant: Python run first, with `module`, `harness` and `rank`."""
@@ -72,13 +123,13 @@ class Forked:
         self.log = Path(cwd, "said")
         job = dict(cwd=str(cwd), argv=list(map(str, argv)), log=str(self.log), world=world, port=port, plant=plant,
                    env=env)
-        self.server.stdin.write(json.dumps(job) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
+        which = [(rank + ("--resume" in argv)) % 2 for rank in range(world)]
+        self.running = [(server, self.ask(server, dict(job, rank=rank))) for rank, server in enumerate(which)]
+        return [pid for _, pid in self.running]
 
     def wait(self):
         """-> exit codes of the ranks; a negative one is a signal's."""
-        return json.loads(self.server.stdout.readline())
+        return [self.ask(server, pid) for server, pid in self.running]
 
     def run(self, cwd, *argv, **more):
         self.start(cwd, *argv, **more)
@@ -93,8 +144,9 @@ class Forked:
         return line
 
     def close(self):
-        self.server.stdin.close()
-        self.server.wait()
+        for jobs, _, wait in self.servers:
+            jobs.close()
+            wait()
 
 
 def until(condition, limit=300):

@@ -12,18 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import run
-from forked import Forked, a_world, until
+from forked import a_world, until
 from test_killed import SCRIPTS, check_same, rows, steps_done
 
 GRPO = [*SCRIPTS["grpo_rank"][0], "--tokens_per_micro_batch", "200"]
 FOLDER = SCRIPTS["grpo_rank"][1]
-
-
-@pytest.fixture(scope="module")
-def forked():
-    server = Forked()
-    yield server
-    server.close()
 
 
 def at_step_2(what):

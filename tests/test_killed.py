@@ -18,7 +18,7 @@ import time
 import pytest
 import torch
 from conftest import REPO
-from forked import Forked, a_world, until
+from forked import a_world, until
 from safetensors.torch import load_file
 from test_dpo import SELF
 
@@ -43,13 +43,6 @@ SCRIPTS = {  # flags, run folder
                      "runs/reward_model/x_s0"),
     "dpo_iter_w2s": (["dpo_iter_w2s.py", *SELF, "--steps", "7", "--name", "x"], "runs/dpo_iter_w2s/x_s0"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def forked():
-    server = Forked()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from forked import Forked, a_world
+from forked import a_world
 from inside import main_of
 from test_killed import SCRIPTS, rows, steps_done
 
@@ -12,13 +12,6 @@ import harness
 
 LOSSES = dict(sft="sft_loss", grpo_rank="kl_k3", ppo_rlaif="value_loss", reward_model="bradley_terry",
               dpo_iter_w2s="dpo_loss")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def forked():
-    server = Forked()
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize("number", ["nan", "inf"])
