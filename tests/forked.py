@@ -2,8 +2,8 @@
 can be killed twenty times in a minute. Ranks are forked too, without torchrun, which would end the others of a dead
 one: here each has to end by itself.
 
-There are two servers, this process as it was before the first test and a fresh interpreter, because two processes of
-one run do not hash strings alike: ranks that follow each other, and a run and its resumption, come of different ones."""
+There are two servers, a copy of this process and a fresh interpreter, because the processes of a run do not hash strings
+alike: neighbouring ranks come of different ones, and so do a run, its resumption and a run inside this process."""
 
 import json
 import os
@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-MODULES = ("sft", "grpo_rank", "reward_model", "ppo_rlaif", "dpo_iter_w2s", "evaluate", "torch.distributed.nn")
+MODULES = ("sft", "grpo_rank", "reward_model", "ppo_rlaif", "dpo_iter_w2s", "evaluate", "peft", "torch.distributed.nn",
+           "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.utils.tensorboard")
 
 
 def serve(jobs, told):
@@ -123,7 +124,7 @@ class Forked:
         self.log = Path(cwd, "said")
         job = dict(cwd=str(cwd), argv=list(map(str, argv)), log=str(self.log), world=world, port=port, plant=plant,
                    env=env)
-        which = [(rank + ("--resume" in argv)) % 2 for rank in range(world)]
+        which = [(rank + ("--resume" not in argv)) % 2 for rank in range(world)]
         self.running = [(server, self.ask(server, dict(job, rank=rank))) for rank, server in enumerate(which)]
         return [pid for _, pid in self.running]
 

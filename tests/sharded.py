@@ -1,4 +1,4 @@
-"""Run by test_machines.py under torchrun, two processes: a sharded model against the whole one, part by part."""
+"""Run by test_machines.py, two processes: a sharded model against the whole one, part by part."""
 
 import sys
 from pathlib import Path

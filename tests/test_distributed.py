@@ -64,8 +64,16 @@ def test_one_rank_meets_a_number_that_is_none(world, policy, forked, tmp_path, n
     assert steps_done(place / FOLDER) == 2
 
 
+@pytest.fixture(scope="module")
+def whole(world, policy, forked, tmp_path_factory):
+    """The folder of the uninterrupted run of two ranks."""
+    place = a_world(world, tmp_path_factory.mktemp("two") / "whole")
+    assert forked.run(place, *GRPO, world=2) == [0, 0], forked.said(1)
+    return place / FOLDER
+
+
 @pytest.mark.parametrize("who", ["both", "one"])
-def test_a_signal_stops_all_ranks_at_the_same_step(world, policy, forked, tmp_path, who):
+def test_a_signal_stops_all_ranks_at_the_same_step(world, policy, forked, whole, tmp_path, who):
     place = a_world(world, tmp_path / "stopped")
     pids = forked.start(place, *GRPO, world=2)
     assert until(lambda: steps_done(place / FOLDER) == 3)
@@ -78,9 +86,7 @@ def test_a_signal_stops_all_ranks_at_the_same_step(world, policy, forked, tmp_pa
     again = f"torchrun --nproc_per_node=2 {' '.join(GRPO)} --resume"
     assert line.endswith(f"{saved.name} is written; continue with: {again}")
     assert forked.run(place, *GRPO, "--resume", world=2) == [0, 0], forked.said(1)
-    whole = a_world(world, tmp_path / "whole")
-    assert forked.run(whole, *GRPO, world=2) == [0, 0]
-    check_same(whole / FOLDER, place / FOLDER)
+    check_same(whole, place / FOLDER)
 
 
 def damaged_data(world, folder):

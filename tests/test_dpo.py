@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
 from inside import main_of
 from safetensors.torch import load_file
 from test_video_llm import lively, plain_logprobs
@@ -552,9 +551,10 @@ def test_killed_at_any_stage_and_resumed_equals_uninterrupted(world, whole, stag
     assert rows(ours / "metrics.jsonl") == rows(whole / "metrics.jsonl")
 
 
-def test_two_processes_equal_one(world, whole):
+def test_two_processes_equal_one(world, whole, forked):
     flags = [f if last != "--micro_batch_size" else "1" for last, f in zip(["", *ZOO], ZOO)]
-    run(world, "torchrun", "--nproc_per_node=2", "dpo_iter_w2s.py", *flags, "--name", "two")
+    codes = forked.run(world, "dpo_iter_w2s.py", *flags, "--name", "two", world=2)
+    assert codes == [0, 0], forked.said() + forked.said(1)
     two = world / "runs/dpo_iter_w2s/two_s0"
     for k in (1, 2):
         one, other = whole / f"iteration_{k}_s0", two / f"iteration_{k}_s0"
@@ -790,6 +790,7 @@ def test_bad_flags(flags, world, monkeypatch, capfd):
     ("--preferences nowhere.json", "nowhere.json"), ("--zoo policy runs/sft/nothing/final", "runs/sft/nothing/final"),
     ("--min_gap 6", "0 pairs"), ("--model runs/nothing", "runs/nothing")])  # fmt: skip
 def test_missing_files_and_too_few_pairs(flags, words, world, policy, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a name that is no folder: no waiting
     with pytest.raises(SystemExit) as stop:
         main_of(monkeypatch, world, "dpo_iter_w2s.py", *SELF, "--max_share", "1", *flags.split(), "--name",
                 f"bad{abs(hash(flags))}")

@@ -12,12 +12,10 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import REPO
 from forked import a_world, until
 from safetensors.torch import load_file
 from test_dpo import SELF
@@ -37,25 +35,26 @@ SCRIPTS = {  # flags, run folder
     "ppo_rlaif": (["ppo_rlaif.py", *RL, "--random_reward", "--steps", "14", "--save_steps", "3", "--name", "x",
                    "--prompts_per_step", "4", "--micro_batch_size", "4", "--value_warmup", "0"], "runs/ppo_rlaif/x_s0"),
     "reward_model": (["reward_model.py", *TRAIN, "--oracle", "judge", "--oracle_model", START, "--base", START,
-                      "--narrative", "false", "--prompts", "60", "--max_new_tokens", "6", "--min_margin", "0",
-                      "--eval_share", "0.3", "--epochs", "3", "--prompts_per_step", "4", "--micro_batch_size", "4",
+                      "--narrative", "false", "--prompts", "24", "--samples", "3", "--max_new_tokens", "6",
+                      "--min_margin", "0", "--eval_share", "0.3", "--epochs", "3", "--prompts_per_step", "4", "--micro_batch_size", "4",
                       "--pack", "3", "--save_steps", "3", "--eval_steps", "5", "--name", "x"],
                      "runs/reward_model/x_s0"),
     "dpo_iter_w2s": (["dpo_iter_w2s.py", *SELF, "--steps", "7", "--name", "x"], "runs/dpo_iter_w2s/x_s0"),
 }  # fmt: skip
+LONG = {"reward_model": ["--prompts", "60", "--samples", "4"]}  # answers are collected in two parts
 
 
 @pytest.fixture(scope="module")
 def whole(world, policy, forked, tmp_path_factory):
-    """whole(name) -> the folder of the uninterrupted run of a script, made once."""
+    """whole(name) -> the folder of the uninterrupted run of a script, made once. more: flags."""
     made = {}
 
-    def of(name):
-        if name not in made:
+    def of(name, *more):
+        if (name, *more) not in made:
             place = a_world(world, tmp_path_factory.mktemp(name) / "whole")
-            assert forked.run(place, *SCRIPTS[name][0]) == [0], forked.said()
-            made[name] = place / SCRIPTS[name][1]
-        return made[name]
+            assert forked.run(place, *SCRIPTS[name][0], *more) == [0], forked.said()
+            made[name, *more] = place / SCRIPTS[name][1]
+        return made[name, *more]
 
     return of
 
@@ -102,7 +101,7 @@ def test_killed_twenty_times(world, policy, forked, whole, tmp_path, name):
         folder, rng = place / SCRIPTS[name][1], random.Random(seed)
         codes = [None]
         while codes != [0]:
-            (pid,) = forked.start(place, *SCRIPTS[name][0], "--resume")
+            (pid,) = forked.start(place, *SCRIPTS[name][0], *LONG.get(name, []), "--resume")
             alive = lambda: os.path.exists(f"/proc/{pid}") and " Z " not in open(f"/proc/{pid}/stat").read()
             if rng.random() < 0.9:
                 moment(rng, folder, alive)
@@ -110,7 +109,7 @@ def test_killed_twenty_times(world, policy, forked, whole, tmp_path, name):
             codes = forked.wait()
             assert codes[0] in (0, -signal.SIGKILL), forked.said()
             kills += codes[0] != 0
-        check_same(whole(name), folder)
+        check_same(whole(name, *LONG.get(name, [])), folder)
         seed += 1
 
 
@@ -244,16 +243,15 @@ def test_a_second_run_into_the_folder_is_refused(world, policy, forked, tmp_path
     assert said.count("code 1") == 1 and sum("another run is writing there now" in line for line in said) == 1
 
 
-def test_a_lock_ends_with_its_process(tmp_path):
-    code = ("import sys, time, harness\nprint(harness.lock(sys.argv[1]), flush=True)\ntime.sleep(600)")
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "lock")], cwd=REPO, stdout=subprocess.PIPE,
-                              text=True)
-    assert holder.stdout.readline() == "True\n"
+def test_a_lock_ends_with_its_process(forked, tmp_path):
+    hold = "import time\nprint(harness.lock('lock'), flush=True)\ntime.sleep(600)"
+    (holder,) = forked.start(tmp_path, "sft.py", plant=hold)
+    assert until(lambda: (tmp_path / "said.0").exists() and forked.said() == "True\n")
     assert not harness.lock(tmp_path / "lock")
     with pytest.raises(SystemExit):
         harness.own(tmp_path / "lock")
-    holder.kill()
-    holder.wait()
+    os.kill(holder, signal.SIGKILL)
+    assert forked.wait() == [-signal.SIGKILL]
     assert harness.lock(tmp_path / "lock") and harness.lock(tmp_path / "lock")  # once ours, ours
     harness.unlock()
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO, run
+from conftest import REPO
 from hub import write_clip, write_decoder, write_qformer
 from inside import main_of
 from safetensors.torch import load_file
@@ -38,7 +38,7 @@ def assert_equal_runs(one, two, start, within):
     assert moved > 1e-4 and apart < 0.02 * moved
 
 
-def test_two_agents_on_loopback_equal_one_agent_of_two_processes(world, policy):
+def test_two_agents_on_loopback_equal_one_agent_of_two_processes(world, policy, forked):
     """`torchrun --nnodes=2` as on two machines: each agent starts one process, a rendezvous brings them together."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -51,7 +51,7 @@ def test_two_agents_on_loopback_equal_one_agent_of_two_processes(world, policy):
     said = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said[0][-2000:] + said[1][-2000:]
     assert sum("done: runs/grpo_rank/agents_s0/final" in text for text in said) == 1  # rank 0 writes, nobody else
-    run(world, "torchrun", "--nproc_per_node=2", *GRPO, "--lora_r", "4", "--name", "agent")
+    assert forked.run(world, *GRPO, "--lora_r", "4", "--name", "agent", world=2) == [0, 0], forked.said()
     two, one = (world / f"runs/grpo_rank/{name}_s0" for name in ("agents", "agent"))
     assert json.loads((two / "args.json").read_text())["world_size"] == 2
     assert rows(one) == rows(two)
@@ -62,12 +62,12 @@ def test_two_agents_on_loopback_equal_one_agent_of_two_processes(world, policy):
 @pytest.mark.parametrize("command, folder", [
     pytest.param([*GRPO, "--lora_r", "4", "--gradient_checkpointing"], "runs/grpo_rank/{}_s0", id="grpo_rank, LoRA"),
     pytest.param(GRPO, "runs/grpo_rank/{}_s0", id="grpo_rank"), pytest.param(SFT, "runs/sft/{}", id="sft")])
-def test_sharded_equals_whole(world, policy, monkeypatch, command, folder):
+def test_sharded_equals_whole(world, policy, forked, monkeypatch, command, folder):
     """Losses, sampled answers, evaluations, weights; the checkpoints are those of an unsharded run."""
     kind = "lora" if "--lora_r" in command else "full"
     whole, sharded = (world / folder.format(f"{kind}_{name}") for name in ("unsharded", "sharded"))
     main_of(monkeypatch, world, *command, "--name", f"{kind}_unsharded")
-    run(world, "torchrun", "--nproc_per_node=2", *command, "--name", f"{kind}_sharded", "--shard")
+    assert forked.run(world, *command, "--name", f"{kind}_sharded", "--shard", world=2) == [0, 0], forked.said()
     assert_equal_runs(whole, sharded, policy if "grpo_rank.py" in command else whole / "base", 1e-5)
     model, _ = load_model(sharded / ("adapter" if kind == "lora" else "final"))
     assert not any(type(p).__name__ == "DTensor" for p in model.parameters())
@@ -76,14 +76,14 @@ def test_sharded_equals_whole(world, policy, monkeypatch, command, folder):
     assert files(whole) == files(sharded)
 
 
-def test_shares_of_a_model_train_sample_save_and_load_as_the_whole(tmp_path):
+def test_shares_of_a_model_train_sample_save_and_load_as_the_whole(forked, tmp_path):
     """Part by part, in two processes: see sharded.py."""
     parts = {"clip": write_clip, "qformer": write_qformer, "llm": lambda folder: write_decoder("vicuna", folder)}
     for name, write in parts.items():
         write(tmp_path / name)
     save_model(*compose(*(str(tmp_path / name) for name in parts)), tmp_path / "model")
-    said = run(tmp_path, "torchrun", "--nproc_per_node=2", REPO / "tests/sharded.py", tmp_path / "model", tmp_path)
-    assert said.stdout.count("equal") == 2
+    codes = forked.run(tmp_path, REPO / "tests/sharded.py", tmp_path / "model", tmp_path, world=2)
+    assert codes == [0, 0] and forked.said().count("equal") == 2, forked.said() + forked.said(1)
 
 
 @pytest.mark.parametrize("flags, told", [

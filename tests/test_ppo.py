@@ -3,18 +3,16 @@
 import ast
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from collections import Counter
 from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import REPO, run
+from conftest import REPO
 from inside import main_of
 from safetensors.torch import load_file
 from test_video_llm import lively, plain_logprobs, plain_scores
@@ -562,11 +560,11 @@ ALL = ["--eval_data", "data/moving_shapes/val.json", "--eval_questions", "5", "-
 STOP = ["--stop_oracle", "judge", "--patience", "9", "--oracle_model", "runs/sft/policy_s0/final"]
 
 
-def test_two_processes_equal_one(world, policy, monkeypatch):
+def test_two_processes_equal_one(world, policy, forked, monkeypatch):
     flags = [*PPO, *ALL, *STOP, "--steps", "3", "--prompts_per_step", "8"]
     main_of(monkeypatch, world, *flags, "--name", "one")
     flags = [f if last != "--micro_batch_size" else "3" for last, f in zip(["", *flags], flags)]  # nor may this show
-    run(world, "torchrun", "--nproc_per_node=2", *flags, "--name", "two")
+    assert forked.run(world, *flags, "--name", "two", world=2) == [0, 0], forked.said() + forked.said(1)
     one, two = (world / f"runs/ppo_rlaif/{name}_s0" for name in ("one", "two"))
     assert [json.loads((f / "args.json").read_text())["world_size"] for f in (one, two)] == [1, 2]
     assert len(rows(one)) == len(rows(two)) == 4
@@ -581,20 +579,17 @@ def test_two_processes_equal_one(world, policy, monkeypatch):
 
 
 SUICIDE = """
-import os, signal, sys
-import harness, ppo_rlaif
-from flags import parse_args
-plain, sys.argv = harness.Log.step, sys.argv[1:]
+import os, signal
+plain = harness.Log.step
 harness.Log.step = lambda log, step, show: os.kill(os.getpid(), signal.SIGKILL) if step == 5 else plain(log, step, show)
-ppo_rlaif.main(parse_args(ppo_rlaif.Args))
 """
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_killed_and_resumed_equals_uninterrupted(world, policy, monkeypatch, lora):
+def test_killed_and_resumed_equals_uninterrupted(world, policy, forked, monkeypatch, lora):
     flags = [*PPO, *ALL, "--steps", "7", "--save_steps", "2", *(["--lora_r", "4", *STOP] if lora else [])]
     whole, broken = (world / f"runs/ppo_rlaif/{name}{lora}_s0" for name in ("whole", "broken"))
-    if lora:  # interrupted in this process: a second start costs seconds
+    if lora:  # interrupted in this process
         class Killed(BaseException):
             pass
 
@@ -606,10 +601,8 @@ def test_killed_and_resumed_equals_uninterrupted(world, policy, monkeypatch, lor
             m.setattr(harness.Log, "step", killed)
             main_of(m, world, *flags, "--name", f"broken{lora}")
     else:
-        command = [sys.executable, "-c", SUICIDE, *flags, "--name", f"broken{lora}"]
-        env = {**os.environ, "PYTHONPATH": str(REPO)}
-        done = subprocess.run(command, cwd=world, env=env, capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        codes = forked.run(world, *flags, "--name", f"broken{lora}", plant=SUICIDE)
+        assert codes == [-signal.SIGKILL], forked.said()
     saved = [p.name for p in broken.glob("checkpoint-*") if p.suffix != ".tmp"]
     assert len(saved) == 1 and saved[0] == "checkpoint-4"
     main_of(monkeypatch, world, *flags, "--name", f"broken{lora}", "--resume")

@@ -23,12 +23,15 @@ def rows(folder):
 @pytest.mark.parametrize("command, folder", [
     pytest.param([*GRPO, "--advantage", "random"], "runs/grpo_rank/{}_s0", id="grpo_rank"),
     pytest.param(SFT, "runs/sft/{}", id="sft")])  # fmt: skip
-def test_two_processes_equal_one(world, policy, monkeypatch, command, folder):
+def test_two_processes_equal_one(world, policy, forked, monkeypatch, command, folder):
     main_of(monkeypatch, world, *command, "--name", "one")
     # other micro-batches as well: neither may show
     other = {"--micro_batch_size": "4", "--tokens_per_micro_batch": "170"}
     flags = [other.get(last, f) for last, f in zip(["", *command], command)]
-    run(world, "torchrun", "--nproc_per_node=2", *flags, "--name", "two")
+    if "sft.py" in command:  # once with torchrun itself
+        run(world, "torchrun", "--nproc_per_node=2", *flags, "--name", "two")
+    else:
+        assert forked.run(world, *flags, "--name", "two", world=2) == [0, 0], forked.said() + forked.said(1)
     one, two = (world / folder.format(name) for name in ("one", "two"))
     about = [json.loads((f / "args.json").read_text()) for f in (one, two)]
     assert [a["world_size"] for a in about] == [1, 2]
@@ -46,14 +49,15 @@ def test_two_processes_equal_one(world, policy, monkeypatch, command, folder):
     assert apart < 0.02 * moved  # Adam's first steps turn the sign of a tiny gradient into a whole step
 
 
-def test_benchmarks_of_two_processes_and_of_a_killed_run_equal_one(world, policy, monkeypatch):
+def test_benchmarks_of_two_processes_and_of_a_killed_run_equal_one(world, policy, forked, monkeypatch):
     """The same predictions and numbers; what was answered before a kill is not asked again."""
     runs = [world / f"runs/benchmarked/{name}" for name in ("one", "two")]
     for folder in runs:
         shutil.copytree(policy, folder / "final")
     flags = ["--benchmark", "msvd_qa,video_mme", "--limit", "14", "--batch_size", "3"]
     main_of(monkeypatch, world, "evaluate.py", "--checkpoint", runs[0].relative_to(world), *flags)
-    run(world, "torchrun", "--nproc_per_node=2", "evaluate.py", "--checkpoint", runs[1].relative_to(world), *flags)
+    two = ["evaluate.py", "--checkpoint", runs[1].relative_to(world), *flags]
+    assert forked.run(world, *two, world=2) == [0, 0], forked.said() + forked.said(1)
 
     def told(folder):
         """Predictions and numbers; the reports name the run and the command."""
