@@ -5,6 +5,7 @@ Accuracy means nothing in it; files, shapes and equations do. Scripts run inside
 
 import contextlib
 import fcntl
+import locale
 import os
 import shutil
 import signal
@@ -16,7 +17,15 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-os.environ["OMP_NUM_THREADS"] = "1"  # several small processes on two cores
+if "UTF" not in locale.nl_langinfo(locale.CODESET):  # tests read pages and sources
+    locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+THREADS = os.environ.get("TEST_THREADS", "1")  # one each: several small processes on two cores
+os.environ["OMP_NUM_THREADS"] = THREADS
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a CPU, also where there is a GPU
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+             "ORACLE_API_KEY", "HF_HUB_OFFLINE", "http_proxy", "https_proxy", "all_proxy",
+             "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+    os.environ.pop(name, None)  # of a job, a shell, a company's network
 
 # Nothing here imports torch: the process of pytest-xdist that hands the tests out need not wait for it.
 # Seconds on one core. The slowest files begin, so that at the end no core waits long for another.
@@ -30,7 +39,7 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish(session):
     """Everything is imported and nothing has run: the moment to fork what forks the scripts."""
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+        sys.modules["torch"].set_num_threads(int(THREADS))
     if any("forked" in getattr(item, "fixturenames", ()) for item in session.items):
         from forked import Forked
 
@@ -77,7 +86,7 @@ def run(cwd, *command, check=True, env=None):
         head, command = [sys.executable, "-m", "torch.distributed.run", "--standalone"], command[1:]
     command = [str(REPO / c) if c.endswith(".py") and "/" not in c else c for c in map(str, command)]
     env = {**os.environ, **(env or {})}
-    done = subprocess.run(head + command, cwd=cwd, capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run(head + command, cwd=cwd, capture_output=True, text=True, env=env, timeout=600)
     if check and done.returncode:
         printed = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{printed}")

@@ -28,7 +28,7 @@ def serve(jobs, told):
     import numpy
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     for name in MODULES:
         importlib.import_module(name)
     import harness

@@ -3,6 +3,9 @@
 import importlib
 import sys
 
+import torch
+from safetensors.torch import load_file
+
 import harness
 from flags import parse_args
 
@@ -22,3 +25,20 @@ def flags_of(monkeypatch, script, *flags):
     """The flags of a script as it would read them."""
     monkeypatch.setattr(sys, "argv", [script, *flags])
     return parse_args(importlib.import_module(script.removesuffix(".py")).Args)
+
+
+def apart(a, b, start):
+    """How far the weights of two runs lie from each other, in parts of their way from the start.
+    -> (part, name) of the tensor of which it is the largest.
+
+    By length: Adam's first steps are as long as the learning rate whatever the gradient, so an entry
+    whose gradient is rounding goes either way, and a few such entries are no fault. Left out is what
+    moves by rounding alone, the bias of an attention's keys: it adds the same to all logits of a
+    query, softmax takes that out again, the gradient is zero (where positions are not rotated in)."""
+    a, b, start = (load_file(folder / "model.safetensors") for folder in (a, b, start))
+    assert a.keys() == b.keys() == start.keys()
+    names = [n for n in a if not n.endswith(("key.bias", "k_proj.bias"))]
+    assert any(not torch.equal(a[n], start[n]) for n in names), "nothing was trained"
+    length = lambda x, y, n: (x[n].double() - y[n].double()).norm().item()
+    parts = [(length(a, b, n) / (length(a, start, n) or 1e-9), n) for n in names]
+    return max(parts)

@@ -76,7 +76,7 @@ def whole(world, policy, forked, tmp_path_factory):
 def test_a_signal_stops_all_ranks_at_the_same_step(world, policy, forked, whole, tmp_path, who):
     place = a_world(world, tmp_path / "stopped")
     pids = forked.start(place, *GRPO, world=2)
-    assert until(lambda: steps_done(place / FOLDER) == 3)
+    assert until(lambda: steps_done(place / FOLDER) >= 3)
     for pid in pids if who == "both" else pids[1:]:
         os.kill(pid, signal.SIGTERM)
     assert forked.wait() == [143, 143], forked.said()

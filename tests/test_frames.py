@@ -258,6 +258,7 @@ def test_broken_files(tmp_path):
 
 def test_unusual_names(tmp_path):
     for name in ("a:b.mp4", "frame%03d.mp4", "a\nb ü?.mp4", "-i.mp4", "concat:x.mp4"):
+        name = os.fsdecode(name.encode())  # these bytes, whatever the locale
         (tmp_path / name).write_bytes(open(write(tmp_path / "plain.mp4", range(4)), "rb").read())
         assert numbers(read_frames(tmp_path / name, 4)[0]) == [0, 1, 2, 3]
 

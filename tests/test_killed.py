@@ -120,7 +120,7 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(world, policy, fo
     place = a_world(world, tmp_path / "stopped")
     folder = place / SCRIPTS[name][1]
     (pid,) = forked.start(place, *SCRIPTS[name][0])
-    assert until(lambda: steps_done(folder) == 4)
+    assert until(lambda: steps_done(folder) >= 4)
     os.kill(pid, number)
     assert forked.wait() == [128 + number], forked.said()
     line = forked.line("continue with")
@@ -150,7 +150,7 @@ def test_a_process_forked_in_training_still_ends_by_a_signal(monkeypatch):
     child.start()
     assert runs.wait(60)  # a signal amid the fork itself is lost
     child.terminate()  # what the end of a multiprocessing.Pool does
-    child.join(20)
+    child.join(120)
     ended = child.exitcode
     child.kill()
     assert ended in (143, -signal.SIGTERM) and not harness.Stop.asked

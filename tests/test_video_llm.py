@@ -264,7 +264,7 @@ def test_with_room_from_the_start_answers_are_the_same(start, prefix):
         del sizes[:]
         again, same_lengths, same = generate(model, five, uniforms, eos, cuda_graphs=True)
     assert torch.equal(again, tokens) and torch.equal(same_lengths, lengths)
-    torch.testing.assert_close(same, logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(same, logprobs, rtol=0, atol=1e-4)
     left, here = [int((lengths > t).any(-1).sum()) for t in range(1, int(lengths.max()))], 5
     for size, n in zip(sizes[1:], left, strict=True):
         here = n if 2 * n < here else here
@@ -648,19 +648,19 @@ def test_a_reward_does_not_depend_on_padding_or_company(start, scorer, cache, cl
     reward = lambda v, n: v.view(*n.shape, -1).gather(-1, n.unsqueeze(-1) - 1).squeeze(-1)
     rewards = reward(values, LENGTHS)
     assert len(rewards.unique()) >= 11  # two answers of the third question are EOS alone
-    torch.testing.assert_close(rewards[2, 0], rewards[2, 1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(rewards[2, 0], rewards[2, 1], rtol=1e-4, atol=1e-4)
     for b in range(3):
         alone = Prefix.build(start[1], cache, QUESTIONS[b : b + 1], clips[b : b + 1])  # no padding at all
         for g in range(4):
             n = LENGTHS[b : b + 1, g : g + 1]
             one = token_scores(scorer, alone, tokens[b : b + 1, g : g + 1, : n.item()], n)
-            torch.testing.assert_close(one[0, -1], rewards[b, g], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(one[0, -1], rewards[b, g], rtol=1e-4, atol=1e-4)
     # five more pads on the left of every prompt, four on the right of every answer, rubbish in them
     ids, mask = (torch.cat([torch.full((3, 5), fill), x], 1) for fill, x in
                  ((17, prefix.input_ids), (0, prefix.attention_mask)))
     wide = torch.cat([tokens, torch.full((3, 4, 4), 23)], -1)
     padded = token_scores(scorer, prefix._replace(input_ids=ids, attention_mask=mask), wide, LENGTHS)
-    torch.testing.assert_close(reward(padded, LENGTHS), rewards, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reward(padded, LENGTHS), rewards, rtol=1e-4, atol=1e-4)
 
 
 def test_a_value_is_read_before_its_token(scorer, prefix, tokens):

@@ -100,12 +100,12 @@ def test_a_slow_but_living_decoder_is_left_alone(tmp_path, monkeypatch):
     path, scan = write(tmp_path / "a.mp4", range(4)), frames._scan
 
     def slowly(path):
-        for _ in range(6):
+        for _ in range(35):
             time.sleep(0.1)
             frames._tick()
         return scan(path)
 
-    monkeypatch.setattr(frames, "STALL", 0.3)
+    monkeypatch.setattr(frames, "STALL", 3.0)
     monkeypatch.setattr(frames, "_scan", slowly)
     assert numbers(read_frames(path, 4)[0]) == [0, 1, 2, 3]
 
@@ -139,9 +139,9 @@ def test_workers_survive_what_kills_a_decoder(tmp_path):
             return f"{path}: no memory"
 
     jobs = [(name,) for name in ("a", "crash", "b", "hang", "c", "grow", "d")]
-    results = {job[0]: result for job, result, _ in in_workers(jobs, told, 2, time_limit=0.5, memory_gib=1)}
+    results = {job[0]: result for job, result, _ in in_workers(jobs, told, 2, time_limit=2, memory_gib=1)}
     assert [results[name] for name in "abcd"] == ["fine"] * 4
-    assert "crashes the decoder" in results["crash"] and "not done after 0.5 s" in results["hang"]
+    assert "crashes the decoder" in results["crash"] and "not done after 2 s" in results["hang"]
     assert results["grow"] == "grow: no memory"
 
 
