@@ -59,7 +59,7 @@ def fingerprint(checkpoint, records):
             with open(file, "rb") as f:
                 digest.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
         if file.name == "adapter_config.json":
-            base = json.loads(file.read_text())["base_model_name_or_path"]
+            base = json.loads(file.read_bytes())["base_model_name_or_path"]
             digest.update((fingerprint(Path(base), []) if os.path.isdir(base) else base).encode())
     for path in dict.fromkeys(r["clip"].path for r in records):
         stats = [(os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in video_files(path) if os.path.exists(f)]

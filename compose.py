@@ -124,7 +124,7 @@ def load_qformer(qformer, width, num_frames, seed):
         init_from_nothing(parts, seed)
         return parts
     file = find(qformer, "config.json")
-    config = json.loads(Path(file).read_text()) if file else {}
+    config = json.loads(Path(file).read_bytes()) if file else {}
     if config.get("model_type") == "video_qformer":
         if config["encoder_hidden_size"] != width:
             raise OSError(f"{qformer}: reads features of width {config['encoder_hidden_size']}, this CLIP has {width}")
@@ -154,7 +154,7 @@ def published_qformer(name):
     """{name in a VideoQFormer: tensor} out of a BLIP-2 or InstructBLIP checkpoint; only shards that hold some of them
     are opened (and, from the hub, downloaded). The branch that reads text is left out: queries never pass it."""
     index, file = find(name, "model.safetensors.index.json"), "model.safetensors"
-    where = json.loads(Path(index).read_text())["weight_map"] if index else None
+    where = json.loads(Path(index).read_bytes())["weight_map"] if index else None
     ours = lambda key: re.match(r"(model\.)?(qformer\.|query_tokens$)", key)
     shards = sorted({shard for key, shard in where.items() if ours(key)}) if where else [file]
     out = {}

@@ -36,6 +36,9 @@ class Clip(NamedTuple):
 class DataError(Exception):
     """One line that names the annotation file, and the record where there is one, and says what is wrong with it."""
 
+    def __init__(self, line):  # keys and names out of a file may hold breaks and halves of letters
+        super().__init__(" ".join(str(line).splitlines()).encode("utf-8", "backslashreplace").decode())
+
 
 def read_records(files, video_root=None, labelled=True):
     """Read annotation files, as their makers publish them, into one record per answer. Returns (records, report).

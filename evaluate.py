@@ -362,7 +362,7 @@ def main_runs(args):
             about = dict(title=title, command=" ".join(sys.argv), git_commit=harness.git_commit(), broken=left_out)
             Path(f"{args.out}.json").write_text(json.dumps(about | summary, indent=1) + "\n")
             parts = [title, *missing, as_markdown(table(summary)), LEGEND]
-            Path(f"{args.out}.md").write_text("\n\n".join(parts) + "\n")
+            Path(f"{args.out}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
             curves = {label: [c for c in (learning_curve(run.folder) for run in runs) if c]
                       for label, runs in args.groups.items()}
             plot_runs(summary, curves, title, f"{args.out}.png")

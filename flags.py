@@ -143,7 +143,10 @@ class OracleArgs(ApiArgs):
 # Reading the command line
 # ---------------------------------------------------------------------------------------------------------------
 def answer_help(cls):
-    """Answer --help, and refuse what is no flag of the dataclass `cls`, before anything slow is imported."""
+    """Answer --help, and refuse what is no flag of the dataclass `cls`, before anything slow is imported. Letters that
+    a terminal lacks are shown by number from now on."""
+    for stream in (sys.stdout, sys.stderr):
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace")
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(cls)) if os.environ.get("RANK", "0") == "0" else None
         sys.exit(0)

@@ -87,7 +87,7 @@ class Stop:
 def say(line):
     """One line on stderr, of the first process; in one piece, also out of a signal handler."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"{line}\n".encode())
+        os.write(2, f"{line}\n".encode(errors="backslashreplace"))  # a file's name may be no text
 
 
 def resume_command():
@@ -244,8 +244,7 @@ def clip_gradients(params):
 
 
 def build_if_missing(path, command, duration, rank):
-    """A missing piece of the *embedded* default is built by the script that makes it: on rank 0, the others wait; so
-    does another run that misses the same piece."""
+    """What is missing of the *embedded* default is made by its script, on rank 0; all others wait."""
     if rank == 0 and not Path(path).exists():
         building = Path("runs/.building", str(path).replace("/", "_"))
         if not lock(building):
@@ -287,9 +286,8 @@ def run_script(path, command):
 # The run folder: args.json, metrics.jsonl, TensorBoard, checkpoint-<step>/, final/
 # ---------------------------------------------------------------------------------------------------------------
 def git_commit():
-    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"]
-    out = subprocess.run(command, capture_output=True, text=True)
-    return out.stdout.strip() or "unknown"
+    command = f"git -C {shlex.quote(str(ROOT))} describe --always --dirty --abbrev=12"
+    return subprocess.getoutput(f"{command} 2>/dev/null") or "unknown"  # where there is no git, too
 
 
 def open_run(folder, args, rank):

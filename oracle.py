@@ -201,7 +201,7 @@ class JudgeOracle:
         bad = self.unreadable(videos)
         for video in dict.fromkeys(videos):
             if video not in bad and video not in self.told and self.story_file(video).exists():
-                self.told[video] = self.story_file(video).read_text()
+                self.told[video] = self.story_file(video).read_text(encoding="utf-8")
         new = [v for v in dict.fromkeys(videos) if v not in self.told and v not in bad]
         for i in range(0, len(new), self.rows // self.clips or 1):
             some = new[i : i + (self.rows // self.clips or 1)]

@@ -113,7 +113,7 @@ def adapter_of(folder, base):
     for path in (Path(folder), Path(folder).parent / "adapter"):
         file = path / "adapter_config.json"
         if file.exists():
-            theirs = json.loads(file.read_text())["base_model_name_or_path"]
+            theirs = json.loads(file.read_bytes())["base_model_name_or_path"]
             return path if Path(theirs).resolve() == Path(base).resolve() else None
     return None
 

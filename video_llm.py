@@ -262,7 +262,7 @@ class VideoLLMProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, path, **kwargs):
-        settings = json.loads(Path(find(path, "processor_config.json")).read_text())
+        settings = json.loads(Path(find(path, "processor_config.json")).read_bytes())
         return cls(CLIPImageProcessorPil.from_pretrained(path), AutoTokenizer.from_pretrained(path),
                    chat_template=settings["chat_template"], num_frames=settings["num_frames"],
                    num_query_tokens=settings["num_query_tokens"], sampling=settings["sampling"])
@@ -366,7 +366,7 @@ def load_model(path, quantize="none", dtype=torch.float32, device="cpu", attn_im
             Path(path).is_dir() and not list(Path(path).glob("*.safetensors"))):
         raise FileNotFoundError(f"{path}: no model there (config.json or safetensors missing; pickles are not read)")
     if adapter := find(path, "adapter_config.json"):
-        config = json.loads(Path(adapter).read_text())
+        config = json.loads(Path(adapter).read_bytes())
         model, processor = load_model(config["base_model_name_or_path"], quantize, dtype, device, attn_implementation,
                                       gradient_checkpointing)
         whole = config["modules_to_save"] or []
@@ -420,7 +420,7 @@ def add_scalar_head(model):
 
 def merged(adapter):
     """The whole model out of an adapter folder: unquantised base + adapter, merged in float32, in the base's dtype."""
-    base = json.loads(Path(find(adapter, "adapter_config.json")).read_text())["base_model_name_or_path"]
+    base = json.loads(Path(find(adapter, "adapter_config.json")).read_bytes())["base_model_name_or_path"]
     return load_model(adapter)[0].merge_and_unload().to(AutoConfig.from_pretrained(base).dtype)
 
 

@@ -53,7 +53,7 @@ def main():
     axes[1].legend(frameon=False, fontsize=8)
     lines += ["", f"on the validation questions that alpha is chosen on, mean over {len(seeds)} seeds; -1: the "
               f"iteration undone, 0: DPO, above 0: extrapolated; commit {', '.join(sorted(commits))}"]
-    Path(f"{args.out}.md").write_text("\n".join(lines) + "\n")
+    Path(f"{args.out}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     figure.savefig(f"{args.out}.png", dpi=150)
     print("\n".join(lines))
 

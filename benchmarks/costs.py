@@ -134,7 +134,7 @@ def main():
         table = cost_table(groups(args.runs, args.labels), summary["columns"])
         if args.accuracy:
             plot_bars(summary, f"{args.out}_bars.png")
-        Path(f"{args.out}_cost.md").write_text(table)
+        Path(f"{args.out}_cost.md").write_text(table, encoding="utf-8")
         print(table)
     if args.curves:
         plot_curves(groups(args.curves, args.titles), f"{args.out}_curves.png")

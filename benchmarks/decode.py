@@ -164,7 +164,7 @@ def main():
     print(markdown(rows, about))
     if args.out:
         Path(f"{args.out}.json").write_text(json.dumps(dict(about, rows=rows), indent=1) + "\n")
-        Path(f"{args.out}.md").write_text(markdown(rows, about))
+        Path(f"{args.out}.md").write_text(markdown(rows, about), encoding="utf-8")
         plot(rows, f"{args.out}.png")
 
 

@@ -85,7 +85,7 @@ def main():
         tidy(axis)
     axes[0].set_ylabel("accuracy (%), dots: seeds")
     axes[0].legend(frameon=False)
-    Path(f"{args.out}.md").write_text("\n".join(lines) + "\n")
+    Path(f"{args.out}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     figure.savefig(f"{args.out}.png", dpi=150)
     print("\n".join(lines))
 

@@ -46,7 +46,7 @@ def main():
         cells = [f"{statistics.mean(f['pairs'] for f in found):.0f}", *(cell([f[c] for f in found]) for c in COLUMNS)]
         lines.append(f"| {label} | {' | '.join(cells)} | {' '.join(runs)} |")
     lines += ["", f"a ± b: mean and standard deviation over seeds; commit {', '.join(sorted(commits))}"]
-    Path(args.out).write_text("\n".join(lines) + "\n")
+    Path(args.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 

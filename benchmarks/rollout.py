@@ -118,7 +118,7 @@ def main():
     if args.out:
         end = "_cuda" if args.device == "cuda" else ""
         Path(f"{args.out}{end}.json").write_text(json.dumps(dict(about, found=found), indent=1) + "\n")
-        Path(f"{args.out}{end}.md").write_text(text)
+        Path(f"{args.out}{end}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

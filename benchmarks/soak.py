@@ -104,7 +104,7 @@ def main():
             if key in rows[0]]
     result["metrics"] = {key: [rows[0][key], [r[key] for r in rows if key in r][-1]] for key in show}
     out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    out.with_suffix(".md").write_text(table(result))
+    out.with_suffix(".md").write_text(table(result), encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 

@@ -349,7 +349,7 @@ def write(args, about, points, name_of, commands):
         text += "| on a GPU | |\n|---|---|\n"
         text += "".join(f"| {name} | not measured yet: `{command}` |\n" for name, command in commands)
     print(text)
-    out.with_suffix(".md").write_text(text)
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
     if args.out and args.device == "cpu":
         plot(points, out.with_suffix(".png"))
 

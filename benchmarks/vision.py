@@ -32,7 +32,7 @@ def main():
         lines.append(f"| {label} | {' | '.join(cells)} |")
     lines += ["", f"seeds: {len(seeds)}; judge: {seeds[0][0]['benchmarks']['mmaip_v']['judge']}; commit "
               f"{', '.join(sorted({file['git_commit'] for file in files}))}"]
-    Path(args.out).write_text("\n".join(lines) + "\n")
+    Path(args.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 

@@ -13,9 +13,9 @@ BLOCK = re.compile(r"(<!-- (results/\w+\.md) -->\n).*?(<!-- end -->)", re.S)
 
 
 def filled(text):
-    return BLOCK.sub(lambda m: f"{m[1]}\n{(DOCS / m[2]).read_text().strip()}\n\n{m[3]}", text)
+    return BLOCK.sub(lambda m: f"{m[1]}\n{(DOCS / m[2]).read_text(encoding='utf-8').strip()}\n\n{m[3]}", text)
 
 
 if __name__ == "__main__":
     for page in PAGES:
-        page.write_text(filled(page.read_text()))
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -12,7 +12,7 @@ PRINTED = {"Action Recognition": (27.3, 39.0, 11.7), "Temporal Perception": (49.
            "Object Reasoning": (38.3, 49.5, 11.2), "Spatial Perception": (None, None, -2.6),
            "Information Synopsis": (None, None, -0.9), "all": (36.2, 42.4, 6.2)}
 
-fair = json.loads((RESULTS / "ppo_fair.json").read_text())
+fair = json.loads((RESULTS / "ppo_fair.json").read_bytes())
 columns = {column["label"]: column for column in fair["columns"]}
 ppo, rank = columns["PPO"], columns["GRPO_rank asks the judge"]
 seeds = " ".join(map(str, rank["seeds"]))
@@ -26,4 +26,4 @@ for kind in fair["counts"]:
     numbers = zip((*printed, *ours, ours[1] - ours[0]), (".1f", ".1f", "+.1f") * 2)
     lines.append(f"| {kind} | {' | '.join('' if x is None else format(x, how) for x, how in numbers)} |")
 lines += ["", f"here: seeds {seeds}, the same judge, as many sampled answers; empty: not known to us"]
-(RESULTS / "papers.md").write_text("\n".join(lines) + "\n")
+(RESULTS / "papers.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

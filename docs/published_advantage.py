@@ -25,7 +25,7 @@ COLOURS = ("#d55e00", "#999999", "#0072b2")
 A = {kind: rank_advantages(kind, ORACLE, POLICY)[0].tolist() for kind in KINDS}
 columns = [ORACLE[0].tolist(), POLICY[0].tolist(), *(x[0].tolist() for x in (gain(ORACLE)[0], gain(POLICY)[0])),
            penalty(ORACLE, POLICY)[0].tolist(), *A.values()]
-with open(HERE / "results" / "published_advantage.md", "w") as f:
+with open(HERE / "results" / "published_advantage.md", "w", encoding="utf-8") as f:
     f.write("| answer | oracle's rank t | policy's rank p | g(t) | g(p) | delta(t, p) | " + " | ".join(KINDS) + " |\n")
     f.write("| --- |" + " ---: |" * len(columns) + "\n")
     for answer, *row in zip(ANSWERS, *columns):

@@ -2,8 +2,9 @@
 can be killed twenty times in a minute. Ranks are forked too, without torchrun, which would end the others of a dead
 one: here each has to end by itself.
 
-There are two servers, a copy of this process and a fresh interpreter, because the processes of a run do not hash strings
-alike: neighbouring ranks come of different ones, and so do a run, its resumption and a run inside this process."""
+There are two servers, a copy of this process and a fresh interpreter, because the processes of a run do not hash
+strings alike: neighbouring ranks come of different ones, and so do a run, its resumption and a run inside this process.
+"""
 
 import json
 import os
