@@ -89,7 +89,9 @@ def compose(clip, qformer, llm, num_frames=8, seed=0, dtype=torch.float32):
     image_processor = CLIPImageProcessorPil.from_pretrained(clip)
     processor = VideoLLMProcessor(image_processor, tokenizer, num_frames=num_frames,
                                   num_query_tokens=parts.config.num_query_tokens)
-    return model.to(dtype), processor
+    for p in model.parameters():  # `model.to` would cast the rotary frequencies as well, which stay in float32
+        p.data = p.data.to(dtype)
+    return model, processor
 
 
 def check_decoder(name, config):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -303,7 +304,7 @@ class FeatureCache:
             pixels = self.processor.image_processor(images=list(frames), return_tensors="pt")["pixel_values"]
             features = self.model.encode_frames(pixels.to(self.model.vision_tower.device)).cpu().contiguous()
             file.parent.mkdir(exist_ok=True)
-            aside = file.with_suffix(f".{os.getpid()}.tmp")
+            aside = file.with_suffix(f".{secrets.token_hex(8)}.tmp")
             save_file({"features": features}, aside)
             os.replace(aside, file)
         size = features.numel() * features.element_size()

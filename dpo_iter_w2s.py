@@ -479,6 +479,7 @@ def open_data(args, folder, rank, world, device):
             labelled = "reference" in args.raters  # no other oracle reads a label
             records, report = read_records(args.data.split(","), args.video_root or None, labelled=labelled)
         cache = features_alone(args, device)
+    harness.check_same(f"{args.preferences}: its pairs", [[str(p[k]) for k in ("question", *SIDES)] for p in given])
     if args.preferences:
         print("\n".join(report_lines(read))) if rank == 0 else None
         given = usable_pairs(given, args, cache, folder, rank, world)

@@ -154,7 +154,7 @@ import harness
 from api_oracle import ApiError
 from data import DataError, FeatureCache, read_records
 from oracle import log_counts, make_oracle, ranks_of
-from questions import build_embedded, choose_questions, count_correct, question_indices, sft_start
+from questions import build_embedded, choose_questions, count_correct, question_indices, sft_start, times_before
 from ranks import random_scores
 from rollouts import micro_batches, unpacked
 from video_llm import Prefix, add_lora, answer_mask, generate, load_model, reference_of, token_logprobs, unwrap
@@ -277,15 +277,16 @@ def main(args):
         if step == args.steps:
             break
         clock = [time.time()]
-        mine = question_indices(len(records), step, args)[rank::world]  # B of this process
+        indices = question_indices(len(records), step, args)
+        mine, again = indices[rank::world], times_before(indices)[rank::world]  # B of this process
         batch = [records[i] for i in mine]
         clips, questions = [r["clip"] for r in batch], [r["question"] for r in batch]
 
         # 1. Rollout: o_1..o_G ~ pi_old(. | video, question), one prefill per group              [G Alg. 1, line 7]
         #    Every draw is keyed by (seed, step, question): world size and interruptions do not change it.
         prefix = Prefix.build(processor, cache, questions, clips, device)
-        draw = lambda i: np.random.default_rng([args.seed, step, i]).random((args.G, args.max_new_tokens))
-        uniforms = np.stack([draw(i) for i in mine])  # (B,G,T)
+        draw = lambda i, n: np.random.default_rng([args.seed, step, i, n]).random((args.G, args.max_new_tokens))
+        uniforms = np.stack([draw(i, n) for i, n in zip(mine, again)])  # (B,G,T)
         with unpacked(model) if args.quantize == "nf4" and args.unpack_nf4 else nullcontext():
             tokens, lengths, sampled_logprobs = generate(model, prefix, torch.from_numpy(uniforms), eos,
                                                          args.temperature, args.cuda_graphs)
@@ -297,7 +298,7 @@ def main(args):
         with harness.one_line_errors(ApiError):
             scores, ok = oracle.score(clips, questions, answers)  # (B,G), (B,)
         if args.advantage == "random":
-            scores = random_scores(answers, mine, step, args.seed)
+            scores = random_scores(answers, [f"{i} {n}" if n else i for i, n in zip(mine, again)], step, args.seed)
         oracle_ranks = ranks_of(scores)
         clock.append(time.time())
 

@@ -7,11 +7,13 @@ x.py` differ only in what `setup_dist` returns.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
 import re
 import resource
+import secrets
 import shlex
 import shutil
 import signal
@@ -174,6 +176,15 @@ def all_sum(x):
     return x
 
 
+def all_max(number):
+    """The largest of a whole number over all processes. Given up after STEP: for use within a training step, where a
+    process that hangs in sampling or in its oracle would hold up the others."""
+    out = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(out, dist.ReduceOp.MAX)
+    return int(out)
+
+
 def barrier():
     """Wait for all processes, however long one of them takes."""
     if dist.is_initialized():
@@ -187,6 +198,17 @@ def all_gather(thing):
     out = [None] * dist.get_world_size()
     dist.all_gather_object(out, thing, group=PATIENT)
     return out
+
+
+def check_same(what, thing):
+    """End the run where processes would go on from different things: machines with disks of their own, or a network
+    file system that shows one of them an older listing. thing: what json can write."""
+    digests = all_gather(hashlib.sha256(json.dumps(thing).encode()).hexdigest())
+    if len(set(digests)) > 1:
+        odd = ", ".join(str(rank) for rank, d in enumerate(digests) if d != digests[0])
+        say(f"{Path(sys.argv[0]).name}: {what}: not the same on all processes (rank {odd} differs from rank 0); they "
+            "must see the same files")
+        sys.exit(1)
 
 
 def shard(model, device):
@@ -314,7 +336,7 @@ def open_run(folder, args, rank):
             sys.exit(0)
         steps = sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*[0-9]"))  # no *.tmp
         last = folder / f"checkpoint-{steps[-1]}" if steps else None
-    all_gather(None)  # every rank has looked before rank 0 writes
+    check_same(f"{folder}: its last checkpoint", last and last.name)  # every rank has looked before rank 0 writes
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "broken_videos.json").unlink(missing_ok=True)
@@ -328,7 +350,7 @@ def open_run(folder, args, rank):
 
 def write(file, text):
     """A text file that is there as a whole or, after a kill, as it was."""
-    aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    aside = file.with_name(f"{file.name}.{secrets.token_hex(8)}.tmp")  # process numbers repeat in containers
     aside.parent.mkdir(parents=True, exist_ok=True)
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, file)

@@ -159,10 +159,11 @@ class FixedRow(GrowingRow):
         if self.graph is None:
             self.graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
             gc.disable()  # what it frees meanwhile could end the capture
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL's threads may go on
-                self.logits = self.step()
-            if collects:
-                gc.enable()
+            try:
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL's threads may go on
+                    self.logits = self.step()
+            finally:
+                gc.enable() if collects else None
         self.graph.replay()
         return self.logits
 

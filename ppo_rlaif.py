@@ -214,7 +214,7 @@ import harness
 from api_oracle import ApiError
 from data import DataError, FeatureCache, read_records
 from oracle import build_oracle, log_counts, make_oracle
-from questions import build_embedded, choose_questions, question_indices, sft_start
+from questions import build_embedded, choose_questions, question_indices, sft_start, times_before
 from ranks import random_scores
 from roles import Roles, value_prompts
 from rollouts import unpacked
@@ -341,15 +341,16 @@ def main(args):
         if step == args.steps or stop:
             break
         clock = [time.time()]
-        mine = question_indices(len(records), step, args)[rank::world]  # B of this process
+        indices = question_indices(len(records), step, args)
+        mine, again = indices[rank::world], times_before(indices)[rank::world]  # B of this process
         batch = [records[i] for i in mine]
         clips, questions = [r["clip"] for r in batch], [r["question"] for r in batch]
 
         # 1. Rollout: G answers per question, one prefill per group                              [I1, I2, I4; D4]
         #    Every draw is keyed by (seed, step, question): world size and interruptions do not change it.
         prefix = Prefix.build(processor, cache, questions, clips, device)
-        draw = lambda i: np.random.default_rng([args.seed, step, i]).random((args.G, args.max_new_tokens))
-        uniforms = torch.from_numpy(np.stack([draw(i) for i in mine]))  # (B,G,T)
+        draw = lambda i, n: np.random.default_rng([args.seed, step, i, n]).random((args.G, args.max_new_tokens))
+        uniforms = torch.from_numpy(np.stack([draw(i, n) for i, n in zip(mine, again)]))  # (B,G,T)
         with roles.as_("policy") as policy:
             # The log-probabilities noted here are not used: step 3 computes them as the update will, so that rho is 1.
             with unpacked(policy) if args.quantize == "nf4" and args.unpack_nf4 else nullcontext():
@@ -361,7 +362,7 @@ def main(args):
         with harness.one_line_errors(ApiError), roles.as_("reward"):
             scores, ok = oracle.score(clips, questions, answers)  # (B,G), (B,)
         if args.random_reward:
-            scores = random_scores(answers, mine, step, args.seed)
+            scores = random_scores(answers, [f"{i} {n}" if n else i for i, n in zip(mine, again)], step, args.seed)
         scores, ok = scores.float().to(device), ok.to(device)
         # Has any process a scored question? If not, no optimizer step: Adam's momentum alone would move the weights.
         scored = harness.any_scored(log, ok, step)  # three such steps in a row end the run

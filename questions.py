@@ -50,6 +50,7 @@ def usable_questions(args, records, report, cache, folder, rank, world):
     records = [r for r in records if r["clip"] and r["question"] != DESCRIBE and r["clip"] not in known]
     broken = harness.prepare_videos(cache, [r["clip"] for r in records], folder, rank, world)
     records = [r for r in records if r["clip"] not in broken]
+    harness.check_same(f"{args.data}: its records", [[r["id"], r["question"], r["answer"]] for r in records])
     if longest := getattr(args, "max_prompt_tokens", None):
         records, before = [r for r in records if fits(cache.processor, r, longest)], len(records)
         if rank == 0 and len(records) < before:
@@ -96,6 +97,12 @@ def question_indices(count, step, args):
             order = np.random.default_rng([args.seed, epoch]).permutation(count)
         out.append(int(order[place]))
     return out
+
+
+def times_before(indices):
+    """How often each question of a step stands in it before: 0, unless an epoch ends within the step. Part of the key
+    of all draws, or the two groups would be the same answers."""
+    return [indices[:k].count(i) for k, i in enumerate(indices)]
 
 
 def count_correct(records, model, processor, cache):

@@ -359,6 +359,7 @@ def main(args):
     with harness.one_line_errors(DataError, OSError):
         pairs, report = read_preferences(args.preferences.split(","), args.video_root)
         model, processor = load_model(checkpoint or args.base, **harness.load_options(args, device))
+    harness.check_same(f"{args.preferences}: its pairs", [[str(p[k]) for k in ("question", *SIDES)] for p in pairs])
     if not checkpoint:
         add_scalar_head(model)
         model = add_lora(model, args.lora_r, args.lora_alpha) if args.lora_r else model

@@ -17,7 +17,7 @@ def micro_batches(tokens, budget):
             parts[-1].append(i)
         else:
             parts.append([i])
-    for _ in range(max(harness.all_gather(len(parts))) - len(parts)):
+    for _ in range(harness.all_max(len(parts)) - len(parts)):
         at = max(range(len(parts)), key=lambda k: len(parts[k]))
         parts[at : at + 1] = parts[at][::2], parts[at][1::2]
     return parts

@@ -220,6 +220,7 @@ def main(args):
     records = [r for r in readable if fits(processor, r, args.max_prompt_tokens)]
     count = (f"{len(records)} records are used; {len(broken)} clips cannot be read, {len(readable) - len(records)} "
              f"prompts cannot be cut to --max_prompt_tokens {args.max_prompt_tokens}")
+    harness.check_same(f"{args.data}: its records", [[r["id"], r["question"], r["answer"]] for r in records])
     if not records:
         sys.exit(f"{args.data}: {count}")
     if rank == 0:

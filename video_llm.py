@@ -426,6 +426,8 @@ def merged(adapter):
 
 def save_model(model, processor, path, state_dict=None):
     """Whole model as safetensors, or a plain PEFT adapter where there is one; the processor beside either."""
+    if state_dict and unwrap(model).config.tie_word_embeddings:  # gathered from shares, the head is a copy
+        state_dict = {name: w for name, w in state_dict.items() if not name.endswith("lm_head.weight")}
     model.save_pretrained(path, state_dict=state_dict)
     processor.save_pretrained(path)
 

@@ -10,6 +10,7 @@ import transformers
 from conftest import run
 from hub import DECODERS, as_hub_cache, shards, write_blip2, write_clip, write_decoder, write_qformer, write_tokenizer
 from inside import flags_of
+from safetensors.torch import load_file
 from test_video_llm import assert_capturable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -143,6 +144,26 @@ def test_prompts_follow_the_tokenizers_own_template(start):
     assert answer[-1] == processor.tokenizer.eos_token_id
     tokens, lengths = torch.tensor([[answer]]), torch.tensor([[len(answer)]])
     assert processor.decode_answers(tokens, lengths) == [["a red circle moves left"]]
+
+
+def test_rotary_frequencies_stay_in_float32(start, clip, qformer):
+    """In bfloat16 they have three digits, and far positions would be other positions."""
+    _, folder, _, model, _ = start
+    half, _ = compose(str(clip), str(qformer), str(folder), num_frames=3, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    found = {name: b for name, b in half.named_buffers() if name.endswith("inv_freq")}
+    expected = dict(model.named_buffers())
+    assert found and all(torch.equal(b, expected[name]) for name, b in found.items())
+
+
+def test_a_tied_head_is_written_once(start, tmp_path):
+    """Gathered from shares it is a tensor of its own, equal to the embeddings."""
+    _, _, written, model, processor = start
+    save_model(model, processor, tmp_path, {k: v.clone() for k, v in model.state_dict().items()})
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert ("language_model.lm_head.weight" in names) == (not written.config.tie_word_embeddings)
+    again, _ = load_model(tmp_path)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
 
 
 def test_saved_and_loaded_is_the_same(start, tmp_path):

@@ -49,6 +49,35 @@ def test_one_rank_hangs_in_a_video(world, policy, forked, tmp_path):
     assert len(line) == 1 and ".mp4: the decoder hangs" in line[0]
 
 
+def test_one_rank_hangs_in_sampling(world, policy, forked, tmp_path):
+    """It is given up after STEP; only what may take long on one process (videos, narratives) is waited for longer."""
+    place = a_world(world, tmp_path / "hangs")
+    plant = "from datetime import timedelta\nharness.STEP = timedelta(seconds=5)\n" + at_step_2(
+        "import time; time.sleep(12)")
+    codes = forked.run(place, *GRPO, world=2, plant=plant)
+    assert codes == [1, 1] and steps_done(place / FOLDER) == 2
+
+
+def test_ranks_that_see_different_checkpoints_do_not_begin(world, policy, forked, tmp_path):
+    """As on two machines with disks of their own: rank 1 finds no checkpoint, and would begin anew with other data."""
+    place = a_world(world, tmp_path / "apart")
+    forked.run(place, *GRPO, world=2, plant="harness.Log.step = lambda log, step, show, old=harness.Log.step: "
+               "os.kill(os.getpid(), 9) if step == 4 else old(log, step, show)\nimport os")
+    plant = ("from pathlib import Path\nseen = Path.glob\n"
+             "Path.glob = lambda path, what: [] if rank == 1 and what.startswith('checkpoint') else seen(path, what)")
+    codes = forked.run(place, *GRPO, "--resume", world=2, plant=plant)
+    assert codes == [1, 1]
+    assert "its last checkpoint: not the same on all processes (rank 1 differs from rank 0)" in forked.said()
+
+
+def test_ranks_that_read_different_records_do_not_begin(world, policy, forked, tmp_path):
+    place = a_world(world, tmp_path / "records")
+    plant = ("read = module.read_records\ndef fewer(*args, **more):\n    records, report = read(*args, **more)\n"
+             "    return records[8 * rank :], report\nmodule.read_records = fewer")
+    codes = forked.run(place, *GRPO, world=2, plant=plant)
+    assert codes == [1, 1] and "its records: not the same on all processes" in forked.said()
+
+
 @pytest.mark.parametrize("number", ["float('nan')", "float('inf')"])
 def test_one_rank_meets_a_number_that_is_none(world, policy, forked, tmp_path, number):
     """Its loss is not finite: the run stops before the weights change, and its batch is written out."""

@@ -37,7 +37,8 @@ SCRIPTS = {  # flags, run folder
     "reward_model": (["reward_model.py", *TRAIN, "--oracle", "judge", "--oracle_model", START, "--base", START,
                       "--narrative", "false", "--prompts", "24", "--samples", "3", "--max_new_tokens", "6",
                       "--min_margin", "0", "--eval_share", "0.3", "--epochs", "3", "--prompts_per_step", "4",
-                      "--micro_batch_size", "4", "--pack", "3", "--save_steps", "3", "--eval_steps", "5", "--name", "x"],
+                      "--micro_batch_size", "4", "--pack", "3", "--save_steps", "3", "--eval_steps", "5",
+                      "--name", "x"],
                      "runs/reward_model/x_s0"),
     "dpo_iter_w2s": (["dpo_iter_w2s.py", *SELF, "--steps", "7", "--name", "x"], "runs/dpo_iter_w2s/x_s0"),
 }  # fmt: skip

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPO
@@ -14,6 +15,7 @@ from inside import main_of
 from safetensors.torch import load_file
 
 import harness
+from questions import times_before
 from video_llm import load_model
 
 TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "14", "--save_steps", "3", "--lr", "3e-3"]
@@ -85,6 +87,23 @@ def test_resume_with_a_changed_flag_is_refused(tmp_path):
         assert "\n" not in said and f"--{next(iter(change))}" in said and "same flags" in said
     assert (tmp_path / "run/args.json").read_text() == before
     assert open_run(tmp_path / "run", resume=True) is None  # the same flags, nothing saved yet: from the start
+
+
+def test_files_written_aside_never_share_a_name(tmp_path, monkeypatch):
+    """Containers share process numbers: two ranks that write the same file at once must not rename each other's."""
+    names, replace = [], harness.os.replace
+    monkeypatch.setattr(harness.os, "getpid", lambda: 42)
+    monkeypatch.setattr(harness.os, "replace", lambda a, b: (names.append(str(a)), replace(a, b)))
+    for _ in range(20):
+        harness.write(tmp_path / "narrative.txt", "a red circle")
+    assert len(set(names)) == 20 and [p.name for p in tmp_path.iterdir()] == ["narrative.txt"]
+
+
+def test_a_question_that_comes_twice_in_a_step_is_drawn_anew():
+    """Where an epoch ends within a step: equal keys would give equal answers."""
+    assert times_before([3, 1, 3, 3, 1, 0]) == [0, 0, 1, 2, 1, 0]
+    draw = lambda *key: np.random.default_rng([0, 5, *key]).random(4).tolist()
+    assert draw(3, 0) == draw(3) != draw(3, 1)  # the first time as ever
 
 
 def test_the_newest_whole_checkpoint_counts(tmp_path):
