@@ -9,6 +9,21 @@ from collections import Counter
 
 import torch
 
+THINKING = re.compile(r"<\s*(/?)\s*(?:seed:)?(?:think|thinking|thought|reasoning)\s*>|\[(/?)THINK\]|◁(/?)think▷", re.I)
+
+
+def strip_thinking(text):
+    """What a reasoning model says beside its thinking: without <think>...</think>, however many blocks, in any case,
+    also <thinking> and [THINK]. What stands before a closing tag is thinking even where the prompt had the
+    opening one, and thinking that was cut off before its end goes to the end of the text."""
+    kept, opened, at = [], False, 0
+    for tag in THINKING.finditer(text):
+        closing = "/" in tag.groups()
+        if not opened and not closing:
+            kept.append(text[at : tag.start()])
+        opened, at = not closing, tag.end()
+    return "".join(kept if opened else [*kept, text[at:]]).strip()
+
 
 def normalize(text):
     """Lower case, no punctuation or articles, single spaces: what two answers must share to count as the same."""

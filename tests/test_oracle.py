@@ -39,6 +39,7 @@ from ranks import (
     pairwise_accuracy,
     places_of,
     ranks_of,
+    strip_thinking,
     token_f1,
 )
 from video_llm import add_scalar_head, load_model, save_model
@@ -61,6 +62,18 @@ def test_token_f1(prediction, reference, f1):
 
 def test_normalize():
     assert normalize(" The  red-ish Circle,\nmoves. An apple ") == "red ish circle moves apple"
+
+
+@pytest.mark.parametrize("text, rest", [
+    ("left", "left"), (" I think so ", "I think so"), ("<thinker> no", "<thinker> no"),
+    ("<think>(A) or (B)?</think>\n\nC", "C"), ("<think></think>C", "C"), ("<think>\n\n</think>", ""),
+    ("the prompt had the opening tag (A)</think> C", "C"), ("<think>cut off at (A", ""), ("C <think>cut off", "C"),
+    ("<THINK>a</Think>C", "C"), ("<thinking>a</thinking>C", "C"), ("[THINK]a[/THINK]C", "C"), ("◁think▷a◁/think▷C", "C"),
+    ("<think>a</think>B, <think>no</think>C", "B, C"), ("<think>a <think> b</think> c</think>C", "C"),
+    ("<think>a</think> <think>and on", ""), ("< think >a</ think >C", "C"), ("<seed:think>a</seed:think>C", "C"),
+])  # fmt: skip
+def test_thinking_is_no_part_of_an_answer(text, rest):
+    assert strip_thinking(text) == rest == strip_thinking(rest)
 
 
 def test_ranks_with_ties():
