@@ -5,17 +5,20 @@ Shapes: B groups of G answers. Scores are higher for better answers; ranks are 0
 
 import random
 import re
+import unicodedata
 from collections import Counter
 
 import torch
 
-THINKING = re.compile(r"<\s*(/?)\s*(?:seed:)?(?:think|thinking|thought|reasoning)\s*>|\[(/?)THINK\]|◁(/?)think▷", re.I)
+THINKING = re.compile(
+    r"<\s*(/?)\s*(?:seed:)?(?:think|thinking|thought|reasoning)\s*>|\[(/?)THINK\]|◁(/?)think▷", re.I
+)
 
 
 def strip_thinking(text):
-    """What a reasoning model says beside its thinking: without <think>...</think>, however many blocks, in any case,
-    also <thinking> and [THINK]. What stands before a closing tag is thinking even where the prompt had the
-    opening one, and thinking that was cut off before its end goes to the end of the text."""
+    """What a reasoning model says beside its thinking: without <think>...</think>, however many
+    blocks, in any case, also <thinking> and [THINK]. What stands before a closing tag is thinking
+    even where the prompt had the opening one; thinking that was cut off goes to the end."""
     kept, opened, at = [], False, 0
     for tag in THINKING.finditer(text):
         closing = "/" in tag.groups()
@@ -25,9 +28,49 @@ def strip_thinking(text):
     return "".join(kept if opened else [*kept, text[at:]]).strip()
 
 
+# An article stands before a word: "A", "plan A" and "A, C" name something.
+ARTICLE = re.compile(r"\b(?:a\s|(?:an|the)\b)(?=\W*\w)")
+NUMBER = re.compile(r"[$£€¥]?\.?\d")
+INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
+DASHES = str.maketrans("\u2212\u2013\u2010\u2011\uff0d\uff0b\uff05", "-----+%")
+
+
 def normalize(text):
-    """Lower case, no punctuation or articles, single spaces: what two answers must share to count as the same."""
-    return re.sub(r"\s+", " ", re.sub(r"\b(a|an|the)\b", " ", re.sub(r"[^\w\s]", " ", text.lower()))).strip()
+    """Lower case, no punctuation, no articles, single spaces: what two answers must share to count
+    as the same. What changes the meaning stays: signs (-5, 3.5, 1/2, 5 %, C++), the vowel signs of
+    other scripts. Only a blank text becomes empty: one of nothing but punctuation keeps it."""
+    text = text.lower()
+    if not text.isascii():
+        text = INVISIBLE.sub("", unicodedata.normalize("NFC", text)).translate(DASHES)
+    words = re.sub(r"[^\w\s]", kept_sign, ARTICLE.sub(" ", text)).split()
+    return " ".join(words or text.split())
+
+
+def kept_sign(match):
+    """What stands for a character that is no letter, digit or space: a space if punctuation."""
+    sign, i = match[0], match.start()
+    past, rest = match.string[max(i - 8, 0) : i], match.string[i + 1 : i + 17]
+    before, after = past[-1:], rest[:1]
+    left, right = past.rstrip()[-1:].isdigit(), rest.lstrip()[:1].isdigit()
+    if not sign.isascii():
+        kind = unicodedata.category(sign)
+        return sign if kind[0] == "M" else f" {sign} " if kind in ("Sm", "Sc") else " "
+    if sign == ".":
+        return "." if after.isdigit() and not re.match(r"[^\W\d]|[.)]", before) else " "
+    if sign in "+-" and NUMBER.match(rest) and not re.match(r"[\w)]", before):
+        return f" {sign}"  # -5
+    if sign in "+#" and re.search(r"\w\+*$", past) and not re.match(r"\w", after):
+        return sign  # C++, C#, A+, 5+
+    if sign == "-" and re.search(r"(?<!\w)([a-z]|ab)$", past) and not re.match(r"\w", after):
+        return sign  # A-
+    apart = (
+        sign in "+-*/:^=<>" and left and right  # 1/2, 3:15, 2 - 1
+        or sign == "%" and left
+        or sign == "$" and NUMBER.match(rest) and not re.match(r"[\d.,]+\$", rest)  # no LaTeX $5$
+        or sign == "^" and re.match(r"[\w(-]", after) and re.match(r"[\w)]", before)
+        or sign in "<>=" and before not in ("-", "=") and re.match(r"[=>]?\s*[-$.]*\d", rest)
+    )  # fmt: skip
+    return f" {sign} " if apart else " "
 
 
 def one_of_equals(answers):

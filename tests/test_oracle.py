@@ -54,7 +54,8 @@ QUESTIONS = ["what is there?", "where does the red shape move to?", "what is the
     ("red", "red circle", 2 / 3),  # precision 1, recall 1/2
     ("red red red circle", "red circle", 2 / 3),  # precision 2/4, recall 1: a word counts as often as it is there
     ("a red circle moves left", "red circle", 2 / 3), ("", "red", 0.0), ("red", "", 0.0), ("", "", 1.0),
-    ("the", "a", 1.0), ("one two three", "three four", 0.4),  # 1/3 and 1/2: 2 * (1/6) / (5/6)
+    ("the", "a", 0.0), ("A", "", 0.0), ("...", "", 0.0), ("-5", "5", 0.0), ("3.5 m", "3.5", 2 / 3),
+    ("3.5 m", "3 5", 0.0), ("one two three", "three four", 0.4),  # 1/3 and 1/2: 2 * (1/6) / (5/6)
 ])  # fmt: skip
 def test_token_f1(prediction, reference, f1):
     assert token_f1(prediction, reference) == pytest.approx(f1)
@@ -62,15 +63,50 @@ def test_token_f1(prediction, reference, f1):
 
 def test_normalize():
     assert normalize(" The  red-ish Circle,\nmoves. An apple ") == "red ish circle moves apple"
+    assert normalize("**Left**, I'd say: (not *the* 'right' one)!") == "left i d say not right one"
+    assert normalize("+" * 100_000) and normalize("a" + " " * 100_000 + ".") == "a"  # in no time
+
+
+SAME = [
+    ["A", "a.", "The A"], ["", " \n", "\ufeff"], ["a man", "Man"], ["-5", "−5", "(-5)"], ["5 %", "5%"],
+    ["1/2", "1 / 2"], ["5", "5.", "$5$"], ["café", "Cafe\u0301."], ["\u2764", "\u2764\ufe0f"],
+    ["left", "left 🙂", "- left", "-> left", "le\u00adft", "`left`", "the *left*!"],
+]  # fmt: skip
+OTHERS = [
+    ["", "A", "The", "an", ".", "...", "?!", "a man", "A+", "A-", "A, C", "C", "plan A", "plan"],
+    ["5", "+5", "-5", "$5", "-$5", "€5", "<5", ">5", "5+", "5 %", ".5", "3.5", "3 5", "35", "√5"],
+    ["1/2", "1-2", "1 2", "1.2", "1:2", "1+2", "1*2", "12"], ["C", "C++", "C#", "C+", "C-"],
+    ["x^2", "x 2", "x2"], ["(c)(a)(b).", "(c)(b)", "(a)(c)(b)"], ["👍", "👎"], ["←", "→"],
+    ["\u0915", "\u0915\u093e", "\u0915\u0940", "\u0915\u093f"],  # Devanagari: ka, kaa, kii, ki
+    ["\u0e21\u0e32", "\u0e21\u0e49\u0e32", "\u0e21\u0e48\u0e32"],  # Thai: come, horse
+    ["\u05e9\u05c1", "\u05e9\u05c2", "\u05e9"],  # Hebrew: shin, sin
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("texts", SAME)
+def test_texts_that_say_the_same(texts):
+    shortest = texts.index(min(texts, key=lambda t: (len(t), t)))
+    assert len({normalize(t) for t in texts}) == 1
+    assert one_of_equals([texts])[0] == [shortest] * len(texts)
+
+
+@pytest.mark.parametrize("texts", OTHERS)
+def test_texts_that_say_something_else(texts):
+    assert len({normalize(t) for t in texts}) == len(texts)
+    assert one_of_equals([texts])[0] == list(range(len(texts)))
+    assert [t for t in texts if not normalize(t)] == [t for t in texts if not t.strip()]
 
 
 @pytest.mark.parametrize("text, rest", [
     ("left", "left"), (" I think so ", "I think so"), ("<thinker> no", "<thinker> no"),
     ("<think>(A) or (B)?</think>\n\nC", "C"), ("<think></think>C", "C"), ("<think>\n\n</think>", ""),
-    ("the prompt had the opening tag (A)</think> C", "C"), ("<think>cut off at (A", ""), ("C <think>cut off", "C"),
-    ("<THINK>a</Think>C", "C"), ("<thinking>a</thinking>C", "C"), ("[THINK]a[/THINK]C", "C"), ("◁think▷a◁/think▷C", "C"),
+    ("the prompt had the opening tag (A)</think> C", "C"), ("<think>cut off at (A", ""),
+    ("C <think>cut off", "C"),
+    ("<THINK>a</Think>C", "C"), ("<thinking>a</thinking>C", "C"), ("[THINK]a[/THINK]C", "C"),
+    ("◁think▷a◁/think▷C", "C"),
     ("<think>a</think>B, <think>no</think>C", "B, C"), ("<think>a <think> b</think> c</think>C", "C"),
-    ("<think>a</think> <think>and on", ""), ("< think >a</ think >C", "C"), ("<seed:think>a</seed:think>C", "C"),
+    ("<think>a</think> <think>and on", ""), ("< think >a</ think >C", "C"),
+    ("<seed:think>a</seed:think>C", "C"),
 ])  # fmt: skip
 def test_thinking_is_no_part_of_an_answer(text, rest):
     assert strip_thinking(text) == rest == strip_thinking(rest)
