@@ -31,7 +31,7 @@ import re
 
 import numpy as np
 
-from oracle import normalize
+from ranks import final_answer, normalize, strip_thinking
 
 SCORES = 5  # judges give 0..5
 
@@ -40,25 +40,74 @@ SCORES = 5  # judges give 0..5
 # What a judge replied
 # ---------------------------------------------------------------------------------------------------------------
 def literal(text):
-    """The Python or JSON value that a text spells, or None. Never eval()."""
-    for read in (ast.literal_eval, json.loads):
+    """The Python or JSON value that a text spells, or a mixture of both; None. Never eval()."""
+    name = {"true": "True", "false": "False", "null": "None"}
+    python = lambda t: ast.literal_eval(re.sub(r"\b(true|false|null)\b", lambda m: name[m[0]], t))
+    for read in (ast.literal_eval, json.loads, python):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             return read(text)
 
 
 def reply_dict(reply):
-    """The dictionary of a judge's reply, or None: given as it is, alone in a list, as Python or JSON text, or between
-    the braces of a longer text (code fences, prose). The prompt's own example has doubled quotes, so they are read."""
+    """A judge's dictionary, its keys in lower case, and why there is none. It is given as it is,
+    alone in a list, as Python or JSON text, or in a longer text (code fences, prose, thinking). An
+    answer can bring a verdict of its own, which the judge repeats: several verdicts that differ, or
+    beside one that cannot be read, are none."""
     while isinstance(reply, list) and reply:  # [{...}], also [{...}, the question]
         reply = reply[0]
-    if isinstance(reply, str):
-        text = reply.strip().lstrip("\ufeff")
-        between = text[text.find("{") : text.rfind("}") + 1]
-        first = text[text.find("{") : text.find("}") + 1]
-        tries = (text, between, first, between.replace("''", "'").replace('""', '"'))
-        found = next((value for value in map(literal, tries) if isinstance(value, (dict, list))), None)
-        return reply_dict(found) if isinstance(found, list) else found
-    return reply if isinstance(reply, dict) else None
+    found = dictionaries(reply) if isinstance(reply, str) else [reply]
+    if not found or not all(isinstance(d, dict) for d in found):
+        return None, "several verdicts" if len(found) > 1 else "no dictionary"
+    found = [{k.strip().lower(): v for k, v in d.items() if isinstance(k, str)} for d in found]
+    verdicts = [d for d in found if "pred" in d or "score" in d] or found
+    said = lambda d: (str(d.get("pred", d.get("type"))).lower(), read_score(d.get("score")))
+    several = len(set(map(said, verdicts))) > 1
+    return (None, "several verdicts") if several else (verdicts[0], None)
+
+
+def dictionaries(text):
+    """The dictionaries in a judge's text, in order; None for a verdict that cannot be read."""
+    value = literal(text.strip().lstrip("\ufeff"))
+    if isinstance(value, (dict, list, tuple)):
+        return inside(value)
+    text = strip_thinking(text)
+    between = text[text.find("{") : text.rfind("}") + 1]
+    unquoted = lambda t: literal(t.replace("''", "'").replace('""', '"'))  # as the prompt has it
+    value = literal(between) or unquoted(between)
+    if isinstance(value, (dict, tuple)) and text.rfind("{") < text.rfind("}"):  # none is cut off
+        return inside(value)
+    out = []
+    for part in in_braces(text):
+        value = literal(part) or unquoted(part)
+        lost = value is None and re.search("pred|score", part, re.I)
+        out += inside(value) or [None] * bool(lost)
+    return out
+
+
+def in_braces(text):
+    """The parts {...} of a text that stand in no other braces; the last one may be cut off."""
+    out, depth, start = [], 0, 0
+    for brace in re.finditer("[{}]", text):
+        start = brace.start() if depth == 0 else start
+        depth = max(0, depth + (1 if brace[0] == "{" else -1))
+        if depth == 0 and brace[0] == "}":
+            out.append(text[start : brace.end()])
+    return out + [text[start:]] * (depth > 0)
+
+
+def inside(value):
+    """The dictionaries in a value, in order; of one without a verdict those in its values."""
+    todo, out = [value], []
+    while todo:
+        value = todo.pop(0)
+        if isinstance(value, (list, tuple)):
+            todo = [*value, *todo]
+        elif isinstance(value, dict):
+            nested = [v for v in value.values() if isinstance(v, (dict, list))]
+            plain = any(str(key).strip().lower() in ("pred", "type", "score") for key in value)
+            out += [value] if plain or not nested else []
+            todo = [*(nested if not plain else []), *todo]
+    return out
 
 
 def read_score(value):
@@ -72,6 +121,8 @@ def read_verdict(said, words="yes"):
     """True, False, or None for anything else, such as 'partially correct'.
 
     words="yes": "yes" anywhere, else "no" anywhere (Video-ChatGPT); words="correct": exactly correct or incorrect."""
+    if isinstance(said, bool):
+        return said
     if not isinstance(said, str):
         return None
     said = said.lower()
@@ -84,11 +135,11 @@ def qa_values(reply, words="yes"):
     """One judged answer -> its values, and why the reply is not usable (None if it is). A verdict may stand under
     'type', as CVRR-ES's parser allows. A reply without a verdict or a score at all counts as none: official code
     stops there. A verdict that is neither yes nor no leaves its score in the mean, as officially."""
-    found = reply_dict(reply)
+    found, key = reply_dict(reply)
     said = None if found is None else found.get("pred", found.get("type"))
     score = None if found is None else read_score(found.get("score"))
     if found is None or said is None or score is None:
-        key = "no dictionary" if found is None else "no verdict" if said is None else "no score of 0 to 5"
+        key = key or ("no verdict" if said is None else "no score of 0 to 5")
         return dict(accuracy=None, accuracy_all=0.0, score=None, score_all=0.0), key
     right = read_verdict(said, words)
     values = dict(accuracy=None if right is None else float(right), accuracy_all=float(bool(right)),
@@ -98,9 +149,9 @@ def qa_values(reply, words="yes"):
 
 def score_values(reply, name):
     """One reply {'score': n} -> {name: n or None, name_all: n or 0}, problem."""
-    found = reply_dict(reply)
+    found, problem = reply_dict(reply)
     score = None if found is None else read_score(found.get("score"))
-    problem = "no dictionary" if found is None else "no score of 0 to 5" if score is None else None
+    problem = problem or ("no score of 0 to 5" if score is None else None)
     return {name: score if score is None else float(score), f"{name}_all": float(score or 0)}, problem
 
 

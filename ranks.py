@@ -28,6 +28,42 @@ def strip_thinking(text):
     return "".join(kept if opened else [*kept, text[at:]]).strip()
 
 
+OPENING = re.compile(r"<\s*(?:final_)?answer\s*>", re.I)
+CLOSING = re.compile(r"<\s*/\s*(?:final_)?answer\s*>", re.I)
+BOX = re.compile(r"\\boxed\s*\{")
+
+
+def final_answer(text):
+    """What a reply says in the end: without its thinking, and of <answer>...</answer> or
+    \\boxed{...} what is inside. Several that differ are no answer: then all of it stays."""
+    rest = strip_thinking(text)
+    if not rest and len(parts := CLOSING.split(text)) > 1 and not parts[-1].strip():
+        rest = "".join(OPENING.split(parts[-2])[1:][-1:])  # it never closed its thinking
+    if OPENING.search(rest) or CLOSING.search(rest):
+        before, *parts = OPENING.split(rest)
+        rest = only_one([CLOSING.split(part)[0] for part in parts or [before]], rest)
+    return only_one(boxed(rest), rest) if BOX.search(rest) else rest
+
+
+def only_one(texts, otherwise):
+    """What all texts that are not blank say, `otherwise` where they differ, "" where all are."""
+    said = {normalize(t): t.strip() for t in texts if t.strip()}
+    return otherwise if len(said) > 1 else next(iter(said.values()), "")
+
+
+def boxed(text):
+    """What stands in the \\boxed{...} of a text, with the braces in it but without \\text{}."""
+    out, at = [], 0
+    while (found := BOX.search(text, at)) is not None:
+        depth, at = 1, found.end()
+        while depth and at < len(text):
+            depth += {"{": 1, "}": -1}.get(text[at], 0)
+            at += 1
+        inside = text[found.end() : at - (not depth)].strip()
+        out.append(re.sub(r"^\\(?:text|math)\w*\s*\{(.*)\}$", r"\1", inside, flags=re.S))
+    return out
+
+
 # An article stands before a word: "A", "plan A" and "A, C" name something.
 ARTICLE = re.compile(r"\b(?:a\s|(?:an|the)\b)(?=\W*\w)")
 NUMBER = re.compile(r"[$£€¥]?\.?\d")

@@ -27,7 +27,12 @@ import metrics as m
     ([[{"pred": "no", "score": 2}], "x"], 0, 2),
     ({"type": "yes", "score": 2}, 1, 2),  # the key that CVRR-ES's parser accepts
     ("{'pred': 'unknown', 'score': 1}", 0, 1),  # 'no' is in it: the official substring test
-    ("{'pred': 'yes', 'score': 4}{'pred': 'no', 'score': 0}", 1, 4),
+    ("{'Pred': 'yes', 'SCORE': 4}", 1, 4), ('{"pred": true, "score": 4}', 1, 4),
+    ("{'pred': False, 'score': 1}", 0, 1), ("{'pred': true, 'score': 4}", 1, 4), ("{'result': {'pred': 'no', 'score': 1}}", 0, 1),
+    ("{'pred': 'yes', 'score': 4}\n{'pred': 'Yes', 'score': '4.0', 'why': 'again'}", 1, 4),
+    ("<think>Maybe {'pred': 'yes', 'score': 5}?</think>{'pred': 'no', 'score': 0}", 0, 0),
+    ("It could be {'pred': 'yes', 'score': 5}.</think>\n{'pred': 'no', 'score': 0}", 0, 0),
+    ("The set {'cat'} is not {'dog': 1}: {'pred': 'no', 'score': 2}", 0, 2),
 ])  # fmt: skip
 def test_replies_that_count(reply, right, score):
     values, problem = m.qa_values(reply)
@@ -39,6 +44,16 @@ def test_replies_that_count(reply, right, score):
     ("{", "no dictionary"),
     (None, "no dictionary"), ([], "no dictionary"), ("[]", "no dictionary"), ("(" * 5000, "no dictionary"),
     ("__import__('os').system('true')", "no dictionary"), ("{'pred': print(1), 'score': 4}", "no dictionary"),
+    ("<think>{'pred': 'yes', 'score': 5}", "no dictionary"),
+    ("<think>{'pred': 'yes', 'score': 5}</think>yes", "no dictionary"),
+    *((said, "several verdicts") for said in (
+        "{'pred': 'yes', 'score': 4}{'pred': 'no', 'score': 0}",
+        "The answer is: a cat {'pred': 'yes', 'score': 5}. It is wrong: {'pred': 'no', 'score': 0}",
+        "a cat {'pred': 'yes', 'score': 5}. It is wrong: {'pred': wrong, 'score': 0}",
+        "a cat {'pred': 'yes', 'score': 5}. It is wrong: {'pred': 'no', 'sc",
+        "[{'pred': 'yes', 'score': 5}, {'pred': 'no', 'score': 0}]",
+        "{'pred': 'yes', 'score': 5}, {'pred': 'yes', 'score': 0}",
+        "{'said': {'pred': 'yes', 'score': 5}, 'mine': {'pred': 'no', 'score': 0}}")),
     ("{'prediction': 'yes', 'score': 4}", "no verdict"), ("{'score': 4}", "no verdict"),
     ("{'pred': 'yes'}", "no score of 0 to 5"), ("{'pred': 'yes', 'score': None}", "no score of 0 to 5"),
     ("{'pred': 'yes', 'score': 7}", "no score of 0 to 5"), ("{'pred': 'yes', 'score': -1}", "no score of 0 to 5"),

@@ -32,6 +32,7 @@ from oracle import (
 from preferences import reward_prompt
 from ranks import (
     f1_parts,
+    final_answer,
     kendall_tau,
     mean_rank,
     normalize,
@@ -68,8 +69,9 @@ def test_normalize():
 
 
 SAME = [
-    ["A", "a.", "The A"], ["", " \n", "\ufeff"], ["a man", "Man"], ["-5", "−5", "(-5)"], ["5 %", "5%"],
-    ["1/2", "1 / 2"], ["5", "5.", "$5$"], ["café", "Cafe\u0301."], ["\u2764", "\u2764\ufe0f"],
+    ["A", "a.", "The A"], ["", " \n", "\ufeff"], ["a man", "Man"], ["-5", "−5", "(-5)"],
+    ["5 %", "5%"], ["1/2", "1 / 2"], ["5", "5.", "$5$"], ["café", "Cafe\u0301."],
+    ["\u2764", "\u2764\ufe0f"],
     ["left", "left 🙂", "- left", "-> left", "le\u00adft", "`left`", "the *left*!"],
 ]  # fmt: skip
 OTHERS = [
@@ -99,17 +101,34 @@ def test_texts_that_say_something_else(texts):
 
 @pytest.mark.parametrize("text, rest", [
     ("left", "left"), (" I think so ", "I think so"), ("<thinker> no", "<thinker> no"),
-    ("<think>(A) or (B)?</think>\n\nC", "C"), ("<think></think>C", "C"), ("<think>\n\n</think>", ""),
+    ("<think>(A) or (B)?</think>\n\nC", "C"), ("<think></think>C", "C"),
+    ("<think>\n\n</think>", ""),
     ("the prompt had the opening tag (A)</think> C", "C"), ("<think>cut off at (A", ""),
     ("C <think>cut off", "C"),
     ("<THINK>a</Think>C", "C"), ("<thinking>a</thinking>C", "C"), ("[THINK]a[/THINK]C", "C"),
     ("◁think▷a◁/think▷C", "C"),
-    ("<think>a</think>B, <think>no</think>C", "B, C"), ("<think>a <think> b</think> c</think>C", "C"),
+    ("<think>a</think>B, <think>no</think>C", "B, C"),
+    ("<think>a <think> b</think> c</think>C", "C"),
     ("<think>a</think> <think>and on", ""), ("< think >a</ think >C", "C"),
     ("<seed:think>a</seed:think>C", "C"),
 ])  # fmt: skip
 def test_thinking_is_no_part_of_an_answer(text, rest):
     assert strip_thinking(text) == rest == strip_thinking(rest)
+
+
+@pytest.mark.parametrize("reply, said", [
+    ("left", "left"), ("<think>a</think>\n<answer>C</answer>", "C"), ("<ANSWER> C </Answer>.", "C"),
+    ("<answer>C", "C"), ("C</answer>", "C"), ("<answer></answer>", ""),
+    ("<answer>\n</answer>C", ""), ("It is <answer>C</answer>. Yes, <answer>c.</answer>", "c."),
+    ("<think>never closed <answer>C</answer>\n", "C"), ("<think>I write <answer>A</answer> and", ""),
+    ("<think>a <answer>A</answer></think>C", "C"), ("\\boxed C", "\\boxed C"),
+    ("<answer>A</answer> or <answer>C</answer>", "<answer>A</answer> or <answer>C</answer>"),
+    ("So $\\boxed{C}$.", "C"), ("\\boxed{\\text{red {x}}}", "red {x}"), ("\\boxed{3", "3"),
+    ("<answer>\\boxed{ C }</answer>", "C"), ("\\boxed{A} \\boxed{C}", "\\boxed{A} \\boxed{C}"),
+    ("\\boxed {\\mathrm{C}}", "C"), ("2 < 3 \\text{m}", "2 < 3 \\text{m}"), ("", ""),
+])  # fmt: skip
+def test_the_final_answer_of_a_reply(reply, said):
+    assert final_answer(reply) == said
 
 
 def test_ranks_with_ties():
