@@ -127,8 +127,9 @@ from frames import VideoError
 from judges import ClipText, make_judge, score_rows
 from metrics import over_seeds, paired_bootstrap, spread
 from moving_shapes import TASK_TYPES
-from oracle import DESCRIBE, normalize, token_f1
+from oracle import DESCRIBE, token_f1
 from prediction_files import in_own_format, join, predictions
+from ranks import final_answer, normalize
 from report import (
     as_markdown,
     as_text,
@@ -151,8 +152,8 @@ LEGEND = "a ± b: mean and standard deviation over seeds; [low, high]: 95 % inte
 
 # --- Answers and benchmarks ----------------------------------------------------------------------------------------
 def is_correct(prediction, reference):
-    """Exact match of normalised text (lower case, no punctuation, no articles)."""
-    return normalize(prediction) == normalize(reference)
+    """Exact match of normalised text (lower case, no punctuation, no articles), thinking apart."""
+    return normalize(final_answer(prediction)) == normalize(final_answer(reference))
 
 
 def open_questions(files, video_root):
@@ -187,10 +188,10 @@ def chance(train, records):
     counts = {}
     for r in train:
         for key in (("text", text(r)), ("type", r["task_type"])):
-            counts.setdefault(key, Counter())[normalize(r["answer"])] += 1
+            counts.setdefault(key, Counter())[normalize(final_answer(r["answer"]))] += 1
     best = {key: counter.most_common(1)[0][0] for key, counter in counts.items()}
     guesses = [best.get(("text", text(r)), best.get(("type", r["task_type"]))) for r in records]
-    return [guess is not None and is_correct(guess, r["answer"]) for guess, r in zip(guesses, records)]
+    return [guess == normalize(final_answer(r["answer"])) for guess, r in zip(guesses, records)]
 
 
 # --- Runs and their predictions ------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@
 A reply that cannot be read is asked for again, ATTEMPTS times in all, each time with the reason; then it is counted
 under its reason and both conventions are reported. Nothing is asked twice: replies of a server are kept by `ApiClient`,
 those of a local judge in <cache>/verdicts. A blank answer is wrong with score 0 and is not asked about.
+Of a reasoning model's reply `exact` and `local` read what it says after its thinking; the official
+rules and a server get all of it, and how many replies hold thinking is counted.
 
 D1      A small video LLM cannot write a dictionary; comparing two responses is what the judge of this repository was
         trained to do (oracle.py). As good as the reference is P = 1/2, hence 10 P. Its numbers compare with its own
@@ -43,9 +45,11 @@ from metrics import (
     retrieval_hits,
     score_values,
     tempcompass,
+    tempcompass_strict,
     unanswered,
 )
-from oracle import JudgeOracle, normalize, token_f1
+from oracle import JudgeOracle
+from ranks import THINKING, final_answer, normalize, token_f1
 
 ATTEMPTS = 3  # per verdict: the first reply and two repairs
 RATIO_FROM = 3  # [D2]
@@ -98,7 +102,7 @@ class ExactJudge:
         if kind == "aspects":
             return None
         f1 = min(token_f1(said, row["answer"]) for said in row["said"])
-        right = all(normalize(said) == normalize(row["answer"]) for said in row["said"])
+        right = all(normalize(final_answer(s)) == normalize(row["answer"]) for s in row["said"])
         return {"pred": "yes" if right else "no", "score": int(5 * f1 + 1e-9)}
 
 
@@ -140,18 +144,21 @@ class LocalJudge:
             video = self.oracle.cache.key(row["clip"], self.oracle.processor.num_frames)  # its content
         except OSError:
             return None
-        parts = [kind, video, row["asks"], row["question"], row["answer"], row["said"]]
+        said = [final_answer(text) for text in row["said"]]
+        parts = [kind, video, row["asks"], row["question"], row["answer"], said]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def judge(self, rows, aspects):
         """One reply per row; of two predictions the worse one counts."""
         flat = [(row, k) for row in rows for k in range(len(row["asks"]))]
+        texts = [final_answer(row["said"][k]) for row, k in flat]
         clips = [row["clip"] for row, _ in flat]
         asks = [row["question"] if aspects else row["asks"][k] for row, k in flat]
         if aspects:
-            points, _ = self.oracle.aspects(clips, asks, [[row["said"][k]] for row, k in flat])
+            points, _ = self.oracle.aspects(clips, asks, [[text] for text in texts])
             return [dict(zip(ASPECTS, p[0].tolist())) for p in points]
-        prefers = self.oracle.preferences(clips, asks, [[row["answer"], row["said"][k]] for row, k in flat])
+        pairs = [[row["answer"], text] for (row, _), text in zip(flat, texts)]
+        prefers = self.oracle.preferences(clips, asks, pairs)
         scores = {}
         for (row, _), p in zip(flat, prefers[:, 1, 0].tolist()):
             scores.setdefault(id(row), []).append(min(5, int(10 * p + 1e-6)))  # [D1]
@@ -248,17 +255,25 @@ QA_NAMES = ("accuracy", "score")
 QA = ("msvd_qa", "msrvtt_qa", "activitynet_qa", "nextoe", "cvrr_es", "held_out")
 
 
+def says(row):
+    """Does the row hold a prediction that is more than blank, or than thinking?"""
+    return bool(row["said"]) and all(final_answer(text).strip() for text in row["said"])
+
+
 def score_rows(benchmark, rows, judge, clip_text=None, classes=None):
     """-> [{metric: value or None} per row], Counter of what could not be read and why."""
     problems = Counter()
     for row in rows:
         row["said"] = row["said"] and [text or "" for text in row["said"]]
     problems["no prediction"] = sum(row["said"] is None and row["reply"] is None for row in rows)
-    problems["blank"] = sum(row["said"] is not None and not all(t.strip() for t in row["said"]) for row in rows)
+    problems["blank"] = sum(row["said"] is not None and not says(row) for row in rows)
+    thought = [any(map(THINKING.search, row["said"] or [])) for row in rows]
+    problems["replies hold thinking"] = sum(thought)
     if benchmark in QA:
         values = judged(rows, "qa", judge, problems, "correct" if benchmark == "cvrr_es" else "yes")
         for row, v in zip(rows, values):
-            v["exact"] = float(row["said"] is not None and normalize(row["said"][0]) == normalize(row["answer"] or ""))
+            said = final_answer(row["said"][0]) if row["said"] else ""
+            v["exact"] = float(normalize(said) == normalize(row["answer"] or "") != "")
     elif benchmark == "video_chatgpt":
         values = [{} for _ in rows]
         for criterion in CRITERIA:
@@ -272,11 +287,17 @@ def score_rows(benchmark, rows, judge, clip_text=None, classes=None):
         right = [row["reply"] if isinstance(row["reply"], int) else matched(row) for row in rows]
         problems["no match"] = sum(r is None and row["said"] is not None for r, row in zip(right, rows))
         values = [dict(accuracy=None if r is None else float(r), accuracy_all=float(r or 0)) for r in right]
+        for row, v in zip(rows, values):
+            if row["said"] or row["reply"] is None:
+                said = row["said"][0] if row["said"] else ""
+                v["acc_strict"] = tempcompass_strict(said, row["answer"], row["question"])
     elif benchmark in ("video_mme", "video_mme_subtitles", "nextqa"):
         values = []
         for row in rows:
-            letters = "ABCDE" if benchmark == "nextqa" else "ABCD"
-            v, problem = choice_values(row["said"][0] if row["said"] else "", row["answer"], row["options"], letters)
+            letters, said = "ABCD", row["said"][0] if row["said"] else ""
+            if benchmark == "nextqa":  # its official files hold numbers: there is no rule for texts
+                letters, said = "ABCDE", final_answer(said)
+            v, problem = choice_values(said, row["answer"], row["options"], letters)
             problems[problem] += problem is not None and row["said"] is not None
             values.append(v)
     else:
@@ -296,8 +317,7 @@ def judged(rows, kind, judge, problems, words="yes"):
     """Values of one kind of verdict: those that the file brings, else the judge's."""
     read = (lambda reply: qa_values(reply, words)) if kind == "qa" else (lambda reply: score_values(reply, kind))
     names = QA_NAMES if kind == "qa" else (kind,)
-    said = lambda row: row["said"] and all(text.strip() for text in row["said"])
-    ask = [i for i, row in enumerate(rows) if row["reply"] is None and said(row)]
+    ask = [i for i, row in enumerate(rows) if row["reply"] is None and says(row)]
     replies = dict(zip(ask, judge.replies([(kind, rows[i]) for i in ask]))) if ask else {}
     out = []
     for i, row in enumerate(rows):
@@ -318,7 +338,7 @@ def judged(rows, kind, judge, problems, words="yes"):
 def aspects(rows, judge, problems):
     """[D2] The vision-based evaluation: four aspects, their mean, and the share of answers at RATIO_FROM or more."""
     names = (*VISION, "score", "ratio")
-    ask = [i for i, row in enumerate(rows) if row["said"] and row["said"][0].strip()]
+    ask = [i for i, row in enumerate(rows) if says(row)]
     replies = dict(zip(ask, judge.replies([("aspects", rows[i]) for i in ask])))
     out = []
     for i, row in enumerate(rows):

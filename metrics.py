@@ -17,7 +17,7 @@ its values that are not None. So both conventions for what cannot be read are tw
   action recognition      VLM-Eval action_acc.py, over the full class list            topk_hits
 
 D1      `letter_official` takes the first of A-D anywhere, so "Based on ..." reads as B. `letter_strict` beside it takes
-        a reply only if it names one option and no other; both are reported.
+        a reply only if it names one option and no other, after its thinking; both are reported.
 D2      Where several candidates of a retrieval are equally similar, the hit is shared among them (its expected value
         under a random order); the official code leaves the order of ties to chance, and a model that gives every video
         one description would profit from it.
@@ -181,21 +181,77 @@ def letter_official(reply, letters="ABCD"):
 def letter_strict(reply, options=(), letters="ABCD"):
     """[D1] The letter of the one option that a reply names, '' if it names none or several.
 
-    Named is: the letter alone; marked as in (C), C. or C); after 'answer' or 'option'; or an option's own text."""
-    letters = letters[: len(options)] if options else letters
-    bare = lambda text: normalize(re.sub(rf"^\s*\(?[{letters}][.):]\s*", "", text))
-    same = [letter for letter, option in zip(letters, options) if normalize(option) == normalize(reply) != ""]
-    same = same or [letter for letter, o in zip(letters, options) if bare(o) == normalize(reply) != ""]
-    if len(same) == 1:
-        return same[0]
-    alone = re.fullmatch(rf"[\W_]*([{letters}])[\W_]*", reply)
-    marked = rf"\(([{letters}])\)|(?<!\w)([{letters}])[.):](?=\s|$)"
-    after = rf"(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*[\"'*(]*([{letters}])(?![\w'])"
-    found = {next(filter(None, m.groups())) for m in re.finditer(f"{marked}|{after}", reply)}
-    found |= {alone[1]} if alone else set()
-    alternatives = re.findall(rf"(?<!\w)([{letters}])(?:[.)])?\s+or\s+\(?([{letters}])(?!\w)", reply)
-    found |= {letter for pair in alternatives for letter in pair}
-    return found.pop() if len(found) == 1 else ""
+    Named is: the letter alone; marked as in (C), C. or C); after 'answer' or 'option'; or an
+    option's own text. Thinking is no part of the reply, and of <answer> or \\boxed{} what is inside
+    counts. A 'final answer' outdoes what else is named, so does a first or last line that is an
+    option and nothing else, and an 'answer is' after which no other option comes."""
+    letters, text = letters[: len(options)] if options else letters, final_answer(reply)
+    bare = [re.sub(rf"^\s*\(?{x}[.):]\s*", "", option) for x, option in zip(letters, options)]
+    options = [[normalize(option) for option in some] for some in (options, bare)]
+    if option := option_of(text, options, letters):
+        return option
+    the_one = lambda letters: letters.pop() if len(letters) == 1 else ""
+    if final := stated(text, FINAL, options, letters):
+        return the_one(set().union(*final.values()))
+    answers = stated(text, STATED, options, letters)
+    said = set().union(*answers.values())
+    lines = [option_of(line, options, letters) for line in text.split("\n") if line.strip()]
+    if lines and (lines[0] or lines[-1]):
+        return the_one({*lines, *said} - {""})
+    if len(said) == 1 and named(text[max(answers) :], letters) <= said:
+        return the_one(said)
+    return the_one(named(text, letters) | said)
+
+
+STATED = r"(?i)\banswer\b[\s*_]*(?:is|was|(?:would|should|must) be)?[\s*_]*[:：=-]?[\s*_]*"
+FINAL = STATED.replace("answer", r"final\s+(?:answer|choice|option)")
+NEGATED = r"(?i)(?:\b(?:not|nor|neither|except)|n['’]t(?: be)?)\s+(?:(?:option|choice)\s+)?$"
+OPEN = r"(?:[\s\"'“*_`(\[{<$（]|\\[a-z]*+)*+"  # before a letter, as in Answer: $\text{C}$
+ALONE = r"(?![\w'’])"
+ARTICLE = r"(?<=A)\s+(?!because|since|as|is|and|or|for|due|based)[a-z]"  # the answer is A man
+
+
+def option_of(text, options, letters):
+    """The letter of the option that a text is, letter or text or both, and nothing else; or ''."""
+    if len(text) > 80 + 4 * max(map(len, sum(options, [])), default=0):  # it says more
+        return ""
+    said, alone = normalize(text), re.fullmatch(r"[\W_]*([A-Za-z])[^\w+#]*_*", text)
+    if alone and alone[1].upper() in letters:
+        return alone[1].upper()
+    for texts in options:
+        same = [letter for letter, option in zip(letters, texts) if option == said != ""]
+        if len(same) == 1:
+            return same[0]
+    return ""
+
+
+def stated(text, pattern, options, letters):
+    """{place behind it: letters} of every 'answer is' in a text that an option follows."""
+    one = rf"{OPEN}([{letters}]){ALONE}(?!{ARTICLE})"
+    others = rf"((?:[\s.)\]*\"']*+(?:,|/|&|\bor\b|\band\b){one})*)"
+    out = {}
+    for m in re.finditer(pattern, text):
+        rest = text[m.end() : m.end() + 500].split("\n")[0]
+        if found := re.match(rf"(?:(?i:option|choice|letter)\s+)?{one}{others}", rest):
+            out[m.end() + found.end()] = {found[1], *re.findall(rf"(?<!\w)[{letters}]", found[2])}
+        else:
+            sentence = re.split(r"(?<=[.!?])\s", rest)[0]
+            option = option_of(rest, options, letters) or option_of(sentence, options, letters)
+            out |= {m.end() + len(rest): {option}} if option else {}
+    return out
+
+
+def named(text, letters):
+    """The letters that a text marks or names as options, but for those that it rules out."""
+    one = f"([{letters}])"
+    marked = rf"[(（]{one}[)）]|(?<![\w.]){one}[.):：](?=\s|$)|\*\*{one}\*\*"
+    after = rf"(?i:\banswer)(?i:\s+is)?\s*+:?{OPEN}{one}{ALONE}(?!{ARTICLE})"
+    after += rf"|(?i:option|choice)(?i:\s+is)?\s*+:?{OPEN}{one}{ALONE}"
+    places = re.finditer(f"{marked}|{after}", text)
+    out = {next(filter(None, m.groups())) for m in places
+           if not re.search(NEGATED, text[max(0, m.start() - 30) : m.start()])}  # fmt: skip
+    pairs = re.findall(rf"(?<!\w){one}(?:[.)])?\s+or\s+\(?{one}(?!\w)", text)
+    return out | {letter for pair in pairs for letter in pair}
 
 
 def choice_values(reply, answer, options=(), letters="ABCD"):
@@ -218,6 +274,23 @@ def tempcompass(reply, answer):
     if reply in ("A", "B", "C", "D") or re.match(r"[ABCD][.)]", reply):
         return float(reply[0] == answer[0])
     return None
+
+
+def tempcompass_strict(reply, answer, question):
+    """[D1] The same of what is said after the thinking, wherever it says it: yes or no, or the one
+    option. None for an answer of another kind."""
+    text = final_answer(reply.replace("</s>", ""))
+    if answer in ("yes", "no"):
+        word = r"(yes|no)\b(?!\W+(?:or|and)\W+(?:yes|no)\b)"
+        lead = r"(?i)\W*(?:(?:the )?(?:final |correct )?answer(?: is)?\W*)?"
+        begins = re.match(lead + word, text[:300])
+        ends = re.search(rf"(?i)(?:\n|\banswer(?: is)?\W)\W*{word}\W*$", text[-300:])
+        said = {found[1].lower() for found in (begins, ends) if found}
+        return float(said == {answer})
+    options = re.findall(r"(?m)^[A-D][.)] .*$", question)
+    if not re.match(r"[A-D][.)] ", answer):
+        return None
+    return float(letter_strict(text, options) == answer[0])
 
 
 def nextqa_groups(kind):

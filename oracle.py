@@ -79,6 +79,7 @@ from frames import VideoError, clip_seconds
 from preferences import reward_batch
 from ranks import (
     f1_parts,
+    final_answer,
     kendall_tau,
     mean_rank,
     normalize,
@@ -532,7 +533,9 @@ def agreement(args):
         uniforms = np.random.default_rng([args.seed, i]).random((len(prefix.input_ids), args.G, 16))
         tokens, lengths, _ = generate(model, prefix, torch.from_numpy(uniforms), processor.tokenizer.eos_token_id)
         answers += processor.decode_answers(tokens, lengths)
-    correct = torch.tensor([[normalize(a) == normalize(r["answer"]) for a in g] for r, g in zip(records, answers)])
+    said = lambda text: normalize(final_answer(text))
+    labels = [said(r["answer"]) for r in records]
+    correct = torch.tensor([[said(a) == x for a in g] for x, g in zip(labels, answers)])
     truth, _ = ReferenceOracle(records).score(clips, questions, answers)  # token F1 with the label
     print(f"{len(records)} questions x {args.G} answers of {args.checkpoint}: {correct.float().mean():.1%} right; "
           f"{(correct.all(1) | ~correct.any(1)).float().mean():.1%} of the groups all right or all wrong")

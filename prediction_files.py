@@ -12,6 +12,8 @@ from collections import Counter
 
 from benchmark_files import LETTERS, READERS, SAID, load
 from data import DataError
+from metrics import letter_official
+from ranks import final_answer
 
 
 def predictions(benchmark, files):
@@ -86,9 +88,9 @@ def in_own_format(benchmark, rows):
             video["questions"].append({k: r.get(k) for k in keep} | {"response": row["said"][0]})
         return {benchmark: list(videos.values())}
     if benchmark == "nextqa":
-        index = lambda said: LETTERS.index(said[0]) if said[:1] and said[0] in LETTERS else -1
-        return {benchmark: {row["id"]: {"prediction": index(row["said"][0]), "answer": index(row["answer"])}
-                            for row in rows}}
+        letter = lambda row: letter_official(final_answer(row["said"][0]), LETTERS) or "none"
+        return {benchmark: {row["id"]: {"prediction": LETTERS.find(letter(row)),
+                                        "answer": LETTERS.find(row["answer"])} for row in rows}}
     if benchmark == "nextoe":
         out = {}
         for row in rows:

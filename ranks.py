@@ -28,8 +28,8 @@ def strip_thinking(text):
     return "".join(kept if opened else [*kept, text[at:]]).strip()
 
 
-OPENING = re.compile(r"<\s*(?:final_)?answer\s*>", re.I)
-CLOSING = re.compile(r"<\s*/\s*(?:final_)?answer\s*>", re.I)
+OPENING = re.compile(r"<\s*(?:final_)?answer\s*>|<\|begin_of_box\|>", re.I)
+CLOSING = re.compile(r"<\s*/\s*(?:final_)?answer\s*>|<\|end_of_box\|>", re.I)
 BOX = re.compile(r"\\boxed\s*\{")
 
 
@@ -122,13 +122,14 @@ def one_of_equals(answers):
 
 
 def token_f1(prediction, reference):
-    """Harmonic mean of token precision and recall in [0,1] (SQuAD's F1); two empty texts agree."""
+    """Harmonic mean of token precision and recall in [0,1] (SQuAD's F1) of the final answers; two
+    blank ones agree."""
     return f1_parts(prediction, reference)[1]
 
 
 def f1_parts(prediction, reference):
     """Token precision, F1 and recall in [0,1]."""
-    p, r = normalize(prediction).split(), normalize(reference).split()
+    p, r = (normalize(final_answer(text)).split() for text in (prediction, reference))
     if not p or not r:
         return (float(p == r),) * 3
     common = sum((Counter(p) & Counter(r)).values())

@@ -207,6 +207,10 @@ def test_other_prediction_shapes(tmp_path):
     results = {"40_6": {"prediction": 1, "answer": 1}, "40_7": {"prediction": 0, "answer": 4}}
     columns, _ = pf.predictions("nextqa", [put(tmp_path, "mc.json", results)])
     assert mean("nextqa", columns[""], "acc_answered") == 0.5
+    said = ("<think>(A)?</think>B", "Option B", "which?", "B. x")
+    rows = [columns[""][0] | {"said": [text]} for text in said]
+    own = [pf.in_own_format("nextqa", [row])["nextqa"]["40_6"] for row in rows]
+    assert own == [dict(prediction=n, answer=1) for n in (1, 1, -1, 1)]
     columns, _ = pf.predictions("video_mme", [put(tmp_path, "wide.csv", "sample_id,16f,32f\n001-1,A,B\n001-2,C,C\n")])
     assert {k: [r["said"][0] for r in v] for k, v in columns.items()} == {"16f": ["A", "C"], "32f": ["B", "C"]}
     line = {"doc_id": 0, "target": "C", "filtered_resps": ["C."], "videomme_perception_score": {

@@ -106,6 +106,9 @@ def test_chance_knows_the_question_then_the_type_then_nothing():
         rec([dict(role="user", content="hi"), dict(role="user", content="which?")], "one", "count"),
     ]
     assert ev.chance(train, test) == [True, False, True, False, False, True]
+    for label, other in (("A, C", "C"), ("$5", "5"), ("plan A", "plan"), ("A", "The"), ("...", "")):
+        test = [rec("how many?", label, "count"), rec("how many?", other, "count")]
+        assert ev.chance([rec("how many?", label, "count")], test) == [True, False]
 
 
 def test_questions_are_labelled_and_about_videos(tmp_path):
@@ -124,6 +127,12 @@ def test_questions_are_labelled_and_about_videos(tmp_path):
 
 def test_is_correct_ignores_case_punctuation_and_articles_only():
     assert ev.is_correct("The red circle.", "a Red circle") and not ev.is_correct("red circle moves", "red circle")
+    for label in ("A", "The", "-5", "C++", "plan A", "\u0915\u093e", "..."):
+        thought = f"<think>{label}</think>"
+        assert ev.is_correct(f" {label}\n", label) and ev.is_correct(f"{thought}{label}", label)
+        for other in ("", "an", "5", "C", "plan", "\u0915\u0940", "?", thought, f"<think>{label}"):
+            assert not ev.is_correct(other, label)
+    assert ev.is_correct("\\boxed{Red}", "<answer>red</answer>") and ev.is_correct(" ", "")
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

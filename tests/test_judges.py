@@ -24,6 +24,8 @@ def server(monkeypatch):
             said = messages[1]["content"].split("Predicted Answer: ")[1].split("\n")[0]
             reply = {"good": "{'pred': 'yes', 'score': 4.8}", "bad": '{"pred": "no", "score": 1}',
                      "never": "I would say yes.", "half": "{'pred': 'partially correct', 'score': 2}",
+                     "echo": "Said: {'pred': 'yes', 'score': 5}. Mine: " * (len(messages) == 2)
+                             + "{'pred': 'no', 'score': 0}",
                      "repaired": "yes" if len(messages) == 2 else "{'pred': 'yes', 'score': 5}"}.get(said)
             status = 400 if said == "refused" else 404 if said == "unknown" else 200
             body = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [
@@ -69,6 +71,53 @@ def test_a_servers_verdicts_are_read_repaired_counted_and_asked_once(server, tmp
     assert again == values[:3] and len(server.seen) == before  # kept on disk
 
 
+def test_an_answer_that_brings_its_own_verdict_is_asked_about_again(server, tmp_path):
+    values, problems = judges.score_rows("msvd_qa", rows_of("echo"), judge_of(server, tmp_path))
+    assert values[0]["accuracy"] == values[0]["score"] == 0 and not problems
+    assert "several verdicts" in server.seen[1][-1]["content"]
+
+
+def test_the_exact_judge_reads_what_is_said_after_the_thinking():
+    rows = rows_of("<think>a dog? no</think>\nA cat.", "<answer>Cat</answer>", "\\boxed{cat}",
+                   "<think>it is a cat", "<think>it is a cat</think>", "<think>cat</think>dog",
+                   "cat")
+    values, problems = judges.score_rows("msvd_qa", rows, judges.ExactJudge())
+    assert [v["accuracy"] for v in values] == [v["exact"] for v in values] == [1, 1, 1, 0, 0, 0, 1]
+    assert [v["score"] for v in values] == [5, 5, 5, 0, 0, 0, 5]
+    assert problems == {"blank": 2, "replies hold thinking": 4}
+
+
+def test_a_blank_prediction_is_never_right():
+    for label in ("A", "The", "an", "...", "", None, "C++", "-5"):
+        row = row_of("0", "v", "what?", label, {}, said=[" "])
+        assert judges.score_rows("msvd_qa", [row], judges.ExactJudge())[0][0]["exact"] == 0
+    pairs = ("A", "the"), ("A", "..."), ("-5", "5"), ("C++", "C"), ("\u0915\u093e", "\u0915\u0940")
+    for label, said in pairs:
+        rows = [row_of("0", "v", "what?", label, {}, said=[text]) for text in (said, label)]
+        values, _ = judges.score_rows("msvd_qa", rows, judges.ExactJudge())
+        assert [v["exact"] for v in values] == [v["accuracy"] for v in values] == [0, 1]
+        assert values[0]["score"] < values[1]["score"] == 5
+
+
+def test_official_letters_keep_their_rule_beside_the_number_of_replies_that_hold_thinking():
+    said = ["<think>Apples, near (A)</think>\n<answer>C</answer>", "C", "(B)? No.</think>C"]
+    options = ["A. Apples.", "B. Candles.", "C. Berries."]
+    rows = [row_of(text, "v", "what?", "C", {}, options=options, said=[text]) for text in said]
+    values, problems = judges.score_rows("video_mme", rows, None)
+    assert [v["acc_all"] for v in values] == [0, 1, 0] and problems == {"replies hold thinking": 2}
+    assert [v["acc_strict"] for v in values] == [1, 1, 1]
+    values, problems = judges.score_rows("nextqa", rows, None)  # its official files hold numbers
+    assert [v["acc_all"] for v in values] == [1, 1, 1] and problems == {"replies hold thinking": 2}
+    for row in rows:
+        row |= dict(question="what?\n" + "\n".join(options), answer=options[2])
+    values, problems = judges.score_rows("tempcompass", rows, None)
+    assert [v["accuracy"] for v in values] == [None, 1, None]
+    assert problems == {"no match": 2, "replies hold thinking": 2}
+    assert [v["acc_strict"] for v in values] == [1, 1, 1]
+    rows[0] |= dict(said=None, reply=1)  # a rating and no text
+    assert "acc_strict" not in judges.score_rows("tempcompass", rows, None)[0][0]
+
+
 def test_a_server_that_knows_no_model_ends_the_script(server, tmp_path):
     with pytest.raises(DataError, match="404"):
         judges.score_rows("msvd_qa", rows_of("unknown"), judge_of(server, tmp_path))
@@ -82,9 +131,14 @@ def test_the_local_judge_scores_by_its_preference():
     judge = judges.LocalJudge.__new__(judges.LocalJudge)
     judge.oracle = SimpleNamespace(preferences=lambda videos, asks, groups: torch.tensor(
         [[[0.5, 1 - p[b]], [p[b], 0.5]] for _, b in groups]))
-    rows = rows_of(*p) + [row_of("z", "v", "a?", "cat", {}, asks=["a?", "b?"], said=["better", "far"])]
+    thought = "<think>same?</think>"
+    rows = rows_of(thought + "same", "<answer>close</answer>", *list(p)[2:])
+    rows += [row_of("z", "v", "a?", "cat", {}, asks=["a?", "b?"], said=["better", thought + "far"])]
     replies = judge.judge(rows, False)
     assert [(r["pred"], r["score"]) for r in replies] == [("yes", 5), ("yes", 3), ("no", 2), ("yes", 5), ("no", 2)]
+    judge.oracle.aspects = lambda videos, asks, groups: (
+        torch.tensor([[[len(b), 0, 0, 0]] for (b,) in groups]), None)  # fmt: skip
+    assert judge.judge(rows[:1], True)[0]["relevance"] == len("same")
 
 
 def test_aspects_and_their_ratio():

@@ -28,7 +28,8 @@ import metrics as m
     ({"type": "yes", "score": 2}, 1, 2),  # the key that CVRR-ES's parser accepts
     ("{'pred': 'unknown', 'score': 1}", 0, 1),  # 'no' is in it: the official substring test
     ("{'Pred': 'yes', 'SCORE': 4}", 1, 4), ('{"pred": true, "score": 4}', 1, 4),
-    ("{'pred': False, 'score': 1}", 0, 1), ("{'pred': true, 'score': 4}", 1, 4), ("{'result': {'pred': 'no', 'score': 1}}", 0, 1),
+    ("{'pred': False, 'score': 1}", 0, 1), ("{'pred': true, 'score': 4}", 1, 4),
+    ("{'result': {'pred': 'no', 'score': 1}}", 0, 1),
     ("{'pred': 'yes', 'score': 4}\n{'pred': 'Yes', 'score': '4.0', 'why': 'again'}", 1, 4),
     ("<think>Maybe {'pred': 'yes', 'score': 5}?</think>{'pred': 'no', 'score': 0}", 0, 0),
     ("It could be {'pred': 'yes', 'score': 5}.</think>\n{'pred': 'no', 'score': 0}", 0, 0),
@@ -118,6 +119,76 @@ def test_letters(reply, official, strict):
     assert (m.letter_official(reply), m.letter_strict(reply, OPTIONS)) == (official, strict)
 
 
+LOOKS_NEAR = "<think>Option A looks near: apples are green, so (A) or (B).</think>"
+
+
+@pytest.mark.parametrize("reply", [
+    "<think>Apples are green here, so ...</think>\n<answer>C</answer>", LOOKS_NEAR + "C",
+    LOOKS_NEAR + "\n\nBerries.",
+    LOOKS_NEAR.removeprefix("<think>") + "The answer is C.", "<think>(A)? <answer>C</answer>",
+    "<answer>C. Berries.",
+    "\\boxed{C}", "So it is $\\boxed{\\text{C. Berries}}$.", "<answer>\\boxed{(C)}</answer>",
+    "<answer>The answer is C.</answer>",
+    "Answer: $C", "Answer: $\\mathrm{C}$", "ANSWER: [C]", "Answer: \\(C\\)",
+    "The answer is **(C)**", "answer - C",
+    "c", "(c).", "[C]", "C: Berries", "Answer:\nC", "The answer should be C",
+    "The answer is Berries.",
+    "C\nBecause (A) is green.", "(C)\nOptions A and B are not there; option D is no answer.",
+    "Because (A) is green:\n**C**",
+    "Berries.\nOption A is green.", "I considered (A), but it is green. Final answer: C.",
+    "(A) is green.\n**Final Answer:**\n\nC",
+    "Final answer: C. (A) was near.", "(B)? The final choice is option C",
+    "I considered (A), but the answer is C.",
+    "Option A is green, not option B. Final answer: Berries", "It is (C), not (A).",
+    "The answer is C, because A is green",
+])  # fmt: skip
+def test_the_one_option_that_is_named_in_the_end(reply):
+    assert m.letter_strict(reply, OPTIONS) == "C"
+
+
+@pytest.mark.parametrize("reply", [
+    LOOKS_NEAR, "<think>The answer is C", LOOKS_NEAR + "I do not know", "<answer></answer>C",
+    "<answer>A</answer><answer>C</answer>",
+    "\\boxed{A} or \\boxed{C}", "Final answer: A or C", "Final answer: A. or C.",
+    "Final answer: A. Final answer: C.",
+    "Answer: A, C", "Answer: A and C", "Answer: A/C", "The answer is A. No wait, (C).",
+    "A\nThe answer is C.", "A\nC", "A C",
+    "A. Apples.\nB. Candles.\nC. Berries.\nD. The same.", "It is not (A).", "The answer is not C.",
+    "The answer isn't (C).",
+    "Neither (A) nor (C)", "The answer is A man who sells candles", "Pottery of 300 B.C. is there",
+    "A B C D", "The", "...",
+])  # fmt: skip
+def test_no_or_several_options_named(reply):
+    assert m.letter_strict(reply, OPTIONS) == ""
+
+
+def test_an_options_text_is_told_from_its_neighbours():
+    orders = ["A. (a)(b)(c).", "B. (c)(a)(b).", "C. (a)(c)(b).", "D. (b)(a)(c)."]
+    for options in (orders, [text[3:] for text in orders]):
+        for said in ("(c)(a)(b).", "(C)(A)(B)", "B. (c)(a)(b).", "The answer is (c)(a)(b)."):
+            assert m.letter_strict(said, options) == "B"
+        assert m.letter_strict("(c)(b)", options) == ""
+    for said, options, letter in (
+            ("-5", ["A. 5", "B. -5"], "B"), ("C++", ["A. C", "B. C++", "C. C#"], "B"),
+            ("C", ["A. C", "B. D", "C. E"], "C"),
+            ("plan A", ["A. plan B", "B. plan", "C. plan A"], "C"), ("", ["A. The", "B. A"], ""),
+            ("\u0915\u093f", ["A. \u0915", "B. \u0915\u0940", "C. \u0915\u093f"], "C")):
+        assert m.letter_strict(said, options) == letter
+
+
+def test_the_official_letter_is_read_out_of_the_thinking_too():
+    values, problem = m.choice_values(LOOKS_NEAR + "<answer>C</answer>", "C", OPTIONS)
+    assert values == dict(acc_answered=0, acc_all=0, acc_strict=1) and problem is None
+
+
+def test_long_replies_take_no_time():
+    for text in ("Answer: ", "final answer ", "(A) ", "\\", "answer" + " " * 5000, "A, ", "\n",
+                 "<answer>", "\\boxed{"):  # fmt: skip
+        m.letter_strict(text * (20_000 // len(text)), OPTIONS)  # quadratic in length: minutes
+    for text in ("{", "{}", "[", "{'pred': 1}"):
+        m.qa_values(text * (20_000 // len(text)))
+
+
 def test_an_unread_letter_is_dropped_officially_and_wrong_over_all():
     assert m.choice_values("!!!!", "C", OPTIONS) == (dict(acc_answered=None, acc_all=0, acc_strict=0), "no letter")
     assert m.choice_values("Based on the video, (C)", "C", OPTIONS)[0] == dict(acc_answered=0, acc_all=0, acc_strict=1)
@@ -131,6 +202,22 @@ def test_an_unread_letter_is_dropped_officially_and_wrong_over_all():
 ])  # fmt: skip
 def test_tempcompass_rules(reply, answer, right):
     assert m.tempcompass(reply, answer) == right
+
+
+@pytest.mark.parametrize("reply, answer, right", [
+    ("A", "A. dunking", 1), (LOOKS_NEAR + "\nC", "C. passing", 1),
+    ("<answer>B</answer>", "A. dunking", 0), ("dunking", "A. dunking", 1),
+    ("The answer is A", "A. dunking", 1), ("", "A. dunking", 0),
+    (" A. dunking</s>", "A. dunking", 1), ("A or C", "A. dunking", 0),
+    ("<think>no?</think>Yes, he is", "yes", 1), ("<think>yes", "yes", 0), (" Yes.", "yes", 1),
+    ("Nothing", "no", 0), ("yes or no", "yes", 0),
+    ("\\boxed{No}", "no", 1), ("He runs.\nNo.", "no", 1), ("**Answer:** yes", "yes", 1),
+    ("Yes. So the answer is no.", "yes", 0), ("It is", "yes", 0),
+    ("Sentence A: he dunks", "Sentence A: he dunks", None),
+])  # fmt: skip
+def test_tempcompass_read_after_the_thinking(reply, answer, right):
+    question = "What is he doing?\nA. dunking\nB. dribbling\nC. passing"
+    assert m.tempcompass_strict(reply, answer, question) == right
 
 
 def test_next_qa_counts_tp_as_tn():

@@ -120,7 +120,8 @@ def test_thinking_is_no_part_of_an_answer(text, rest):
     ("left", "left"), ("<think>a</think>\n<answer>C</answer>", "C"), ("<ANSWER> C </Answer>.", "C"),
     ("<answer>C", "C"), ("C</answer>", "C"), ("<answer></answer>", ""),
     ("<answer>\n</answer>C", ""), ("It is <answer>C</answer>. Yes, <answer>c.</answer>", "c."),
-    ("<think>never closed <answer>C</answer>\n", "C"), ("<think>I write <answer>A</answer> and", ""),
+    ("<think>never closed <answer>C</answer>\n", "C"),
+    ("<think>I write <answer>A</answer> and", ""),
     ("<think>a <answer>A</answer></think>C", "C"), ("\\boxed C", "\\boxed C"),
     ("<answer>A</answer> or <answer>C</answer>", "<answer>A</answer> or <answer>C</answer>"),
     ("So $\\boxed{C}$.", "C"), ("\\boxed{\\text{red {x}}}", "red {x}"), ("\\boxed{3", "3"),
@@ -188,6 +189,9 @@ def test_reference_oracle_masks_what_it_does_not_know():
     scores, ok = judge.score(videos, questions, groups)
     torch.testing.assert_close(scores[0], torch.tensor([0.0, 1.0, 2 / 3, 1.0]))
     assert (scores[1:] == 0).all() and scores.dtype == torch.float32 and not ok[1:].any()
+    thought = ["<think>blue?</think>red circle", "<think>red circle", "\\boxed{red}", "<answer>x"]
+    (scores,), _ = judge.score([clip], ["what?"], [thought])
+    torch.testing.assert_close(scores, torch.tensor([1, 0, 2 / 3, 0]))
 
 
 def test_reference_aspects_are_precision_f1_and_recall():
