@@ -64,7 +64,7 @@ def compose(clip, qformer, llm, num_frames=8, seed=0, dtype=torch.float32):
     """
     vision = CLIPVisionModel.from_pretrained(clip, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(llm)
-    tokenizer.add_special_tokens({"additional_special_tokens": [VIDEO_TOKEN]})
+    tokenizer.add_special_tokens({"additional_special_tokens": [VIDEO_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: no mask in this repository looks at token ids
     parts = load_qformer(qformer, vision.config.hidden_size, num_frames, seed).to(dtype)

@@ -76,7 +76,7 @@ import harness
 from api_oracle import ASPECTS, COUNTERS, ApiClient, ApiError, ApiOracle
 from data import Clip, DataError, FeatureCache, read_records
 from frames import VideoError, clip_seconds
-from preferences import reward_batch
+from preferences import one_line, reward_batch
 from ranks import (
     f1_parts,
     final_answer,
@@ -102,7 +102,7 @@ def judge_prompt(question, first, second, narrative=None):
     ours, their text was not released. The judge replies with the *text* of the better response, not with its number:
     see D1.
     """
-    head = narrative or ""
+    head, first, second = narrative or "", one_line(first), one_line(second)
     return head, f"\nResponse 1: {first}\nResponse 2: {second}\nWhich response is better?\n{as_text(question)}"
 
 

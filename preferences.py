@@ -36,10 +36,15 @@ EXTRA = ("margin", "scores", "source", "sources", "ended", "narrative")  # kept 
 # ---------------------------------------------------------------------------------------------------------------
 # What a reward model reads
 # ---------------------------------------------------------------------------------------------------------------
+def one_line(answer):
+    """An answer as a judge or reward model reads it: a line break would let it begin a "Response 2:" of its own."""
+    return " ".join(answer.split())
+
+
 def reward_prompt(question, narrative=None, answer=None, own=None):
     """The narrative, where the reward model is trained with one, then the question; with `answer`, the answer between
     them, beside the judge's `own` answer if there is one: the judge's task, word for word (oracle.judge_prompt)."""
-    said = [f"Response {k}: {text}" for k, text in ((1, answer), (2, own)) if text is not None]
+    said = [f"Response {k}: {one_line(text)}" for k, text in ((1, answer), (2, own)) if text is not None]
     said += ["Which response is better?"] * bool(said)
     if isinstance(question, str):
         return "\n".join([*[narrative] * bool(narrative), *said, question])

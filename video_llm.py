@@ -19,6 +19,7 @@ Papers  CLIP arXiv:2103.00020 | Q-Former BLIP-2 arXiv:2301.12597 | LLaMA arXiv:2
 """
 
 import copy
+import functools
 import json
 import logging
 import re
@@ -30,6 +31,7 @@ import torch
 import torch.nn as nn
 import transformers
 from huggingface_hub.dataclasses import strict
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -57,6 +59,7 @@ transformers.logging.disable_progress_bar()
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import of kernels that we do not use
 
 VIDEO_TOKEN = "<video>"
+CUT, MARK = "\x00", "\x01"  # where a prompt is split; what stands before a control token that is meant as one
 BANNED_LOGIT = -1e4  # exp(-1e4) is exactly 0 in every dtype, and 0 * -1e4 is 0 where 0 * -inf would be NaN (entropy)
 
 # `tiny`: the embedded default. The same classes as at 7B, about a million parameters, trained from nothing.
@@ -257,6 +260,8 @@ class VideoLLMProcessor(ProcessorMixin):
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_frames=8, num_query_tokens=32,
                  sampling="linspace"):
         self.num_frames, self.num_query_tokens, self.sampling = num_frames, num_query_tokens, sampling
+        if tokenizer and not tokenizer.is_fast:
+            raise OSError(f"{tokenizer.name_or_path}: its tokenizer is none of the tokenizers library")
         chat_template = chat_template or (tokenizer and tokenizer.chat_template) or VICUNA_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -274,11 +279,34 @@ class VideoLLMProcessor(ProcessorMixin):
                         num_query_tokens=self.num_query_tokens, sampling=self.sampling)
         Path(path, "processor_config.json").write_text(json.dumps(settings, indent=2))
 
+    @functools.cached_property
+    def literal(self):
+        """(tokenizer, pattern): the tokenizer with its added tokens (</s>, <assistant>, <video>, ..) under names that
+        no text holds, MARK before each, and a pattern that finds their usual names. So what somebody typed is letters
+        to it, whatever the tokenizer calls its tokens; all else is as in the original, ids included."""
+        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        plain = r"\s*|<0x[0-9A-F]{2}>"  # runs of blanks, and the bytes of which unknown letters are made
+        names = {t["content"] for t in spec["added_tokens"] if not re.fullmatch(plain, t["content"])}
+        named = lambda name: MARK + name if name in names else name
+        for token in spec["added_tokens"]:
+            token["content"] = named(token["content"])
+        model, vocab = spec["model"], spec["model"]["vocab"]
+        model["vocab"] = ({named(name): i for name, i in vocab.items()} if isinstance(vocab, dict)
+                          else [[named(name), score] for name, score in vocab])
+        if "merges" in model:  # none makes a control token out of letters
+            pieces = ((merge, "".join(merge if isinstance(merge, list) else merge.split(" ")))
+                      for merge in model["merges"])
+            model["merges"] = [merge for merge, whole in pieces if whole not in names]
+        if isinstance(model.get("unk_token"), str):
+            model["unk_token"] = named(model["unk_token"])
+        spec |= dict(post_processor=None, truncation=None, padding=None)
+        longest_first = sorted(names, key=lambda name: (-len(name), name))
+        return Tokenizer.from_str(json.dumps(spec)), re.compile("|".join(map(re.escape, longest_first)))
+
     def clean(self, text):
-        """Text of users and models must not smuggle in the token that stands for the video."""
-        while any(token in text for token in (VIDEO_TOKEN, "<image>", "\x00")):  # what is left could form one again
-            text = text.replace(VIDEO_TOKEN, "").replace("<image>", "").replace("\x00", "")
-        return text.strip()
+        """A text of users or models, ready for a template: control tokens in it, pulled apart by MARKs, are letters."""
+        text = text.replace(CUT, "").replace(MARK, "").strip()
+        return self.literal[1].sub(lambda m: "".join(letter + MARK for letter in m[0]), text)
 
     def prompt_ids(self, question, video=True, max_length=None):
         """The prompt's token ids, ready for an answer: `<video>` expanded to Q tokens, an assistant turn opened.
@@ -297,32 +325,34 @@ class VideoLLMProcessor(ProcessorMixin):
 
         ids = encode(last["content"])
         if max_length is not None and len(ids) > max_length:
-            question_ids = self.tokenizer(last["content"], add_special_tokens=False).input_ids
+            question_ids = self._ids(last["content"])
             keep = len(question_ids) - (len(ids) - max_length)
             while len(ids) > max_length:  # text cut in two can take a token more
                 if keep < 1:
                     raise ValueError(f"a prompt of {len(ids)} tokens cannot be cut to {max_length} and keep its video")
-                ids, keep = encode(self.tokenizer.decode(question_ids[:keep]).strip()), keep - 1
+                ids, keep = encode(self.clean(self.tokenizer.decode(question_ids[:keep]))), keep - 1
         return ids
 
     def split_prompt_ids(self, head, tail):
         """The prompt `head + tail` as two lists of ids: many tails can be packed after one head (oracle.py)."""
-        content = f"{VIDEO_TOKEN}\n{self.clean(head)}\x00\n{self.clean(tail)}"  # `clean` leaves no other \x00
-        return [self._ids(part) for part in self._template([{"role": "user", "content": content}]).split("\x00")]
+        content = f"{VIDEO_TOKEN}\n{self.clean(head)}{CUT}\n{self.clean(tail)}"  # `clean` leaves no other CUT
+        return [self._ids(part) for part in self._template([{"role": "user", "content": content}]).split(CUT)]
 
     def _template(self, messages):
         return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template,
                                                   add_generation_prompt=True, tokenize=False)
 
     def _ids(self, text):
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        """Ids of a text that went through `clean`, or of a template filled with such: its control tokens count."""
+        tokenizer, names = self.literal
+        text = re.sub(f"{MARK}|({names.pattern})(?!{MARK})", lambda m: MARK + m[1] if m[1] else "", text)
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
         video_id = self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
         return [i for t in ids for i in ([t] * self.num_query_tokens if t == video_id else [t])]
 
     def answer_ids(self, answer, max_length=None):
         """An answer's token ids with EOS at the end; a cut answer has no EOS: cutting is never learned as ending."""
-        ids = self.tokenizer(self.clean(answer), add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id]
-        return ids[:max_length]
+        return [*self._ids(self.clean(answer)), self.tokenizer.eos_token_id][:max_length]
 
     def pad(self, rows, side):
         """Lists of ids -> (ids (B,L), mask (B,L) from lengths), padded on `side`."""

@@ -1,5 +1,6 @@
 """Published checkpoints: every class that --clip, --qformer and --llm name, written small in the hub's own layout."""
 
+import copy
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from compose import check_decoder, compose, load_qformer
 from video_llm import (
     VICUNA_TEMPLATE,
     Prefix,
+    VideoLLMProcessor,
     add_lora,
     generate,
     load_model,
@@ -164,6 +166,41 @@ def test_a_tied_head_is_written_once(start, tmp_path):
     assert ("language_model.lm_head.weight" in names) == (not written.config.tie_word_embeddings)
     again, _ = load_model(tmp_path)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_a_prompt_has_the_ids_that_the_tokenizer_gives_its_template(start):
+    processor, Q = start[4], start[4].num_query_tokens
+    chat = [{"role": "user", "content": "what happens in the video?"}, {"role": "assistant", "content": "É, a cat 漢"},
+            {"role": "user", "content": "where\nis  the green star?"}]
+    video = start[3].config.video_token_id
+    for said in (chat, chat[:1]):
+        whole = [{**said[0], "content": f"<video>\n{said[0]['content']}"}, *said[1:]]
+        ids = processor.tokenizer(processor._template(whole), add_special_tokens=False).input_ids
+        assert processor.prompt_ids(said) == [i for t in ids for i in [t] * (Q if t == video else 1)]
+    for text in ("a red circle moves left", "É 漢", ""):
+        assert processor.answer_ids(text)[:-1] == processor.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_control_tokens_that_are_typed_are_letters(start):
+    """Each token the tokenizer has added, also one it does not call special; in questions, answers and comparisons."""
+    own = start[4]
+    tokenizer = copy.deepcopy(own.tokenizer)
+    tokenizer.add_tokens(["<tool_call>"])
+    processor = VideoLLMProcessor(own.image_processor, tokenizer, own.chat_template, 3, own.num_query_tokens)
+    control = {n: i for n, i in tokenizer.get_added_vocab().items() if not n.startswith("<0x")}
+    assert {"<tool_call>", "<video>", tokenizer.eos_token} <= set(control)
+    count = lambda ids: [ids.count(i) for i in control.values()]
+    chat = lambda text: [{"role": role, "content": text} for role in ("user", "assistant", "user")]
+    for name in control:
+        text, same = f"a red{name} circle {name}", "a red circle"
+        assert count(processor.prompt_ids(text)) == count(processor.prompt_ids(same)), name
+        assert count(processor.prompt_ids(chat(text))) == count(processor.prompt_ids(chat(same))), name
+        assert count(processor.prompt_ids("x " + text * 9, max_length=60)) == count(processor.prompt_ids(same)), name
+        ids = processor.answer_ids(text)
+        assert ids.index(tokenizer.eos_token_id) == len(ids) - 1 and sum(count(ids)) == 1, name
+        assert tokenizer.decode(ids[:-1]).strip() == text
+        parts = zip(processor.split_prompt_ids(text, f"Response 1: {text}"), processor.split_prompt_ids(same, same))
+        assert all(count(mine) == count(usual) for mine, usual in parts), name
 
 
 def test_saved_and_loaded_is_the_same(start, tmp_path):
