@@ -25,6 +25,12 @@ EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 FEATURES = (".pkl", ".npy", ".npz", ".pt")  # some lists name a file of features; the video of that name is meant
 IMAGES = (".jpg", ".jpeg", ".png")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+TOKENS = "<video>|<image>"  # they stand in a question where its video does
+STARTS, ENDS = ("start", "video_start", "start_time"), ("end", "video_end", "end_time")
+SYSTEM = ("system", "system_prompt")
+READ = ("id", "video", "videos", "video_id", "image", "images", "conversations", "messages", "q", "a", "task_type",
+        *STARTS, *ENDS, *SYSTEM)  # keys of a row
+READ_TURN, READ_PART = ("from", "role", "value", "content"), ("type", "text", "video", "image", *STARTS, *ENDS)
 
 
 class Clip(NamedTuple):
@@ -45,16 +51,17 @@ def read_records(files, video_root=None, labelled=True):
     """Read annotation files, as their makers publish them, into one record per answer. Returns (records, report).
 
     Files are .jsonl or .json (a list of rows, a dict with one as ``annotations`` or ``data``, or a dict id -> row).
-    A row is one of these, with ``id``, ``start`` and ``end`` (in seconds) and ``task_type`` where wanted:
+    A row is one of these, with ``id``, ``start`` and ``end`` (in seconds; also video_start, start_time, ..),
+    ``system`` (or system_prompt) and ``task_type`` where wanted:
         {"video" | "image(s)", "conversations": [{"from", "value"}, ..]}   LLaVA, Video-ChatGPT, VLM-RLAIF, LLaVA-Hound
         {"videos", "messages": [{"role", "content"}, ..]}                  chat; content is text or a list of parts
         {"video_id", "q", "a"}                                             VideoInstruct100K
     A record is a dict: ``id`` (made unique by #2, #3, ..), ``clip`` (a Clip, None for rows of text; several images are
     the frames of one video), ``question`` (a string; after earlier turns a list of {"role", "content"} that ends with
-    it), ``answer``, ``task_type`` (or None), ``file``. Texts are without video tokens; a system turn becomes the start
-    of the first question. Videos are looked for in ``video_root``, then in the annotation file's folder and its
-    ``videos`` (see _find), but not opened. Rows that cannot be used are skipped as a whole and counted in the report.
-    Without ``labelled`` the last question of a row may lack its answer: a record with ``answer`` None.
+    it), ``answer``, ``task_type`` (or None), ``file``. Questions are without video tokens; a system text becomes the
+    start of the first one. Videos are looked for in ``video_root``, then in the annotation file's folder and its
+    ``videos`` (see _find), but not opened. Rows that cannot be used are skipped as a whole and counted in the report;
+    so are the keys that nothing here reads. Without ``labelled`` the last question of a row may lack its answer: a record with ``answer`` None.
     """
     def answers(row, find):
         turns, clip = parse_turns(row, find, labelled)
@@ -65,14 +72,15 @@ def read_records(files, video_root=None, labelled=True):
     return read_rows(files, video_root, answers)
 
 
-def read_rows(files, video_root, parse):
+def read_rows(files, video_root, parse, known=READ):
     """What read_records and read_preferences share. parse(row, find) gives a row's records or raises DataError("reason:
-    details"); find(name, is_image) gives the path of a video. Returns (records with ``id`` and ``file``, report)."""
+    details"); find(name, is_image) gives the path of a video; known: the keys of a row that it reads. Returns (records
+    with ``id`` and ``file``, report)."""
     if video_root is not None and not os.path.isdir(video_root):
         raise DataError(f"video root {_line(video_root)}: no such folder")
 
     listing = functools.cache(_listing)  # every folder is listed once
-    records, uses, num_rows, skipped = [], Counter(), 0, {}
+    records, uses, num_rows, skipped, unread = [], Counter(), 0, {}, {}
     for file in files:
         folder, rows, reasons, before = os.path.dirname(file), _load(file), Counter(), len(records)
         roots = [video_root] * (video_root is not None) + [folder or ".", os.path.join(folder, "videos")]
@@ -88,6 +96,8 @@ def read_rows(files, video_root, parse):
                 count, examples = skipped.get(reason, {"count": 0, "examples": []}).values()
                 skipped[reason] = {"count": count + 1, "examples": (examples + [example])[:5]}
                 continue
+            for key in unread_keys(row, known):
+                unread.setdefault(_line(key, 60), {"count": 0, "example": _line(f"{file} {place}")})["count"] += 1
             base = f"{os.path.basename(file)} {place}" if given is None else _line(given)
             for record in found:
                 uses[base] += 1
@@ -100,14 +110,37 @@ def read_rows(files, video_root, parse):
         num_rows += len(rows)
     paths = [record["clip"] and record["clip"].path for record in records]
     return records, {"files": len(files), "rows": num_rows, "records": len(records), "videos": len(set(paths) - {None}),
-                     "text_only": paths.count(None), "skipped": skipped}
+                     "text_only": paths.count(None), "skipped": skipped, "not_understood": unread}
+
+
+def unread_keys(row, known):
+    """The keys of a row, of its turns and of their parts that say something and that nothing here reads, each once."""
+    found = []
+    empty = (None, "", [], {})
+
+    def look(thing, read, place=""):
+        if isinstance(thing, dict):
+            found.extend(place + key for key, value in thing.items() if key not in read and value not in empty)
+
+    look(row, known)
+    for key in ("conversations", "messages", "prompt"):
+        for turn in row[key] if isinstance(row.get(key), list) and key in known else []:
+            look(turn, READ_TURN, f"{key}: ")
+            parts = turn.get("content") if isinstance(turn, dict) else None
+            for part in parts if isinstance(parts, list) else []:
+                look(part, READ_PART, f"{key}: content: ")
+    return dict.fromkeys(found)
 
 
 def report_lines(report):
-    """The report of read_records for people: what there is, then what was skipped and why, the most frequent first."""
+    """The report of read_records for people: what there is, then what was skipped and why, the most frequent first,
+    then the keys that were not read."""
     head = "{records} records from {rows} rows of {files} files: {videos} videos, {text_only} records without video"
     skipped = sorted(report["skipped"].items(), key=lambda item: -item[1]["count"])
-    return [head.format(**report)] + [f"skipped {s['count']} rows, {why}; {s['examples'][0]}" for why, s in skipped]
+    lines = [f"skipped {s['count']} rows, {why}; {s['examples'][0]}" for why, s in skipped]
+    lines += [f"not understood: {key}, in {s['count']} rows; {s['example']}"
+              for key, s in report["not_understood"].items()]
+    return [head.format(**report)] + lines
 
 
 def _line(value, limit=300):
@@ -163,13 +196,17 @@ def parse_turns(row, find, labelled=True):
         content = last.get("value", last.get("content"))
         if content is None or isinstance(content, str) and not content.strip():
             said = said[:-1]  # VLM-RLAIF's prompts end with an answer of a line feed
-    named, turns, opening, needs_video = {"video": [], "image": []}, [], "", "q" in row
+    columns = [row[key] for key in SYSTEM if row.get(key) is not None]
+    if not all(map(is_text, columns)):
+        raise DataError(f"system is no text: {columns}")
+    named, turns, needs_video = {"video": [], "image": [], "span": {}}, [], "q" in row
+    opening = "".join(f"{text.strip()}\n" for text in columns if text.strip())
     for key in ("video", "videos", "video_id", "image", "images"):
         if row.get(key) and not named[key[:5]]:
             named[key[:5]] = row[key] if isinstance(row[key], list) else [row[key]]
     for turn in said:
         role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        pieces = [piece.strip() for piece in re.split("<(?:video|image)>", _text(content, named))]
+        pieces = [piece.strip() for piece in _pieces(content, named, ROLES.get(str(role)) == "user")]
         text, needs_video = " ".join(filter(None, pieces)), needs_video or len(pieces) > 1
         expected = ("user", "assistant")[len(turns) % 2]
         if role == "system" and not turns:
@@ -177,28 +214,31 @@ def parse_turns(row, find, labelled=True):
             continue
         if ROLES.get(str(role)) != expected:
             raise DataError(f"user and assistant do not take turns: turn {len(turns) + 1} is of {role}")
-        if not text:
+        if not re.sub(TOKENS, "", text).strip():
             raise DataError(f"empty text of {expected}")
         turns.append({"role": expected, "content": text if turns else (opening + text).strip()})
     if len(turns) < 1 + labelled:
         raise DataError("no answer" if labelled else "no question")
-    return turns, _clip(row, named["video"], named["image"], needs_video, find)
+    return turns, _clip({**row, **named["span"]}, named["video"], named["image"], needs_video, find)
 
 
-def _text(content, named):
-    """The text of a turn, with a token for each part that is a video or image; their names are added to ``named``."""
-    text = ""
+def _pieces(content, named, asks):
+    """The text of a turn in pieces, between which videos and images stand: parts of its content, whose names are added
+    to ``named``, and, where it ``asks``, the tokens that stand for them; an answer may speak of such a token."""
+    pieces = [""]
     for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("video", "image"):
             name = part.get(kind) or []
             named[kind] = named[kind] + (name if isinstance(name, list) else [name])
-            text += f"<{kind}>"
+            named["span"] |= {key: part[key] for key in STARTS + ENDS if part.get(key) is not None}
+            pieces.append("")
         elif kind == "text" and is_text(part.get("text")):
-            text += part["text"]
+            first, *more = re.split(TOKENS, part["text"]) if asks else [part["text"]]
+            pieces = [*pieces[:-1], pieces[-1] + first, *more]
         else:
             raise DataError(f"no text in a turn: {part}")
-    return text
+    return pieces
 
 
 def _clip(row, videos, images, needs_video, find):
@@ -209,7 +249,10 @@ def _clip(row, videos, images, needs_video, find):
         videos, images = [], videos + images
     if len(set(videos)) + bool(images) > 1 or needs_video and not videos + images:
         raise DataError(f"not one video: {', '.join(videos + images) or 'none named'}")
-    span = [row.get("start"), row.get("end")]
+    given = [{key: row[key] for key in keys if row.get(key) is not None} for keys in (STARTS, ENDS)]
+    if more := next((times for times in given if len(set(map(str, times.values()))) > 1), None):
+        raise DataError(f"no range of seconds: {more}")
+    span = [next(iter(times.values()), None) for times in given]
     times = [t for t in span if t is not None]
     if not all(type(t) in (int, float) and 0 <= t < 1e9 for t in times) or times != sorted(times):
         raise DataError(f"no range of seconds: start {span[0]}, end {span[1]}")

@@ -27,10 +27,13 @@ from pathlib import Path
 import torch
 
 import harness
-from data import ROLES, DataError, is_text, parse_turns, read_rows
+from data import READ, ROLES, DataError, is_text, parse_turns, read_rows
 from video_llm import Prefix
 
 EXTRA = ("margin", "scores", "source", "sources", "ended", "narrative")  # kept as they are where a row has them
+OWN = [f"{side}_{kind}" for side in ("chosen", "rejected") for kind in ("video", "videos", "image", "images")]
+READ_PAIR = (*READ, "output_1", "output_2", "preference", "prompt", "question", "chosen", "rejected",
+             "rejected_response", "answer", *OWN, *EXTRA)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -91,7 +94,7 @@ def reward_batch(rows, clips, processor, cache, device, answer_first, max_prompt
 # ---------------------------------------------------------------------------------------------------------------
 def read_preferences(files, video_root=None):
     """Preference files in any of the shapes above -> (pairs, report); files, videos and report as in read_records."""
-    return read_rows(files, video_root or None, parse_pair)
+    return read_rows(files, video_root or None, parse_pair, READ_PAIR)
 
 
 def parse_pair(row, find):
@@ -102,7 +105,7 @@ def parse_pair(row, find):
     turns = [{"role": "user", "content": said}] if isinstance(said, str) else said
     if "output_1" in row and "output_2" in row:
         first, second = answer_of(row["output_1"]), answer_of(row["output_2"])
-        if row.get("preference") not in (1, 2):
+        if isinstance(row.get("preference"), bool) or row.get("preference") not in (1, 2):
             raise DataError(f"no preference: preference is {row.get('preference')!r}, not 1 or 2")
         chosen, rejected = (first, second) if row["preference"] == 1 else (second, first)
     elif turns is None and isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
@@ -121,6 +124,10 @@ def parse_pair(row, find):
         turns = turns[:-1]  # a place holder for the two answers
     if chosen == rejected:
         raise DataError(f"no preference: two equal answers, {chosen!r}")
+    listed = lambda key: row[key] if isinstance(row[key], list) else [row[key]]
+    shown = [listed(key) for key in ("video", "videos", "video_id", "image", "images") if row.get(key)]
+    if other := next((key for key in OWN if row.get(key) and listed(key) not in shown), None):
+        raise DataError(f"an answer has a video of its own: {other} {row[other]}")
 
     # The rest of the row (video, range of seconds, roles, empty texts) is read and checked as an annotation's.
     place = {k: v for k, v in row.items() if k not in ("output_1", "output_2", "conversations", "messages", "q")}

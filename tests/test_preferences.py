@@ -55,6 +55,15 @@ def test_every_shape_gives_the_same_pair(one, tmp_path, row):
     assert [pair[k] for k in ("question", "chosen", "rejected", "answer")] == ["what?", "a cat", "a dog", None]
 
 
+def test_what_a_row_says_beside_its_pair_counts(one, tmp_path):
+    tag = "The <video> tag, not <image>."
+    row = rlaif(1, output_1=tag, video_start=1, video_end=2, system_prompt="Be brief.", rejected_videos=["a.mp4"], fps=2)
+    (pair,), report = one(row)
+    assert pair["clip"] == Clip(str(tmp_path / "a.mp4"), 1, 2) and pair["question"] == "Be brief.\nwhat?"
+    assert (pair["chosen"], pair["rejected"]) == (tag, "a dog")
+    assert list(report["not_understood"]) == ["fps"]
+
+
 def test_the_preferred_output_is_the_chosen_one(one):
     (first, second), _ = one(rlaif(1), rlaif(2))
     assert (first["chosen"], first["rejected"]) == ("a cat", "a dog") == (second["rejected"], second["chosen"])
@@ -85,6 +94,11 @@ def test_earlier_turns_belong_to_the_question(one):
     (rlaif(0), "no preference"),
     (rlaif(None), "no preference"),
     (rlaif("1"), "no preference"),
+    (rlaif(True), "no preference"),
+    (rlaif(1, rejected_videos=["b.mp4"]), "an answer has a video of its own"),
+    (rlaif(1, rejected_images=FRAMES), "an answer has a video of its own"),
+    (rlaif(1, chosen_video="b.mp4"), "an answer has a video of its own"),
+    (rlaif(1, system=3), "system is no text"),
     (rlaif(1, output_2=GPT("a cat")), "no preference"),
     (rlaif(2, output_2=GPT(" ")), "empty text of assistant"),
     (rlaif(1, output_2=None), "answer is no text"),

@@ -75,6 +75,60 @@ def test_turns(one):
     assert (report["rows"], report["records"], report["videos"]) == (1, 2, 1)
 
 
+def parts(**more):
+    """A chat row whose question is a video and a text, with more keys of the video."""
+    said = [{"type": "video", "video": "a.mp4", **more}, {"type": "text", "text": "what?"}]
+    return {"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": "a cat"}]}
+
+
+@pytest.mark.parametrize("row", [
+    qa("a.mp4", video_start=1, video_end=2.5), qa("a.mp4", start_time=1, end_time=2.5), qa("a.mp4", start=1, end=2.5),
+    qa("a.mp4", start=1, video_start=1, end=2.5), parts(video_start=1, video_end=2.5), parts(start=1, end=2.5)])
+def test_a_part_of_a_video_by_any_name(one, row, tmp_path):
+    (record,), report = one(row)
+    assert record["clip"] == Clip(str(tmp_path / "a.mp4"), 1, 2.5) and not report["not_understood"]
+
+
+@pytest.mark.parametrize("row", [qa("a.mp4", start=1, video_start=2), qa("a.mp4", video_end="3"),
+                                 parts(video_start=3, video_end=2)])
+def test_a_part_that_is_none(one, row):
+    _, report = one([row, qa()])
+    assert list(report["skipped"]) == ["no range of seconds"]
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_system_column_opens_the_first_question(one, key):
+    (record,), report = one(qa("a.mp4", "<video>\nwhat?", **{key: " Be brief. "}))
+    assert record["question"] == "Be brief.\nwhat?" and not report["not_understood"]
+    said = [{"from": who, "value": text} for who, text in [("system", "Now."), ("human", "what?"), ("gpt", "a cat")]]
+    assert one({key: "Be brief.", "conversations": said})[0][0]["question"] == "Be brief.\nNow.\nwhat?"
+    assert one({key: "", "conversations": said})[0][0]["question"] == "Now.\nwhat?"
+    assert list(one([qa(**{key: 3}), qa()])[1]["skipped"]) == ["system is no text"]
+
+
+def test_keys_that_nobody_reads_are_counted_each_once(one, tmp_path):
+    rows = [qa("a.mp4", fps=2, uid=7), qa("a.mp4", fps=1, note=None, tags=[]), qa("b.mp4", lost=1),
+            parts(nframes=8, resized_height=28), qa(clip=[0, 1], weight=0)]
+    rows[1]["conversations"][1]["loss"] = False
+    records, report = one(rows)
+    assert len(records) == 4  # they are read all the same; what the skipped row holds is not counted
+    assert {key: n["count"] for key, n in report["not_understood"].items()} == {
+        "fps": 2, "uid": 1, "conversations: loss": 1, "messages: content: nframes": 1,
+        "messages: content: resized_height": 1, "clip": 1, "weight": 1}
+    lines = report_lines(report)
+    assert f"not understood: fps, in 2 rows; {tmp_path / 'x.json'} record 1" in lines and len(lines) == 2 + 7
+
+
+def test_markup_stays_in_answers_and_goes_from_questions(one):
+    (first, second), _ = one({"video": "a.mp4", "conversations": [
+        {"from": "human", "value": "<image>\nwhich <video> tag?"}, {"from": "gpt", "value": "The `<video>` tag, not `<image>`."},
+        {"from": "human", "value": "why?"}, {"from": "gpt", "value": "a red</s> circle"}]})
+    assert first["question"] == "which tag?" and first["answer"] == "The `<video>` tag, not `<image>`."
+    assert second["question"][1]["content"] == first["answer"] and second["answer"] == "a red</s> circle"
+    (text,), report = one(qa(None, "which tag?", "The <video> tag."))
+    assert text["clip"] is None and text["answer"] == "The <video> tag." and report["text_only"] == 1
+
+
 def test_containers(tmp_path):
     rows = [qa(question="line\u2028one?"), qa(question="two?", id="b")]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
@@ -163,7 +217,7 @@ def test_report(one, tmp_path):
     _, report = one(rows)
     assert len(report["skipped"]["video missing"]["examples"]) == 5
     assert {k: v for k, v in report.items() if k != "skipped"} == {
-        "files": 1, "rows": 12, "records": 4, "videos": 1, "text_only": 1}
+        "files": 1, "rows": 12, "records": 4, "videos": 1, "text_only": 1, "not_understood": {}}
     assert report_lines(report) == [
         "4 records from 12 rows of 1 files: 1 videos, 1 records without video",
         f"skipped 7 rows, video missing; {tmp_path / 'x.json'} record 1 (id 0): video missing: b.mp4",
