@@ -181,6 +181,8 @@ def fitting(processor, model, ask, room=64):
     while isinstance(ask, str) and (over := len(processor.prompt_ids(ask)) - most) > 0:
         lines = ask.split("\n")
         longest = max(range(len(lines)), key=lambda k: len(lines[k]))
+        if not lines[longest]:  # the video alone is more
+            break
         lines[longest] = lines[longest][: -max(4, over)].rstrip()
         ask = "\n".join(lines)
     return ask

@@ -171,6 +171,7 @@ import torch.nn.functional as F
 
 import evaluate
 import harness
+from answers import fits
 from api_oracle import ASPECTS, ApiError
 from data import DataError, FeatureCache, read_records, report_lines
 from oracle import make_oracle, normalize, token_f1
@@ -501,20 +502,24 @@ def features_alone(args, device):
 
 
 def usable_pairs(read, args, cache, folder, rank, world):
-    """Of the pairs of --preferences those with a video that can be read and with two answers that still differ where
-    --max_new_tokens cuts them. None at all ends the run: it would go on with pairs of its own."""
+    """Of the pairs of --preferences those with a video that can be read, a prompt that can be cut to
+    --max_prompt_tokens and two answers that still differ where --max_new_tokens cuts them. None at all ends the run: it
+    would go on with pairs of its own."""
     seen = [p for p in read if p["clip"]]
     broken = harness.prepare_videos(cache, [p["clip"] for p in seen], folder, rank, world)
-    whole = [p for p in seen if p["clip"] not in broken]
+    there = [p for p in seen if p["clip"] not in broken]
+    whole = [p for p in there if fits(cache.processor, p, args.max_prompt_tokens)]
     ids = lambda p, length=None: [ids_of(p, side, cache.processor, length) for side in SIDES]
     given = [p for p in whole if len({*map(tuple, ids(p, args.max_new_tokens))}) == 2]
     cut = sum(len(answer) > args.max_new_tokens for p in given for answer in ids(p))
     if rank == 0:
         print(f"{len(given)} pairs; {len(broken)} broken videos; {cut} answers are cut at --max_new_tokens "
-              f"{args.max_new_tokens}; {len(whole) - len(given)} pairs left out, equal once cut")
+              f"{args.max_new_tokens}; {len(whole) - len(given)} pairs left out, equal once cut; "
+              f"{len(there) - len(whole)} whose prompts cannot be cut to --max_prompt_tokens {args.max_prompt_tokens}")
     if not given:
         sys.exit(f"{args.preferences}: none of {len(read)} pairs can be used ({len(read) - len(seen)} without video, "
-                 f"{len(seen) - len(whole)} with a broken one, {len(whole)} equal at --max_new_tokens "
+                 f"{len(seen) - len(there)} with a broken one, {len(there) - len(whole)} whose prompts cannot be cut to "
+                 f"--max_prompt_tokens {args.max_prompt_tokens}, {len(whole)} equal at --max_new_tokens "
                  f"{args.max_new_tokens})")
     return given
 

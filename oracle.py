@@ -38,6 +38,7 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import random
 import sys
 import time
@@ -76,7 +77,7 @@ import harness
 from api_oracle import ASPECTS, COUNTERS, ApiClient, ApiError, ApiOracle
 from data import Clip, DataError, FeatureCache, read_records
 from frames import VideoError, clip_seconds
-from preferences import one_line, reward_batch
+from preferences import one_line, reward_batch, told
 from ranks import (
     f1_parts,
     final_answer,
@@ -356,7 +357,7 @@ class RewardModelOracle:
         if not loaded:  # a network that plays other roles, too, belongs to the caller
             self.model.requires_grad_(False).eval()
         self.cache = FeatureCache(self.model, self.processor, cache_dir)
-        self.device, self.rows, self.teller = device, rows, None
+        self.device, self.rows, self.teller, self.crowded = device, rows, None, False
         try:
             about = json.loads(Path(model_dir, "reward_model.json").read_text())
             clips, model = int(about["narrative_clips"]), str(about["narrative_model"])
@@ -376,20 +377,33 @@ class RewardModelOracle:
     @torch.no_grad()
     @readable_only()
     def score(self, videos, questions, answers):
-        """-> rewards (B,G), ok (B,). [D2] Of equal answers one counts. A reward that is no number: ok False."""
+        """-> rewards (B,G), ok (B,). [D2] Of equal answers one counts. ok False: a reward that is no number, a question
+        for which its prompt has no room."""
         stories = self.teller.narratives(videos) if self.narrative else [None] * len(videos)
         owns = self.teller.answer(videos, questions) if self.guided else [None] * len(videos)
         rows = [[(q, story, a, own) for a in group]
                 for q, story, own, group in zip(questions, stories, owns, answers)]
-        rewards = []
-        for n in range(0, len(videos), self.rows):
-            some = slice(n, n + self.rows)
-            prefix, tokens, lengths = reward_batch(rows[some], videos[some], self.processor, self.cache, self.device,
-                                                   self.answer_first, *self.limits)
+        fit = [b for b, row in enumerate(rows) if self.has_room(*row[0])]
+        rewards = torch.full((len(rows), len(rows[0])), math.nan)
+        for n in range(0, len(fit), self.rows):
+            some = fit[n : n + self.rows]
+            prefix, tokens, lengths = reward_batch([rows[b] for b in some], [videos[b] for b in some], self.processor,
+                                                   self.cache, self.device, self.answer_first, *self.limits)
             values = token_scores(self.model, prefix, tokens, lengths).view(tokens.shape)  # (B,G,T)
-            rewards.append(values.gather(-1, lengths.unsqueeze(-1) - 1).squeeze(-1).cpu())
-        rewards = torch.cat(rewards).gather(1, torch.tensor(one_of_equals(answers)))
+            rewards[some] = values.gather(-1, lengths.unsqueeze(-1) - 1).squeeze(-1).cpu()
+        rewards = rewards.gather(1, torch.tensor(one_of_equals(answers)))
         return rewards.nan_to_num(), rewards.isfinite().all(-1)
+
+    def has_room(self, question, narrative, _, own):
+        try:
+            told(self.processor, question, narrative, own, True, self.answer_first, self.limits[0])
+        except ValueError as e:
+            if not self.crowded:
+                print(f"the reward model does not score a question: {e}; more of the kind are masked unsaid",
+                      file=sys.stderr)
+            self.crowded = True
+            return False
+        return True
 
     def rank(self, videos, questions, answers):
         scores, ok = self.score(videos, questions, answers)

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 import harness
+from answers import fits
 from api_oracle import ASPECTS, ApiClient, ApiError, check_url, frames_as_urls, message
 from data import FeatureCache
 from flags import WORLD
@@ -114,9 +115,13 @@ class Checkpoint:
         broken = self.cache.prepare([r["clip"] for r in records], progress=False)
         for reason in broken.values():
             tell_once(self, reason)
-        whole = [i for i, r in enumerate(records) if r["clip"] not in broken]
+        most = self.args.max_prompt_tokens
+        room = [fits(self.processor, r, most) for r in records]  # its video may take more tokens than the policy's
+        if not all(room):
+            tell_once(self, f"a prompt cannot be cut to --max_prompt_tokens {most}")
+        whole = [i for i, r in enumerate(records) if r["clip"] not in broken and room[i]]
         said = iter(self.sample([records[i] for i in whole], [keys[i] for i in whole]) if whole else [])
-        return [[MISSING] * self.args.samples if r["clip"] in broken else next(said) for r in records]
+        return [next(said) if i in whole else [MISSING] * self.args.samples for i in range(len(records))]
 
     def sample(self, records, keys):
         args, processor, eos = self.args, self.processor, self.processor.tokenizer.eos_token_id

@@ -55,27 +55,51 @@ def reward_prompt(question, narrative=None, answer=None, own=None):
     return [{**turns[0], "content": f"{narrative}\n{turns[0]['content']}"}, *turns[1:]] if narrative else turns
 
 
+def as_read(processor, answer, answer_first, max_tokens=None):
+    """An answer as the reward model reads it, cut: its text on one line, or, where it stands last, its ids."""
+    ids = processor.answer_ids(answer, max_tokens)
+    if not answer_first:
+        return ids
+    whole = ids[-1] == processor.tokenizer.eos_token_id
+    return one_line(answer if whole else processor.tokenizer.decode(ids))
+
+
+def told(processor, question, narrative, own, video, answer_first, max_tokens=None):
+    """The narrative as the reward model reads it: cut at its end, so that the prompt, whatever the answer, has at most
+    `max_tokens` beside it. Question and judge's answer are never cut: ValueError where they alone have more."""
+    beside = ("", own) if answer_first else ()
+    length = lambda story: len(processor.prompt_ids(reward_prompt(question, story, *beside), video))
+    if max_tokens is None or (over := length(narrative) - max_tokens) <= 0:
+        return narrative
+    ids = processor.answer_ids(narrative or "")[:-1]
+    for keep in range(len(ids) - over, 0, -1):  # text cut in two can take a token more
+        story = processor.tokenizer.decode(ids[:keep]).strip()
+        if length(story) <= max_tokens:
+            return story
+    if (least := length(None)) > max_tokens:
+        raise ValueError(f"a prompt of {least} tokens without its narrative is longer than {max_tokens}")
+    return None
+
+
 def reward_batch(rows, clips, processor, cache, device, answer_first, max_prompt_tokens=None, max_answer_tokens=None):
     """rows[b] = [(question, narrative, answer, judge's own answer or None), ...], about clips[b] (None: text only).
 
     -> Prefix of what the texts of a row have in common (video and narrative, at least), tokens (B,G,T) and lengths
     (B,G) of what differs; rows with fewer texts than the longest are filled up with an EOS each. The reward stands at a
-    text's last token: of the prompt where the answer comes before the question, else of the answer (EOS).
+    text's last token: of the prompt where the answer comes before the question, else of the answer (EOS). ValueError:
+    see `told`.
     """
     heads, tails = [], []
     for row, clip in zip(rows, clips):
-        texts = []
+        texts, stories = [], {}
         for question, narrative, answer, own in row:
-            ids = processor.answer_ids(answer, max_answer_tokens)
-            if answer_first:
-                if ids[-1] != processor.tokenizer.eos_token_id:  # cut
-                    answer = processor.tokenizer.decode(ids)
-                longest = max_prompt_tokens and max_prompt_tokens + len(ids)
-                ids = processor.prompt_ids(reward_prompt(question, narrative, answer, own), clip is not None, longest)
-            else:
-                asked = reward_prompt(question, narrative)
-                ids = processor.prompt_ids(asked, clip is not None, max_prompt_tokens) + ids
-            texts.append(ids)
+            asked = str(question), own  # the same narrative for all answers to a question
+            if asked not in stories:
+                stories[asked] = told(processor, question, narrative, own, clip is not None, answer_first,
+                                      max_prompt_tokens)
+            said = as_read(processor, answer, answer_first, max_answer_tokens)
+            prompt = reward_prompt(question, stories[asked], *(said, own) if answer_first else ())
+            texts.append(processor.prompt_ids(prompt, clip is not None) + ([] if answer_first else said))
         shared = len(os.path.commonprefix([ids[:-1] for ids in texts]))  # equal texts keep a token each
         heads.append(texts[0][:shared])
         tails.append([ids[shared:] for ids in texts])

@@ -43,7 +43,7 @@ def policy_sft_command(seed):
 def usable_questions(args, records, report, cache, folder, rank, world):
     """The questions feedback may be asked about: not those whose clips the SFT start (--model) saw the labels of, no
     broken videos, no requests for descriptions (an oracle that compares short answers cannot rank them), none whose
-    earlier turns alone exceed --max_prompt_tokens, where the script has that flag."""
+    prompt cannot be cut to --max_prompt_tokens, where the script has that flag."""
     seen_file = Path(args.model).parent / "labelled_clips.json"
     seen = {real(path) for path in json.loads(seen_file.read_text())} if seen_file.exists() else set()
     known = {r["clip"] for r in records if r["clip"] and real(r["clip"].path) in seen}
@@ -54,7 +54,8 @@ def usable_questions(args, records, report, cache, folder, rank, world):
     if longest := getattr(args, "max_prompt_tokens", None):
         records, before = [r for r in records if fits(cache.processor, r, longest)], len(records)
         if rank == 0 and len(records) < before:
-            print(f"{before - len(records)} questions left out: their earlier turns exceed --max_prompt_tokens")
+            print(f"{before - len(records)} questions left out: their prompts cannot be cut to --max_prompt_tokens "
+                  f"{longest}")
     if rank == 0:
         print("\n".join(report_lines(report)))
         left_out = len({clip.path for clip in known})

@@ -52,11 +52,14 @@ y_c, y_r      tokens      (B,G,T)  a group's different answers, each once, and t
 r             rewards     (n,2)    the scalar at the texts' last tokens, n pairs, chosen first       step 2
 """
 
+import functools
 import json
 import math
 import os
 import random
+import re
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -121,7 +124,8 @@ class Args(ModelArgs):  # --dtype, ...: flags.py
     model: str = HfArg(default="", help="collect: the SFT model that answers; empty: runs/sft/policy_s<seed>/final")
     oracle_model: str = HfArg(default=JUDGE, help="the model that judges and tells the narrative")
     base: str = HfArg(default=JUDGE, help="train: what the reward model starts from (D5)")
-    max_prompt_tokens: int = HfArg(default=512, help="longer prompts are cut at their end, never the video")
+    max_prompt_tokens: int = HfArg(default=512, help="longest prompt, the answer not counted: of a longer one the "
+                                   "narrative is cut; collect: the question's end, never the video")
     max_answer_tokens: int = HfArg(default=96, help="longer answers are cut")
     # -- plumbing
     name: str = HfArg(default="context", help="run name: runs/reward_model/<name>_s<seed>")
@@ -169,7 +173,7 @@ import harness
 from data import DataError, FeatureCache, read_records, report_lines
 from evaluate import is_correct
 from oracle import JudgeOracle, ReferenceOracle, normalize
-from preferences import read_preferences, reward_batch, write_preferences
+from preferences import as_read, read_preferences, reward_batch, told, write_preferences
 from questions import build_embedded, question_indices, sft_start, usable_questions
 from video_llm import Prefix, add_lora, add_scalar_head, generate, load_model, token_scores, unwrap
 
@@ -384,16 +388,24 @@ def main(args):
             judge = JudgeOracle(args.oracle_model, args.cache, args.narrative, str(device), clips=args.clips,
                                 dtype=args.dtype)
         broken |= dict.fromkeys(unseen_by(judge, [p["clip"] for p in pairs if p["clip"]], rank, world))
-    train, held = split_by_video([p for p in pairs if p["clip"] not in broken], args.eval_share, args.seed)
+    #    What it cannot read, or not tell apart, is left out: met within a step it would end the run, or teach nothing.
+    whole, *early = readable_pairs([p for p in pairs if p["clip"] not in broken], {}, {}, processor, args)
+    train, held = split_by_video(whole, args.eval_share, args.seed)
     train = random.Random(f"{args.seed} share").sample(train, math.ceil(args.share * len(train)))
-    groups, held_groups = by_video(train, args.pack), by_video(held, args.pack)
-    if len(groups) < args.prompts_per_step or len(held_groups) < world:
-        sys.exit(f"{args.preferences}: {len(train)} pairs to train on and {len(held)} held out are too few")
-    steps = math.ceil(args.epochs * len(groups) / args.prompts_per_step)
     stories, owns = tell(args, judge, train + held, rank, world)
+    (train, *a), (held, *b) = (readable_pairs(some, stories, owns, processor, args) for some in (train, held))
+    lost, cut = early[0] + a[0] + b[0], a[1] + b[1]
     if rank == 0:
         print("\n".join(report_lines(report)))
         print(f"{len(train)} pairs to train on, {len(held)} on other videos to measure; {len(broken)} broken videos")
+        print(f"pairs left out: {lost['equal']} equal once cut, {lost['long']} whose question alone exceeds "
+              f"--max_prompt_tokens {args.max_prompt_tokens}; cut: {cut['answers']} answers at --max_answer_tokens "
+              f"{args.max_answer_tokens}, {cut['narratives']} narratives")
+    groups, held_groups = by_video(train, args.pack), by_video(held, args.pack)
+    if len(groups) < args.prompts_per_step or len(held_groups) < world:
+        sys.exit(f"{args.preferences}: {len(train)} pairs to train on and {len(held)} held out are too few; left out: "
+                 f"{lost['equal']} equal once cut, {lost['long']} too long")
+    steps = math.ceil(args.epochs * len(groups) / args.prompts_per_step)
     ddp = harness.distribute(model, device, find_unused=report["text_only"] > 0)
     log = harness.Log(folder, steps, start, rank)
 
@@ -460,15 +472,52 @@ def main(args):
     harness.finish(folder, model, processor, rank, about={"reward_model.json": settings})
 
 
+def readable_pairs(pairs, stories, owns, processor, args):
+    """-> the pairs that the reward model can read and tell apart; Counter of the others: equal, long; Counter of what
+    is cut: answers, narratives (one for each question). stories, owns: see `tell`; empty: not known yet."""
+    out, lost, cut, told_of = [], Counter(), Counter(), {}
+    read = functools.cache(lambda text: as_read(processor, text, args.answer_first, args.max_answer_tokens))
+    long = functools.cache(lambda text: len(processor.answer_ids(text)) > args.max_answer_tokens)
+    for p in pairs:
+        story, own, asked = stories.get(p["clip"]), owns.get(about(p)), about(p)
+        if asked not in told_of:
+            try:
+                told_of[asked] = [told(processor, p["question"], story, own, p["clip"] is not None, args.answer_first,
+                                       args.max_prompt_tokens)]
+                cut["narratives"] += told_of[asked] != [story]
+            except ValueError:  # no room for the question
+                told_of[asked] = []
+        if not told_of[asked]:
+            lost["long"] += 1
+        elif read(p["chosen"]) == read(p["rejected"]):
+            lost["equal"] += 1
+        else:
+            out.append(p)
+            cut["answers"] += long(p["chosen"]) + long(p["rejected"])
+    return out, lost, cut
+
+
 def split_by_video(pairs, share, seed):
-    """-> training pairs, held-out pairs; no video (not even another part of its file) is in both. Each video draws for
-    itself: it is on the same side in every file of pairs, and whatever happens to the others."""
+    """-> training pairs, held-out pairs; no video (not even another part of its file, or other frames of it) is in
+    both. Each video draws for itself: it is on the same side in every file of pairs, and whatever happens to the
+    others."""
     def held_out(pair):
-        path = pair["clip"].path if pair["clip"] else pair["question"]
-        name = os.path.relpath(path) if pair["clip"] and isinstance(path, str) else path  # wherever the project lies
+        name = video_name(pair["clip"].path) if pair["clip"] else pair["question"]
         return random.Random(f"{seed} held out {name}").random() < share
 
     return [p for p in pairs if not held_out(p)], [p for p in pairs if held_out(p)]
+
+
+def video_name(path):
+    """The name of a clip's video, wherever the project lies. Several images are frames: the folder's name, with what
+    their names share before the number, if that says more than "frame"; so it does where a folder holds many videos."""
+    if isinstance(path, str) or len(path) == 1:
+        return os.path.relpath(path if isinstance(path, str) else path[0])
+    folder, stem = os.path.split(os.path.splitext(path[0])[0])
+    begins = re.sub(r"[\W_]*\d+$", "", stem)
+    same = all(os.path.basename(p).startswith(begins) for p in path)
+    plain = not same or begins.lower() in ("", "f", "frame", "frames", "img", "image")
+    return os.path.relpath(folder if plain else os.path.join(folder, begins))
 
 
 def unseen_by(judge, clips, rank, world):

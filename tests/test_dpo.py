@@ -637,6 +637,8 @@ def test_preference_files_of_every_format(world, policy, monkeypatch, tmp_path, 
         {"videos": [clips[6]], "messages": chat + said("red"), "rejected_response": "blue"},  # chat
         {"video": clips[0], "prompt": "what moves?", "chosen": "red", "rejected": "red"},  # no preference
         {"video": clips[0], "prompt": "what moves?", "chosen": "red circle", "rejected": "red dot"},  # equal once cut
+        {"video": clips[0], "chosen": "red", "rejected": "blue", "messages": [
+            {"role": role, "content": "what moves? " * n} for role, n in (("user", 300), ("assistant", 1), ("user", 1))]},
         {"prompt": "what moves?", "chosen": "red", "rejected": "blue"}]  # no video
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     used = []
@@ -649,7 +651,7 @@ def test_preference_files_of_every_format(world, policy, monkeypatch, tmp_path, 
     assert set(used) == {(clip, "what moves?", "red", "blue") for clip in clips}
     said = capfd.readouterr().out
     assert "7 pairs; 0 broken videos; 14 answers are cut" in said and "skipped 1 rows" in said
-    assert "1 pairs left out, equal once cut" in said
+    assert "1 pairs left out, equal once cut; 1 whose prompts cannot be cut to --max_prompt_tokens 512" in said
     assert not list((world / "runs/dpo_iter_w2s/formats_s0").glob("*/answers.jsonl"))
 
 

@@ -389,6 +389,22 @@ def rewarding(policy, tmp_path_factory):
     return folder
 
 
+def test_a_question_without_room_is_masked_and_changes_no_other(rewarding, policy, clips, tmp_path, capsys):
+    about = rewarding / "reward_model.json"
+    about.write_text(json.dumps(dict(narrative_clips=0, narrative_model=str(policy), answer_first=True, guided=False,
+                                     max_prompt_tokens=60, max_answer_tokens=8)))
+    judge, n = RewardModelOracle(rewarding, tmp_path), len(clips)
+    asked = ["what moves?"] * n
+    answers = [["red", "a blue circle", "red red red red red red"]] * n
+    before, ok = judge.score(clips, asked, answers)
+    assert ok.all() and before.std() > 0.01
+    scores, ok = judge.score(clips, ["what moves? " * 60, *asked[1:]], answers)
+    assert ok.tolist() == [False] + [True] * (n - 1) and scores[0].eq(0).all()
+    torch.testing.assert_close(scores[1:], before[1:], rtol=1e-4, atol=1e-4)
+    assert "does not score a question" in capsys.readouterr().err
+    assert not judge.score(clips[:1], ["what moves? " * 60], answers[:1])[1].any()  # none at all
+
+
 def reward(judge, clip, question, story, answer, answer_first, own):
     if answer_first:
         ids = judge.processor.prompt_ids(reward_prompt(question, story, answer, own))
