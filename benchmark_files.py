@@ -11,11 +11,12 @@ A row is a dict, the same for every benchmark:
 Rows of an annotation file have no `said`; a prediction file that repeats questions and answers is complete on its own
 (prediction_files.py reads those, with the same readers).
 
-Files are .json (a list, a dict with one as annotations / data, a dict by id), .jsonl, .csv or .parquet (needs pyarrow);
-a byte-order mark and trailing commas, as Video-MME's own template has them, are read. What cannot be used ends in a
+Files are .json (a list, a dict with one as annotations / data, a dict by id, JSON lines), .jsonl, .csv, .tsv or
+.parquet (needs pyarrow); a byte-order mark and trailing commas, as Video-MME's own template has them, are read. What cannot be used ends in a
 DataError that names file and record; what is left out (no answer in the second file, an id twice) is counted.
 """
 
+import contextlib
 import csv
 import glob
 import io
@@ -35,7 +36,8 @@ from metrics import nextqa_groups
 ACTIVITYNET_TYPES = ("motion", "spatial", "temporal", "yes/no", "color", "object", "location", "number", "other")
 LETTERS = "ABCDE"
 SAID = ("pred", "prediction", "response", "model_prediction", "filtered_resps", "video-llm-prediction",
-        "predicted_answer")
+        "predicted_answer", "pred_answer", "predict", "output", "text")
+READ = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 class Files(NamedTuple):
@@ -44,7 +46,8 @@ class Files(NamedTuple):
     patterns: tuple
 
 
-QA = ("test_q.json", "test_qa.json", "val_qa*.json", "*.parquet", "*qa*.json", "*qa*.jsonl", "*.csv")
+QA = ("test_q.json", "test_qa.json", "val_q.json", "val_qa*.json", "train_q.json", "*.parquet", "*qa*.json",
+      "*qa*.jsonl", "*.csv", "*.tsv")
 BENCHMARKS = {
     "msvd_qa": Files(("msvd_qa", "MSVD_Zero_Shot_QA"), ("msvd_qa.json", *QA)),
     "msrvtt_qa": Files(("msrvtt_qa", "MSRVTT_Zero_Shot_QA"), ("msrvtt_qa.json", *QA)),
@@ -54,8 +57,8 @@ BENCHMARKS = {
     "msvd_retrieval": Files(("msvd_retrieval", "msvd_ret"), ("*caption*.json", "*annotation*.json")),
     "msrvtt_retrieval": Files(("msrvtt_retrieval", "msrvtt_ret"),
                               ("captions.json", "MSRVTT_JSFUSION_test*.csv", "MSRVTT_data*.json", "*.csv")),
-    "ucf101": Files(("ucf101", "ucfTrainTestlist"), ("testlist01.txt",)),
-    "hmdb51": Files(("hmdb51",), ("*_test_split1.txt", "*/*_test_split1.txt")),
+    "ucf101": Files(("ucf101", "ucfTrainTestlist"), tuple(f"testlist0{k}.txt" for k in (1, 2, 3))),
+    "hmdb51": Files(("hmdb51",), tuple(f"{sub}*_test_split{k}.txt" for k in (1, 2, 3) for sub in ("", "*/"))),
     "mmaip_v": Files(("mmaip_v", "msrvtt_qa"), ("mmaip*.json*", *QA)),
     "nextqa": Files(("nextqa",), ("val.csv", "test.csv", "*.csv")),
     "nextoe": Files(("nextoe",), ("val.csv", "test.csv", "*.csv")),
@@ -75,10 +78,12 @@ def load(file):
         if name.endswith(".parquet"):
             return parquet(file)
         text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{file}: cannot be read, it is no text in UTF-8; read are {', '.join(READ)}") from e
     except (OSError, ValueError) as e:
         raise DataError(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e})") from e
-    if name.endswith(".csv"):
-        table = csv.DictReader(io.StringIO(text))
+    if name.endswith((".csv", ".tsv")):
+        table = csv.DictReader(io.StringIO(text), delimiter="\t" if name.endswith(".tsv") else ",")
         rows = list(table)
         short = next((n for n, row in enumerate(rows, 1) if None in row or None in row.values()), None)
         if short or not table.fieldnames:
@@ -88,7 +93,16 @@ def load(file):
         return [parse(line, f"{file} line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if name.endswith(".txt"):
         return [line for line in text.splitlines() if line.strip()]
-    return parse(text, file)
+    try:
+        return parse(text, file)
+    except DataError as e:
+        lines = [[n, line] for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        with contextlib.suppress(ValueError, RecursionError):  # JSON lines under another name
+            if len(lines) > 1 and isinstance(json.loads(lines[0][1]), (dict, list)):
+                return [parse(line, f"{file} line {n}") for n, line in lines]
+        if not name.endswith(READ):
+            raise DataError(f"{e}; read are {', '.join(READ)}") from None
+        raise
 
 
 def parse(text, place):
@@ -148,8 +162,9 @@ def said_of(record, place, keys=SAID):
     return None if value is None else value if isinstance(value, str) else str(value)
 
 
-def row_of(id, video, question, answer, record, *, asks=None, options=(), groups=(), names=(), said=None, reply=None):
-    return dict(id=id, video=video, names=list(dict.fromkeys([video, *names])), question=question, answer=answer,
+def row_of(id, video, question, answer, record, *, asks=None, options=(), groups=(), names=(), said=None, reply=None,
+           **more):
+    return dict(more, id=id, video=video, names=list(dict.fromkeys([video, *names])), question=question, answer=answer,
                 asks=asks or [question], options=list(options), groups=dict(groups), record=record, clip=None,
                 said=said, reply=reply)
 
@@ -173,7 +188,11 @@ def qa_rows(file, value, benchmark):
             record = {"id": key, "pred": record}
         if not isinstance(record, dict):
             raise DataError(f"{place}: no record: {str(record)[:60]!r}")
-        video = text_of(record, place, "video_name", "video", "video_id", "modal_path", "id", default=key or place)
+        video = text_of(record, place, "video_name", "video", "video_id", "modal_path", default="")
+        unnamed = not video
+        video = video or text_of(record, place, "id", "question_id", default=key or place)
+        if unnamed and benchmark == "activitynet_qa" and (named := re.fullmatch(r"v_(.+)_\d+", video)):
+            video, unnamed = named[1], False
         video = video if not video.isdigit() else {"msvd_qa": "vid", "msrvtt_qa": "video"}.get(benchmark, "") + video
         question = text_of(record, place, "question", "q", "Q", "query", "prompt", default="").replace("<video>", "")
         said = said_of(record, place)
@@ -196,7 +215,7 @@ def qa_rows(file, value, benchmark):
             word = question.split()[0].lower()
             groups["first word"] = word if word in ("what", "who", "how", "when", "where") else "other"
         rows.append(row_of(given or f"{video}_{seen[video] - 1}", video, question.strip(), answer, record,
-                           groups=groups, said=None if said is None else [said], reply=reply))
+                           groups=groups, said=None if said is None else [said], reply=reply, unnamed=unnamed))
     return rows
 
 
@@ -345,6 +364,11 @@ def spoken(name):
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).replace("_", " ")
 
 
+def hmdb_class(file):
+    """The class of a split file: brush_hair_test_split1.txt -> brush_hair."""
+    return re.sub(r"_test_split\d+\.txt$", "", Path(file).name)
+
+
 def action_rows(file, value, benchmark):
     """UCF101's test list, HMDB51's split file of one class (2: test), or VLM-Eval's predictions."""
     rows = []
@@ -361,7 +385,7 @@ def action_rows(file, value, benchmark):
                 raise DataError(f"{file} record {n}: no <class>/<video>: {line[:60]!r}")
         else:
             name, _, flag = line.strip().rpartition(" ")
-            label = Path(file).name.removesuffix("_test_split1.txt")
+            label = hmdb_class(file)
             if flag not in ("0", "1", "2") or not name:
                 raise DataError(f"{file} record {n}: no '<video> <0, 1 or 2>': {line[:60]!r}")
             if flag != "2":
@@ -373,7 +397,8 @@ def action_rows(file, value, benchmark):
 
 
 def tempcompass_rows(file, value, benchmark):
-    """TempCompass: {video: {aspect: [{question, answer, prediction}]}}; judged files have a rating as well."""
+    """TempCompass: {video: {aspect: [{question, answer, prediction}]}}; judged files have a rating as well, and then
+    need no question. A caption is rated by a judge alone: one without a rating is left out."""
     rows, task = [], Path(file).stem
     for place, video, aspects in records_of(file, value):
         if not isinstance(aspects, dict) or not all(isinstance(part, list) for part in aspects.values()):
@@ -383,11 +408,14 @@ def tempcompass_rows(file, value, benchmark):
                 at = f"{place} {aspect} {k}"
                 if not isinstance(r, dict):
                     raise DataError(f"{at}: no record: {str(r)[:60]!r}")
-                said = said_of(r, at)
-                rows.append(row_of(f"{task}:{video}_{aspect}_{k}", video, text_of(r, at, "question"),
-                                   text_of(r, at, "answer", "gt-answer"), r, reply=r.get("rating"),
+                said, rated = said_of(r, at), r.get("rating") in (0, 1)  # -1: the judge failed
+                question = text_of(r, at, "question", default="" if "rating" in r else None)
+                caption = "Generated Caption:" in question or task == "captioning"
+                answer = text_of(r, at, "answer", "gt-answer", default="" if "rating" in r or caption else None)
+                rows.append(row_of(f"{task}:{video}_{aspect}_{k}", video, question, answer, r,
                                    groups={"task": task, "aspect": f"{task} {aspect}"},
-                                   said=None if said is None else [said]))
+                                   reply=r["rating"] if rated else None, said=None if said is None else [said],
+                                   left_out="captions without a judge's rating" if caption and not rated else None))
     return rows
 
 
@@ -401,9 +429,12 @@ READERS = dict(msvd_qa=qa_rows, msrvtt_qa=qa_rows, activitynet_qa=qa_rows, cvrr_
 # A benchmark's questions, with their videos
 # ---------------------------------------------------------------------------------------------------------------
 def annotation_files(benchmark, data):
-    """The annotation files of a benchmark: `data` itself, or the first pattern that matches below it."""
+    """The annotation files of a benchmark: `data` itself, the files of a pattern ("DIR/*_test_split2.txt"), or the first
+    of the benchmark's patterns that matches below it."""
     if os.path.isfile(data):
         return [str(data)]
+    if not os.path.exists(data) and (found := sorted(glob.glob(str(data)))):
+        return found
     if benchmark in ONLY_PREDICTIONS:
         raise DataError(f"{data}: --data is not for {benchmark}, whose questions are in its prediction files")
     files = BENCHMARKS[benchmark]
@@ -509,7 +540,7 @@ def class_names(benchmark, data, rows):
     """All classes: UCF101's classInd.txt, HMDB51's label_map.txt or split files; else those of the rows."""
     files = annotation_files(benchmark, data)
     if benchmark == "hmdb51" and len(files) > 1:
-        return [spoken(Path(f).name.removesuffix("_test_split1.txt")) for f in files]
+        return [spoken(hmdb_class(f)) for f in files]
     lists = [Path(files[0]).with_name(name) for name in ("classInd.txt", "label_map.txt")]
     listed = next((load(f) for f in lists if f.exists()), None)
     names = [spoken(line.split()[-1]) for line in listed] if listed else sorted({row["answer"] for row in rows})

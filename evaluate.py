@@ -402,7 +402,7 @@ def find_sources(args, labels):
         out = []
         for name in args.compare:  # a file, or a folder that holds JSON and no checkpoint, is predictions
             run_there = Path(name, "final").is_dir() or glob.glob(f"{glob.escape(name)}/*config.json")
-            file = Path(name.split(",")[0]).suffix in (".json", ".jsonl", ".csv")
+            file = Path(name.split(",")[0]).suffix in benchmark_files.READ
             if not run_there and (file or glob.glob(f"{glob.escape(name)}/*.json*")):
                 out.append(Source(Path(name.split(",")[0]).stem, None, name.split(",")))
             else:
@@ -483,6 +483,10 @@ def from_files(source, args):
             lines += coverage[:1] + [f"{len(ids)} {what}, e.g. {ids[0]}" for what, ids in counts.items() if ids]
         else:
             rows, folder = said, None
+        lines += [f"left out: {n} {why}" for why, n in report["left_out"].items()]
+        if unnamed := sum(row.get("unnamed", False) for row in rows):
+            lines.append(f"{unnamed} predictions name no video: intervals are over questions; with a video beside "
+                         "them, or with --data, they are over videos")
         if report["duplicates"]:
             lines.append(f"{len(report['duplicates'])} ids twice, e.g. {report['duplicates'][0]}; the last counts")
         out.append((source._replace(label=column or source.label), {name: (rows, lines, folder)}))

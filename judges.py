@@ -283,7 +283,7 @@ def score_rows(benchmark, rows, judge, clip_text=None, classes=None):
     elif benchmark == "mmaip_v":
         values = aspects(rows, judge, problems)
     elif benchmark == "tempcompass":
-        matched = lambda row: row["said"] and tempcompass(row["said"][0], row["answer"])
+        matched = lambda row: row["said"] and tempcompass(row["said"][0], row["answer"], row["question"])
         right = [row["reply"] if isinstance(row["reply"], int) else matched(row) for row in rows]
         problems["no match"] = sum(r is None and row["said"] is not None for r, row in zip(right, rows))
         values = [dict(accuracy=None if r is None else float(r), accuracy_all=float(r or 0)) for r in right]

@@ -262,13 +262,15 @@ def choice_values(reply, answer, options=(), letters="ABCD"):
     return values, None if official else "no letter"
 
 
-def tempcompass(reply, answer):
+def tempcompass(reply, answer, question=""):
     """TempCompass: right or wrong by its matching rules, None where they do not match (official: asked of a judge, or
-    0 with --disable_llm). The kind of question is seen from its answer: yes / no, else 'A. text'."""
-    reply = reply.replace("</s>", "")
+    0 with --disable_llm). The kind of question is seen from its answer: yes / no, 'Caption A: text', else 'A. text'."""
+    reply = reply.replace("</s>", "").strip()
     if answer in ("yes", "no"):
         said = next((word for word in ("yes", "no") if reply.lower().startswith(word)), None)
         return None if said is None else float(said == answer)
+    if re.match(r"(Caption|Sentence|Option) \w+: ", answer):
+        return matched_caption(reply, answer, question)
     if reply == answer:
         return 1.0
     if reply in ("A", "B", "C", "D") or re.match(r"[ABCD][.)]", reply):
@@ -291,6 +293,18 @@ def tempcompass_strict(reply, answer, question):
     if not re.match(r"[A-D][.)] ", answer):
         return None
     return float(letter_strict(text, options) == answer[0])
+
+
+def matched_caption(reply, answer, question):
+    """eval_caption_matching.py: a reply names an option by all of its line, its sentence ('A) ' before it or not), its
+    name or letter; the last that fits counts."""
+    said, behind = None, reply.split(") ")[1] if ") " in reply else None
+    for line in question.split("\n")[1:]:
+        name, *text = line.split(": ")[:2]
+        named = {reply, reply.replace(".", "")} & {name, name.split(" ")[-1]}
+        if text and (reply == line or text[0] in (reply, behind) or named):
+            said = name
+    return None if said is None else float(said == answer.split(": ")[0])
 
 
 def nextqa_groups(kind):

@@ -9,8 +9,9 @@ benchmark_files.py know all shapes; here is what concerns whole files of them.
 import glob
 import os
 from collections import Counter
+from pathlib import Path
 
-from benchmark_files import LETTERS, READERS, SAID, load
+from benchmark_files import LETTERS, READ, READERS, SAID, load
 from data import DataError
 from metrics import letter_official
 from ranks import final_answer
@@ -18,26 +19,26 @@ from ranks import final_answer
 
 def predictions(benchmark, files):
     """Prediction files -> ({column: rows}, report). A table with one column per model gives several columns, any other
-    file one, named "". An id that occurs twice counts once, with its last prediction, as in jsonl that was resumed."""
-    columns, report, several = {}, dict(files=list(map(str, files)), duplicates=[], blank=0), False
-    paths = [p for f in files for p in (sorted(glob.glob(os.path.join(glob.escape(str(f)), "*.json*")))
-                                        if os.path.isdir(f) else [f])]
-    if not paths:
-        raise DataError(f"{files[0]}: no prediction file in that folder")
-    for file in paths:
-        value = load(file)
+    file one, named "". An id that occurs twice counts once, with its last prediction, as in jsonl that was resumed. A
+    file without any prediction is refused."""
+    columns, several = {}, False
+    report = dict(files=list(map(str, files)), duplicates=[], blank=0, left_out=Counter())
+    for file, value in contents(files):
         parts = {"": value}
-        if str(file).endswith(".csv") and value and "sample_id" in value[0]:
+        if str(file).endswith((".csv", ".tsv")) and value and "sample_id" in value[0]:
             several = True
             names = [k for k in value[0] if k not in ("sample_id", "answer", *SAID)]
             parts = {name: {row["sample_id"]: row[name] for row in value} for name in names}
             uses = Counter(row["sample_id"] for row in value)
             report["duplicates"] += [id for id, n in uses.items() if n > 1]
         for name, part in parts.items():
-            columns.setdefault(name, []).extend(READERS[benchmark](file, part, benchmark))
+            rows = with_answers_as_said(READERS[benchmark](file, part, benchmark))
+            if not any(row["reply"] is not None or any(t and t.strip() for t in row["said"] or ()) for row in rows):
+                raise DataError(f"{file}: no predictions{f' of {name}' * bool(name)}; they are read under "
+                                f"{', '.join(SAID)}")
+            columns.setdefault(name, []).extend(row for row in rows if not row.get("left_out"))
+            report["left_out"] += Counter(row["left_out"] for row in rows if row.get("left_out"))
     for name, rows in columns.items():
-        if not rows:
-            raise DataError(f"{paths[0]}: no predictions")
         kept, twice = {}, []
         for row in rows:
             key = (row["id"], row.get("criteria")) if benchmark == "video_chatgpt" else row["id"]
@@ -48,6 +49,40 @@ def predictions(benchmark, files):
         report["blank"] += sum(row["said"] is not None and not all(t and t.strip() for t in row["said"])
                                for row in kept.values())
     return columns, report
+
+
+def contents(files):
+    """[(file, what it holds)] of prediction files and folders of them. A folder of one judged question a file, named by
+    its id, as Video-ChatGPT's scripts write them, is one dict by id; what it is for is in the folder's name."""
+    out = []
+    for place in map(str, files):
+        if not os.path.isdir(place):
+            out.append((place, load(place)))
+            continue
+        every = sorted(f for f in glob.glob(os.path.join(glob.escape(place), "*")) if f.lower().endswith(READ))
+        there = [f for f in every if f.lower().endswith((".json", ".jsonl"))] or every
+        if not there:
+            raise DataError(f"{place}: no prediction file in that folder; read are {', '.join(READ)}")
+        loaded = [(file, load(file)) for file in there]
+        single = {Path(file).stem: value for file, value in loaded if judged(value)}
+        out += [(file, value) for file, value in loaded if not judged(value)]
+        out += [(os.path.normpath(place), single)] if single else []
+    return out
+
+
+def judged(value):
+    """Is it one [verdict, record]? The verdict has no question, the record has one."""
+    asks = lambda x: isinstance(x, dict) and any(key in x for key in ("q", "Q", "q1", "Q1", "question", "question_1"))
+    return isinstance(value, list) and len(value) == 2 and asks(value[1]) and not asks(value[0])
+
+
+def with_answers_as_said(rows):
+    """ActivityNet-QA's own format: {question_id, answer} without a question is a prediction, not a label. So it is where
+    nothing in the file is called a prediction."""
+    if any(row["said"] is not None or row["reply"] is not None or row["question"] for row in rows):
+        return rows
+    said = lambda row: [row["answer"] or ""] if isinstance(row["record"].get("answer"), (str, int)) else None
+    return [row | dict(said=said(row), answer=None) for row in rows]
 
 
 def join(rows, said, report):
@@ -100,5 +135,5 @@ def in_own_format(benchmark, rows):
         return {benchmark: [{"video_id": row["id"], "question_id": row["id"], "answer": row["said"][0],
                              "gt": row["answer"] if isinstance(row["answer"], list) else [row["answer"]]}
                             for row in rows]}
-    return {benchmark: [{"id": row["id"], "question": row["question"], "answer": row["answer"],
+    return {benchmark: [{"id": row["id"], "video": row["video"], "question": row["question"], "answer": row["answer"],
                          "pred": row["said"][0]} for row in rows]}

@@ -132,7 +132,8 @@ def group_tables(result):
             metrics = list(dict.fromkeys(m for g in groups.values() for m in g))
             rows = [[f"{name}, {kind}", *metrics, "counted"]]
             for group, g in groups.items():
-                rows.append([group, *(cell(g.get(m), m) for m in metrics), str(max(c["n"] for c in g.values()))])
+                counts = dict.fromkeys(str(g[m]["n"]) for m in metrics if m in g)  # in the order of the metrics
+                rows.append([group, *(cell(g.get(m), m) for m in metrics), ", ".join(counts)])
             mean = part["macro"][kind]
             scaled = lambda m: f"{mean[m]:.2f}" if is_points(m) else f"{100 * mean[m]:.2f}"
             rows.append([f"mean over {kind}", *(scaled(m) if m in mean else "-" for m in metrics), ""])

@@ -10,7 +10,7 @@ import prediction_files as pf
 from data import DataError
 from flags import parse_args
 from judges import ExactJudge, score_rows
-from report import summarise
+from report import group_tables, summarise
 
 
 def put(folder, name, content):
@@ -129,6 +129,30 @@ def test_action_lists_and_their_classes(tmp_path):
     assert bf.class_names("hmdb51", str(tmp_path / "hmdb51"), rows) == ["brush hair", "sit"]
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_every_split_of_the_action_lists(tmp_path, k):
+    put(tmp_path, f"ucf101/testlist0{k}.txt", "ApplyLipstick/v_ApplyLipstick_g01_c01.avi\n")
+    put(tmp_path, "ucf101/classInd.txt", "1 ApplyLipstick\n2 Diving\n")
+    put(tmp_path, f"hmdb51/brush_hair_test_split{k}.txt", "a.avi 1 \nb.avi 2 \n")
+    put(tmp_path, f"hmdb51/sit_test_split{k}.txt", "c.avi 2 \n")
+    rows, _ = bf.questions("ucf101", str(tmp_path))
+    assert bf.class_names("ucf101", str(tmp_path / "ucf101"), rows) == ["Apply Lipstick", "Diving"]
+    for data in (tmp_path, tmp_path / f"hmdb51/*_test_split{k}.txt"):
+        rows, _ = bf.questions("hmdb51", str(data))
+        assert [(r["id"], r["answer"]) for r in rows] == [("b", "brush hair"), ("c", "sit")]
+        assert bf.class_names("hmdb51", str(tmp_path / "hmdb51"), rows) == ["brush hair", "sit"]
+
+
+def test_a_split_is_chosen_by_a_pattern(tmp_path):
+    """All splits lie in one folder, as HMDB51's are published; without a pattern the first is meant."""
+    for k in (1, 2, 3):
+        put(tmp_path, f"sit_test_split{k}.txt", "\n".join(f"{n}.avi {2 if n == k else 1} " for n in (1, 2, 3)))
+    for data, ids in ((tmp_path, ["1"]), (tmp_path / "*_split2.txt", ["2"]), (tmp_path / "sit_test_split3.txt", ["3"])):
+        rows, _ = bf.questions("hmdb51", str(data))
+        assert [r["id"] for r in rows] == ids and {r["answer"] for r in rows} == {"sit"}
+        assert bf.class_names("hmdb51", str(tmp_path), rows) == ["sit"]
+
+
 def test_video_chatgpt_parts_and_the_two_rows_of_a_pair(tmp_path):
     put(tmp_path, "generic_qa.json", [{"Q": "what?", "A": "this", "video_name": "v_1"}])
     put(tmp_path, "temporal_qa.json", [{"Q": "when?", "A": "then", "video_name": "v_1"}])
@@ -160,6 +184,8 @@ QA = [{"id": "q1", "question": "what?", "answer": "cat", "pred": "a cat"},
 @pytest.mark.parametrize("write", [
     lambda rows: ("p.json", "\ufeff" + json.dumps(rows)),
     lambda rows: ("p.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n"),
+    lambda rows: ("p.json", "\n".join(map(json.dumps, rows)) + "\n"),  # as Video-LLaVA writes them
+    lambda rows: ("p.tsv", "\n".join(["\t".join(rows[0]), *("\t".join(r.values()) for r in rows)])),
     lambda rows: ("p.json", json.dumps(rows)[:-1] + ",]"), lambda rows: ("p.json", json.dumps(rows).replace("}", ",}")),
 ])  # fmt: skip
 def test_predictions_with_marks_commas_blanks_and_doubles(tmp_path, write):
@@ -167,6 +193,95 @@ def test_predictions_with_marks_commas_blanks_and_doubles(tmp_path, write):
     assert [(r["id"], r["said"]) for r in columns[""]] == [("q1", ["dog"]), ("q2", [""])]  # the last counts, once
     assert report["duplicates"] == ["q1"] and report["blank"] == 1
     assert mean("msvd_qa", columns[""], "accuracy") == 0
+
+
+def test_activitynets_own_predictions_and_a_split_alone(tmp_path):
+    """{question_id, answer} beside val_q.json and val_a.json, as in its repository: the answer is the prediction."""
+    asked = [{"video_name": v, "question": f"is it {k}", "question_id": f"v_{v}_{k}"} for v in "ab" for k in (1, 2)]
+    put(tmp_path, "val_q.json", asked)
+    put(tmp_path, "val_a.json", [{"answer": "yes", "type": 3, "question_id": q["question_id"]} for q in asked])
+    rows, _ = bf.questions("activitynet_qa", str(tmp_path))
+    assert [r["answer"] for r in rows] == ["yes"] * 4
+    said = [{"question_id": q["question_id"], "answer": a} for q, a in zip(asked, ("yes", "no", "Yes.", ""))]
+    columns, report = pf.predictions("activitynet_qa", [put(tmp_path, "p/mine.json", said)])
+    assert [r["video"] for r in columns[""]] == ["a", "a", "b", "b"] and not any(r["unnamed"] for r in columns[""])
+    rows = pf.join(rows, columns[""], report)
+    assert [r["said"] for r in rows] == [["yes"], ["no"], ["Yes."], [""]] and not report["without"]
+    assert mean("activitynet_qa", rows, "exact") == 0.5 == mean("activitynet_qa", rows, "accuracy_all")
+    columns, _ = pf.predictions("video_mme", [put(tmp_path, "mme.json", [{"question_id": "001-1", "answer": "B"}])])
+    assert columns[""][0]["said"] == ["B"] and columns[""][0]["answer"] is None
+
+
+@pytest.mark.parametrize("benchmark, name, content", [
+    ("activitynet_qa", "test_q.json", [{"question_id": "v_a_1", "video_name": "a", "question": "what"}]),
+    ("msvd_qa", "qa.json", [{"id": 1, "question": "what?", "answer": "cat", "video_id": 1}]),
+    ("msvd_qa", "blank.json", [{"id": k, "question": "what?", "answer": "cat", "pred": blank}
+                               for k, blank in enumerate(["", " ", None])]),
+    ("video_mme", "template.json", [{"video_id": "1", "questions": [
+        {"question_id": "1-1", "question": "x", "options": [], "answer": "A", "response": ""}]}]),
+    ("nextqa", "val.csv", "video,question,answer,qid,type,a0,a1\n40,how,1,6,TP,a,b\n"),
+    ("tempcompass", "yes_no.json", {"1": {"action": [{"question": "q", "answer": "yes"}]}}),
+    ("video_mme", "wide.csv", "sample_id,16f,32f\n1-1,A,\n1-2,B,\n"),
+    ("hmdb51", "captions.json", [{"video_id": "v", "gt": ["sit"]}])])
+def test_a_file_without_a_prediction_is_refused(tmp_path, benchmark, name, content):
+    with pytest.raises(DataError, match=f"{name}: no predictions.*read under pred, prediction") as e:
+        pf.predictions(benchmark, [put(tmp_path, name, content)])
+    assert "\n" not in str(e.value)
+
+
+def test_files_of_other_kinds_are_refused_with_what_is_read(tmp_path):
+    (tmp_path / "p.xlsx").write_bytes(b"PK\x03\x04\x14\x00\xff\xfe")
+    put(tmp_path, "p.log", "Q: what? A: a cat")
+    put(tmp_path, "rows.json", '{"id": 1, "pred": "a"}\n{half\n')
+    for name, said in (("p.xlsx", "no text in UTF-8; read are .json"), ("p.log", "read are .json"),
+                       ("rows.json", "rows.json line 2: no JSON")):
+        with pytest.raises(DataError, match=said) as e:
+            pf.predictions("msvd_qa", [str(tmp_path / name)])
+        assert "\n" not in str(e.value)
+    (tmp_path / "empty").mkdir()
+    put(tmp_path, "empty/notes.md", "none")
+    with pytest.raises(DataError, match="no prediction file in that folder; read are .json"):
+        pf.predictions("msvd_qa", [str(tmp_path / "empty")])
+
+
+def test_a_folder_of_one_judged_file_a_question(tmp_path):
+    """As Video-ChatGPT's scripts write them: <id>.json with [verdict, record]; the criterion is in the folder's name."""
+    said = [("v_a_0", "yes", 4), ("v_a_1", "no", 1), ("v_b_0", "yes", 5)]
+    for id, pred, score in said:
+        put(tmp_path, f"qa/{id}.json", [{"pred": pred, "score": score}, {"q": "is it", "a": "yes", "pred": "it is"}])
+    columns, _ = pf.predictions("activitynet_qa", [str(tmp_path / "qa")])
+    assert [(r["id"], r["video"], r["said"]) for r in columns[""]] == [
+        ("v_a_0", "a", ["it is"]), ("v_a_1", "a", ["it is"]), ("v_b_0", "b", ["it is"])]
+    assert mean("activitynet_qa", columns[""], "accuracy") == pytest.approx(2 / 3)
+    assert mean("activitynet_qa", columns[""], "score") == pytest.approx(10 / 3)
+    record = {"q": "what?", "a": "this", "pred": "that"}
+    for k, score in enumerate((2, 4)):
+        put(tmp_path, f"gpt_temporal/v_x_{k}.json", [{"score": score}, record])
+        put(tmp_path, f"gpt_detail/v_x_{k}.json", [f"{{'score': {score + 1}}}", record])
+        pair = {"q1": "a?", "q2": "b?", "a": "x", "pred1": "c", "pred2": "d"}
+        put(tmp_path, f"gpt_consistency/v_x_{k}.json", [{"score": 5 * k}, pair])
+    for name, number in (("temporal", 3), ("detail", 4), ("consistency", 2.5)):
+        columns, _ = pf.predictions("video_chatgpt", [str(tmp_path / f"gpt_{name}")])
+        assert len(columns[""]) == 2 and mean("video_chatgpt", columns[""], name) == number
+
+
+def test_a_file_without_videos_says_so_and_ours_name_them(tmp_path, monkeypatch, capsys):
+    """Ten questions about two videos, all right about one of them: only over videos the interval is from 0 to 1."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": f"q{k}", "question": "what?", "answer": "cat", "pred": "cat" if k < 5 else "dog"} for k in range(10)]
+    put(tmp_path, "bare.json", rows)
+    put(tmp_path, "named.json", [r | {"video": "ab"[k // 5]} for k, r in enumerate(rows)])
+    width, told = {}, "10 predictions name no video: intervals are over questions"
+    for name in ("bare", "named"):
+        script(monkeypatch, "--predictions", f"{name}.json", "--benchmark", "msvd_qa", "--out", name)
+        cell = json.loads((tmp_path / f"{name}.json").read_text())["results"][0]["benchmarks"]["msvd_qa"]["metrics"]
+        width[name] = cell["exact"]["high"] - cell["exact"]["low"]
+        assert (told in capsys.readouterr().out) == (name == "bare") == (told in (tmp_path / f"{name}.md").read_text())
+    assert width["named"] == 1 and width["bare"] < 0.8
+    row = bf.row_of("q", "a", "what?", "cat", {}, said=["cat"])
+    (saved,) = pf.in_own_format("msvd_qa", [row])["msvd_qa"]
+    columns, _ = pf.predictions("msvd_qa", [put(tmp_path, "ours.json", [saved])])
+    assert columns[""][0]["video"] == "a" and not columns[""][0]["unnamed"]
 
 
 def test_an_id_without_a_prediction_is_dropped_in_one_convention_and_wrong_in_the_other(tmp_path):
@@ -196,6 +311,34 @@ def test_judged_files_give_the_official_numbers(tmp_path):
     columns, _ = pf.predictions("msvd_qa", [put(tmp_path, "all.json", combined)])
     assert mean("msvd_qa", columns[""], "accuracy") == 0.5
     assert mean("msvd_qa", columns[""], "accuracy_all") == pytest.approx(1 / 3)
+
+
+MATCH = "Which caption matches the video better?\nCaption A: a man runs.\nCaption B: a man sits."
+
+
+def test_tempcompass_caption_matching_and_captions(tmp_path):
+    said = [(" Caption A: a man runs. </s>", 1), ("a man runs.", 1), ("A", 1), ("B.", 0), ("Caption A.", 1), ("A) a man sits.", 0),
+            ("Caption A: a man sits.", None), ("It is caption A.", None)]
+    items = [{"question": MATCH, "answer": "Caption A: a man runs.", "prediction": text} for text, _ in said]
+    put(tmp_path, "caption_matching.json", {"7": {"action": items}})
+    put(tmp_path, "yes_no.json", {"7": {"action": [{"question": "q", "answer": "yes", "prediction": " Yes."}] * 2}})
+    put(tmp_path, "captioning.json", {"7": {"order": [{"question": "..\nGenerated Caption:", "answer": "x", "prediction": "y"}]}})
+    columns, report = pf.predictions("tempcompass", [str(tmp_path)])
+    values, problems = score_rows("tempcompass", columns[""], ExactJudge())
+    of = lambda task: [v["accuracy"] for v, r in zip(values, columns[""]) if r["groups"]["task"] == task]
+    assert of("caption_matching") == [right for _, right in said] and of("yes_no") == [1, 1] and not of("captioning")
+    assert report["left_out"] == {"captions without a judge's rating": 1} and problems == {"no match": 2}
+    table = next(t for t in group_tables({"benchmarks": {"tempcompass": summarise(values, columns[""])}}) if ", task" in t)
+    line = next(line for line in table.splitlines() if line.startswith("| caption_matching"))
+    assert line.endswith("| 6, 8 |") and "| 66.67 [" in line  # counted by accuracy and by accuracy_all
+
+
+def test_tempcompass_ratings_need_no_question(tmp_path):
+    rated = [{"rating": 1, "gt-answer": "A. x", "video-llm-prediction": "x"}, {"rating": 0, "video-llm-prediction": "y"},
+             {"rating": -1, "video-llm-prediction": "z"}, {"rating": 1, "question": "q", "video-llm-prediction": None}]
+    columns, report = pf.predictions("tempcompass", [put(tmp_path, "captioning.json", {"7": {"order": rated}})])
+    assert mean("tempcompass", columns[""], "accuracy") == pytest.approx(2 / 3)
+    assert report["left_out"] == {"captions without a judge's rating": 1}  # -1: the judge failed
 
 
 def test_other_prediction_shapes(tmp_path):
