@@ -4,7 +4,7 @@ Run      torchrun --nproc_per_node=4 grpo_rank.py --G 5            the embedded 
          python grpo_rank.py --G 5                                 the same on one process
          python grpo_rank.py --oracle reference --name upper       a perfect oracle: the upper bound, not RLAIF
          python grpo_rank.py --oracle api --api_url URL --api_model NAME --name served        a server is the oracle
-         python grpo_rank.py --advantage published --name printed  what the paper prints (D1)
+         python grpo_rank.py --advantage published --name printed  as [OR]'s public summaries give it (D1)
 Papers   [OR] Oracle-RLAIF, arXiv:2510.02561      [G] GRPO: DeepSeekMath, arXiv:2402.03300
 Claim    with few labels, an oracle's order of the policy's own answers to *unlabelled* videos improves the policy; the
          measured gains, controls and seeds stand in docs/grpo_rank.md.
@@ -12,15 +12,16 @@ Claim    with few labels, an oracle's order of the policy's own answers to *unla
 Differs  D1  the advantage. [OR] ranks the answers twice, by the oracle (t) and by the policy's own log-probability (p),
              and rewards the answers on which both agree. That is agreement, not quality: a bad answer that the policy
              already ranks last has penalty 0 and is pushed *up*; the best answer, if the policy finds it unlikely, has
-             the largest penalty and is pushed *down*. `--advantage published` does what is printed (and loses
-             accuracy). The default, `oracle_rank`, does not use p: delta_i = delta(0 -> t_i) = 1 - g(t_i), what
+             the largest penalty and is pushed *down*. `--advantage published` does what [OR]'s public summaries
+             give (divided by the deviation it loses accuracy; undivided: not measured over seeds). The default, `oracle_rank`, does not use p: delta_i = delta(0 -> t_i) = 1 - g(t_i), what
              it would cost to show the best answer at place t_i, where answer i belongs. `signed` keeps [OR]'s penalty
              and takes the direction from p - t. All three are zero-sum, with the same penalty function.
          D2  the penalty's closed form. [OR] as available to us prints no formula, only two values, delta(0->4) = 0.4830
              and delta(4->3) = 0.0243, and three properties (zero-sum, bounded, top-heavy). `penalty` is the simplest
              form found that meets both values and all three; the form in second-hand notes, 1 - DCG(p)/DCG(t), gives
              0.9226 and -0.3916 and is unbounded below.
-         D3  the advantage is divided by the group's standard deviation (--scale_advantages), as in [G]; [OR] does not.
+         D3  the advantage is divided by the group's standard deviation (--scale_advantages), as in [G]. [OR] does not,
+             and `published` and `signed` are not either unless the flag says so.
          D4  ties: equal answers get equal ranks, tied ranks share the mean of the gains of the places they occupy. A
              group whose answers are all tied has advantage 0; it is counted (rank/tied_groups), its KL still acts.
          D5  the mean is over the tokens of the *global* batch; [G] means over each answer first, which lets the
@@ -92,7 +93,8 @@ class Args(OracleArgs, RolloutArgs, ShardArgs):  # the last groups: flags.py
     G: int = HfArg(default=5, help="answers per question [OR: 5]")
     advantage: str = HfArg(default="oracle_rank", help="oracle_rank | published | signed (D1) | score: GRPO on the "
                            "oracle's scores [G] | random: control, a random order of all groups that are not masked")
-    scale_advantages: bool = HfArg(default=True, help="divide by the group's standard deviation (D3)")
+    scale_advantages: bool | None = HfArg(default=None, help="divide by the group's standard deviation (D3); not given: "
+                                          "yes, but not for published and signed, as [OR] does not")
     clip_range: float = HfArg(default=0.2, help="epsilon of the clipped surrogate [G Eq. 3]; acts from the second of "
                               "--inner_epochs on, as pi is pi_old in the first")
     beta: float = HfArg(default=0.03, help="weight of the KL to the SFT start, k3 in the loss (D6)")
@@ -140,6 +142,8 @@ class Args(OracleArgs, RolloutArgs, ShardArgs):  # the last groups: flags.py
             raise ValueError(f"--clip_range {self.clip_range}: must be below 1")
         if self.epochs and self.steps != type(self).steps:
             raise ValueError("--steps and --epochs: give one of them (--preset paper sets 4 epochs: add --epochs 0)")
+        if self.scale_advantages is None:
+            self.scale_advantages = self.advantage not in ("published", "signed")
         self.model = self.model or sft_start(self.seed)
         check_start(self, "model")
 
@@ -194,7 +198,7 @@ def rank_advantages(kind, oracle_ranks, policy_ranks):
     if kind == "oracle_rank":  # delta(0 -> t) = 1 - g(t): the best answer shown at place t, where this one belongs
         delta = 1 - gain(oracle_ranks)[0]
         A = delta.mean(-1, keepdim=True) - delta
-    elif kind == "published":  # as printed: what policy and oracle agree on is pushed up, good or bad
+    elif kind == "published":  # what policy and oracle agree on is pushed up, good or bad
         delta = penalty(oracle_ranks, policy_ranks)
         A = delta.mean(-1, keepdim=True) - delta
     elif kind == "signed":  # underrated answers (p > t) up, overrated ones down

@@ -18,12 +18,15 @@ done | side_by_side
   done
   for s in $SEEDS; do
     g="$PY grpo_rank.py --seed $s --resume --oracle reference"
-    echo "published_s$s $g --name published --advantage published"
-    echo "signed_s$s $g --name signed --advantage signed"
+    # divided by the group's deviation, as the tables so far; and as the summaries of the paper have it, undivided
+    echo "published_s$s $g --name published --advantage published --scale_advantages True"
+    echo "signed_s$s $g --name signed --advantage signed --scale_advantages True"
+    echo "published_undivided_s$s $g --name published_undivided --advantage published"
+    echo "signed_undivided_s$s $g --name signed_undivided --advantage signed"
     echo "score_s$s $g --name score --advantage score"
     # the published advantage with a noisy oracle, the labels' order with 20 % flips, and with an AI
-    echo "flip20_published_s$s $PY benchmarks/distorted_rewards.py --distortion flip20 --advantage published --name flip20_published --seed $s --resume"
-    echo "published_context_s$s $PY grpo_rank.py --seed $s --resume --name published_context --advantage published"
+    echo "flip20_published_s$s $PY benchmarks/distorted_rewards.py --distortion flip20 --advantage published --scale_advantages True --name flip20_published --seed $s --resume"
+    echo "published_context_s$s $PY grpo_rank.py --seed $s --resume --name published_context --advantage published --scale_advantages True"
   done
   echo "judge_s0 $PY grpo_rank.py --resume --name judge --oracle judge"
   echo "self_s0 $PY grpo_rank.py --resume --name self --oracle_model runs/sft/policy_s0/final"
@@ -38,5 +41,8 @@ $SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/reference_s*" "runs/grpo_rank/
 $SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/reference_s*" "runs/grpo_rank/context_s*" "runs/grpo_rank/published_s*" \
   "runs/grpo_rank/flip20_published_s*" "runs/grpo_rank/published_context_s*" \
   --labels "SFT,oracle_rank labels,oracle_rank AI,published labels,published 20 % flipped,published AI" --out docs/results/published
+$SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/published_s*" "runs/grpo_rank/published_undivided_s*" \
+  "runs/grpo_rank/signed_s*" "runs/grpo_rank/signed_undivided_s*" \
+  --labels "SFT,published divided,published undivided,signed divided,signed undivided" --out docs/results/undivided
 $SHOW --runs runs/sft/policy_s0 runs/grpo_rank/context_s0 runs/grpo_rank/judge_s0 runs/grpo_rank/self_s0 \
   --labels "SFT,context,judge,judges itself" --out docs/results/ai_feedback

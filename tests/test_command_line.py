@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO, run
+from inside import flags_of
 
 SCRIPTS = sorted(p.name for p in REPO.glob("*.py") if re.search(r"^class Args", p.read_text(encoding="utf-8"), re.M))
 LATE = ("peft", "bitsandbytes", "tensorboard", "torch.utils.tensorboard", "matplotlib")
@@ -58,6 +59,14 @@ def test_help_names_defaults_and_groups(tmp_path):
     groups = re.findall(r"^(\w[\w ]+):$", out, re.M)
     assert groups[:4] == ["algorithm", "budget", "data and models", "plumbing"]
     assert set(groups[4:]) == {"oracle", "server", "memory"}
+
+
+@pytest.mark.parametrize("flags, divided", [
+    ([], True), (["--advantage", "score"], True), (["--advantage", "published"], False),
+    (["--advantage", "signed"], False), (["--advantage", "published", "--scale_advantages", "True"], True),
+    (["--scale_advantages", "False"], False)])  # fmt: skip
+def test_published_is_what_was_published(monkeypatch, flags, divided):
+    assert flags_of(monkeypatch, "grpo_rank.py", *flags).scale_advantages is divided
 
 
 def test_slow_libraries_wait_until_they_are_needed_and_say_nothing(planted):
