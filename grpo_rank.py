@@ -13,9 +13,10 @@ Differs  D1  the advantage. [OR] ranks the answers twice, by the oracle (t) and 
              and rewards the answers on which both agree. That is agreement, not quality: a bad answer that the policy
              already ranks last has penalty 0 and is pushed *up*; the best answer, if the policy finds it unlikely, has
              the largest penalty and is pushed *down*. `--advantage published` does what [OR]'s public summaries
-             give (divided by the deviation it loses accuracy; undivided: not measured over seeds). The default, `oracle_rank`, does not use p: delta_i = delta(0 -> t_i) = 1 - g(t_i), what
-             it would cost to show the best answer at place t_i, where answer i belongs. `signed` keeps [OR]'s penalty
-             and takes the direction from p - t. All three are zero-sum, with the same penalty function.
+             give (divided by the deviation it loses accuracy; undivided: not measured over seeds). The default,
+             `oracle_rank`, does not use p: delta_i = delta(0 -> t_i) = 1 - g(t_i), what it would cost to show the best
+             answer at place t_i, where answer i belongs. `signed` keeps [OR]'s penalty and takes the direction from
+             p - t. All three are zero-sum, with the same penalty function.
          D2  the penalty's closed form. [OR] as available to us prints no formula, only two values, delta(0->4) = 0.4830
              and delta(4->3) = 0.0243, and three properties (zero-sum, bounded, top-heavy). `penalty` is the simplest
              form found that meets both values and all three; the form in second-hand notes, 1 - DCG(p)/DCG(t), gives
@@ -93,8 +94,8 @@ class Args(OracleArgs, RolloutArgs, ShardArgs):  # the last groups: flags.py
     G: int = HfArg(default=5, help="answers per question [OR: 5]")
     advantage: str = HfArg(default="oracle_rank", help="oracle_rank | published | signed (D1) | score: GRPO on the "
                            "oracle's scores [G] | random: control, a random order of all groups that are not masked")
-    scale_advantages: bool | None = HfArg(default=None, help="divide by the group's standard deviation (D3); not given: "
-                                          "yes, but not for published and signed, as [OR] does not")
+    scale_advantages: bool | None = HfArg(default=None, help="divide by the group's standard deviation (D3); not "
+                                          "given: yes, but not for published and signed, as [OR] does not")
     clip_range: float = HfArg(default=0.2, help="epsilon of the clipped surrogate [G Eq. 3]; acts from the second of "
                               "--inner_epochs on, as pi is pi_old in the first")
     beta: float = HfArg(default=0.03, help="weight of the KL to the SFT start, k3 in the loss (D6)")
