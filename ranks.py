@@ -64,8 +64,8 @@ def boxed(text):
     return out
 
 
-# An article stands before a word: "A", "plan A" and "A, C" name something.
-ARTICLE = re.compile(r"\b(?:a\s|(?:an|the)\b)(?=\W*\w)")
+# "A", "plan A" and "A, C" name something: as an article, a stands before a word.
+ARTICLE = re.compile(r"\b(?:a\s(?=\W*\w)|an\b|the\b)")
 NUMBER = re.compile(r"[$£€¥]?\.?\d")
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 DASHES = str.maketrans("\u2212\u2013\u2010\u2011\uff0d\uff0b\uff05", "-----+%")
@@ -78,8 +78,8 @@ def normalize(text):
     text = text.lower()
     if not text.isascii():
         text = INVISIBLE.sub("", unicodedata.normalize("NFC", text)).translate(DASHES)
-    words = re.sub(r"[^\w\s]", kept_sign, ARTICLE.sub(" ", text)).split()
-    return " ".join(words or text.split())
+    words = lambda text: re.sub(r"[^\w\s]", kept_sign, text).split()
+    return " ".join(words(ARTICLE.sub(" ", text)) or words(text) or text.split())
 
 
 def kept_sign(match):

@@ -65,11 +65,12 @@ def test_token_f1(prediction, reference, f1):
 def test_normalize():
     assert normalize(" The  red-ish Circle,\nmoves. An apple ") == "red ish circle moves apple"
     assert normalize("**Left**, I'd say: (not *the* 'right' one)!") == "left i d say not right one"
-    assert normalize("+" * 100_000) and normalize("a" + " " * 100_000 + ".") == "a"  # in no time
+    assert normalize("+" * 20_000) and normalize("a" + " " * 20_000 + ".") == "a"  # in no time
 
 
 SAME = [
-    ["A", "a.", "The A"], ["", " \n", "\ufeff"], ["a man", "Man"], ["-5", "−5", "(-5)"],
+    ["A", "a.", "The A"], ["", " \n", "\ufeff"], ["a man", "Man"], ["the", "The."],
+    ["go to", "Go to the", "go to an ..."], ["-5", "−5", "(-5)"],
     ["5 %", "5%"], ["1/2", "1 / 2"], ["5", "5.", "$5$"], ["café", "Cafe\u0301."],
     ["\u2764", "\u2764\ufe0f"],
     ["left", "left 🙂", "- left", "-> left", "le\u00adft", "`left`", "the *left*!"],
