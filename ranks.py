@@ -11,7 +11,9 @@ from collections import Counter
 import torch
 
 THINKING = re.compile(
-    r"<\s*(/?)\s*(?:seed:)?(?:think|thinking|thought|reasoning)\s*>|\[(/?)THINK\]|◁(/?)think▷", re.I
+    r"<\s*/?\s*(?:seed:)?(?:think|thinking|thought|reasoning)\s*>|\[/?THINK\]|◁/?think▷"
+    r"|<\|(?:begin|end)_of_thought\|>",
+    re.I,
 )
 
 
@@ -21,15 +23,16 @@ def strip_thinking(text):
     even where the prompt had the opening one; thinking that was cut off goes to the end."""
     kept, opened, at = [], False, 0
     for tag in THINKING.finditer(text):
-        closing = "/" in tag.groups()
+        closing = "/" in tag[0] or "end_" in tag[0].lower()
         if not opened and not closing:
             kept.append(text[at : tag.start()])
         opened, at = not closing, tag.end()
     return "".join(kept if opened else [*kept, text[at:]]).strip()
 
 
-OPENING = re.compile(r"<\s*(?:final_)?answer\s*>|<\|begin_of_box\|>", re.I)
-CLOSING = re.compile(r"<\s*/\s*(?:final_)?answer\s*>|<\|end_of_box\|>", re.I)
+NAMES = r"\s*(?:(?:final_)?answer|conclusion)\s*>|<\|{}_of_(?:box|solution)\|>"
+OPENING = re.compile("<" + NAMES.format("begin"), re.I)
+CLOSING = re.compile(r"<\s*/" + NAMES.format("end"), re.I)
 BOX = re.compile(r"\\boxed\s*\{")
 
 

@@ -111,7 +111,7 @@ def test_texts_that_say_something_else(texts):
     ("<think>a</think>B, <think>no</think>C", "B, C"),
     ("<think>a <think> b</think> c</think>C", "C"),
     ("<think>a</think> <think>and on", ""), ("< think >a</ think >C", "C"),
-    ("<seed:think>a</seed:think>C", "C"),
+    ("<seed:think>a</seed:think>C", "C"), ("<|begin_of_thought|>a<|end_of_thought|>C", "C"),
 ])  # fmt: skip
 def test_thinking_is_no_part_of_an_answer(text, rest):
     assert strip_thinking(text) == rest == strip_thinking(rest)
@@ -127,7 +127,9 @@ def test_thinking_is_no_part_of_an_answer(text, rest):
     ("<answer>A</answer> or <answer>C</answer>", "<answer>A</answer> or <answer>C</answer>"),
     ("So $\\boxed{C}$.", "C"), ("\\boxed{\\text{red {x}}}", "red {x}"), ("\\boxed{3", "3"),
     ("<answer>\\boxed{ C }</answer>", "C"), ("\\boxed{A} \\boxed{C}", "\\boxed{A} \\boxed{C}"),
-    ("\\boxed {\\mathrm{C}}", "C"), ("2 < 3 \\text{m}", "2 < 3 \\text{m}"), ("", ""),
+    ("\\boxed {\\mathrm{C}}", "C"), ("<|begin_of_box|>C<|end_of_box|>", "C"),
+    ("<SUMMARY>a</SUMMARY><REASONING>b</REASONING><CONCLUSION>C</CONCLUSION>", "C"),
+    ("2 < 3 \\text{m}", "2 < 3 \\text{m}"), ("", ""),
 ])  # fmt: skip
 def test_the_final_answer_of_a_reply(reply, said):
     assert final_answer(reply) == said
