@@ -215,7 +215,7 @@ def option_of(text, options, letters):
     """The letter of the option that a text is, letter or text or both, and nothing else; or ''."""
     if len(text) > 80 + 4 * max(map(len, sum(options, [])), default=0):  # it says more
         return ""
-    said, alone = normalize(text), re.fullmatch(r"[\W_]*([A-Za-z])[^\w+#]*_*", text)
+    said, alone = normalize(text), re.fullmatch(r"[\W_]*([^\W_])[^\w+#]*_*", text)
     if alone and alone[1].upper() in letters:
         return alone[1].upper()
     for texts in options:
@@ -289,10 +289,13 @@ def tempcompass_strict(reply, answer, question):
         ends = re.search(rf"(?i)(?:\n|\banswer(?: is)?\W)\W*{word}\W*$", text[-300:])
         said = {found[1].lower() for found in (begins, ends) if found}
         return float(said == {answer})
-    options = re.findall(r"(?m)^[A-D][.)] .*$", question)
-    if not re.match(r"[A-D][.)] ", answer):
+    kind = r"(?:(?:Caption|Sentence|Option) (?=\w: )|(?=[A-D][.)] ))"  # Option 1: text, A. text
+    options = re.findall(rf"(?m)^{kind}(.+)$", question)
+    if not (right := re.match(rf"{kind}(\w)", answer or "")):
         return None
-    return float(letter_strict(text, options) == answer[0])
+    names = "".join(option[0] for option in options) or "ABCD"
+    text = re.sub(r"\b(?:Caption|Sentence)(?= \w\b)", "Option", re.sub(kind, "", text))
+    return float(letter_strict(text, options, names) == right[1])
 
 
 def matched_caption(reply, answer, question):

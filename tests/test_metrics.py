@@ -213,11 +213,24 @@ def test_tempcompass_rules(reply, answer, right):
     ("Nothing", "no", 0), ("yes or no", "yes", 0),
     ("\\boxed{No}", "no", 1), ("He runs.\nNo.", "no", 1), ("**Answer:** yes", "yes", 1),
     ("Yes. So the answer is no.", "yes", 0), ("It is", "yes", 0),
-    ("Sentence A: he dunks", "Sentence A: he dunks", None),
+    ("he dunks", "a caption", None),
 ])  # fmt: skip
 def test_tempcompass_read_after_the_thinking(reply, answer, right):
     question = "What is he doing?\nA. dunking\nB. dribbling\nC. passing"
     assert m.tempcompass_strict(reply, answer, question) == right
+
+
+@pytest.mark.parametrize("reply, right", [
+    ("Option 2: he dunks", 1), ("2", 1), ("Option 2", 1), ("he dunks.", 1),
+    ("Option 1: he dribbles", 0), ("", 0),
+    (LOOKS_NEAR + "<answer>Option 2</answer>", 1), ("1 or 2", 0),
+    ("I thought of option 1. Final answer: 2", 1),
+])  # fmt: skip
+def test_tempcompass_captions_read_after_the_thinking(reply, right):
+    for name in ("Option", "Caption", "Sentence"):
+        question = f"Which one?\n{name} 1: he dribbles\n{name} 2: he dunks"
+        said = reply.replace("Option", name)
+        assert m.tempcompass_strict(said, f"{name} 2: he dunks", question) == right
 
 
 def test_next_qa_counts_tp_as_tn():
