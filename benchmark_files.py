@@ -12,8 +12,9 @@ Rows of an annotation file have no `said`; a prediction file that repeats questi
 (prediction_files.py reads those, with the same readers).
 
 Files are .json (a list, a dict with one as annotations / data, a dict by id, JSON lines), .jsonl, .csv, .tsv or
-.parquet (needs pyarrow); a byte-order mark and trailing commas, as Video-MME's own template has them, are read. What cannot be used ends in a
-DataError that names file and record; what is left out (no answer in the second file, an id twice) is counted.
+.parquet (needs pyarrow); a byte-order mark and trailing commas, as Video-MME's own template has them, are read. What
+cannot be used ends in a DataError that names file and record; what is left out (no answer in the second file, an id
+twice) is counted.
 """
 
 import contextlib
@@ -429,8 +430,8 @@ READERS = dict(msvd_qa=qa_rows, msrvtt_qa=qa_rows, activitynet_qa=qa_rows, cvrr_
 # A benchmark's questions, with their videos
 # ---------------------------------------------------------------------------------------------------------------
 def annotation_files(benchmark, data):
-    """The annotation files of a benchmark: `data` itself, the files of a pattern ("DIR/*_test_split2.txt"), or the first
-    of the benchmark's patterns that matches below it."""
+    """The annotation files of a benchmark: `data` itself, the files of a pattern ("DIR/*_test_split2.txt"), or those
+    of the first of the benchmark's patterns that matches below it."""
     if os.path.isfile(data):
         return [str(data)]
     if not os.path.exists(data) and (found := sorted(glob.glob(str(data)))):

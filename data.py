@@ -61,7 +61,8 @@ def read_records(files, video_root=None, labelled=True):
     it), ``answer``, ``task_type`` (or None), ``file``. Questions are without video tokens; a system text becomes the
     start of the first one. Videos are looked for in ``video_root``, then in the annotation file's folder and its
     ``videos`` (see _find), but not opened. Rows that cannot be used are skipped as a whole and counted in the report;
-    so are the keys that nothing here reads. Without ``labelled`` the last question of a row may lack its answer: a record with ``answer`` None.
+    so are the keys that nothing here reads. Without ``labelled`` the last question of a row may lack its answer: a
+    record with ``answer`` None.
     """
     def answers(row, find):
         turns, clip = parse_turns(row, find, labelled)

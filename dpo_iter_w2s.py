@@ -518,8 +518,8 @@ def usable_pairs(read, args, cache, folder, rank, world):
               f"{len(there) - len(whole)} whose prompts cannot be cut to --max_prompt_tokens {args.max_prompt_tokens}")
     if not given:
         sys.exit(f"{args.preferences}: none of {len(read)} pairs can be used ({len(read) - len(seen)} without video, "
-                 f"{len(seen) - len(there)} with a broken one, {len(there) - len(whole)} whose prompts cannot be cut to "
-                 f"--max_prompt_tokens {args.max_prompt_tokens}, {len(whole)} equal at --max_new_tokens "
+                 f"{len(seen) - len(there)} with a broken one, {len(there) - len(whole)} whose prompts cannot be cut "
+                 f"to --max_prompt_tokens {args.max_prompt_tokens}, {len(whole)} equal at --max_new_tokens "
                  f"{args.max_new_tokens})")
     return given
 

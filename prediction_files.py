@@ -77,8 +77,8 @@ def judged(value):
 
 
 def with_answers_as_said(rows):
-    """ActivityNet-QA's own format: {question_id, answer} without a question is a prediction, not a label. So it is where
-    nothing in the file is called a prediction."""
+    """ActivityNet-QA's own format: {question_id, answer} without a question is a prediction, not a label, where nothing
+    in the file is called a prediction."""
     if any(row["said"] is not None or row["reply"] is not None or row["question"] for row in rows):
         return rows
     said = lambda row: [row["answer"] or ""] if isinstance(row["record"].get("answer"), (str, int)) else None

@@ -245,7 +245,7 @@ def test_files_of_other_kinds_are_refused_with_what_is_read(tmp_path):
 
 
 def test_a_folder_of_one_judged_file_a_question(tmp_path):
-    """As Video-ChatGPT's scripts write them: <id>.json with [verdict, record]; the criterion is in the folder's name."""
+    """As Video-ChatGPT's scripts write them: <id>.json with [verdict, record]; the folder's name has the criterion."""
     said = [("v_a_0", "yes", 4), ("v_a_1", "no", 1), ("v_b_0", "yes", 5)]
     for id, pred, score in said:
         put(tmp_path, f"qa/{id}.json", [{"pred": pred, "score": score}, {"q": "is it", "a": "yes", "pred": "it is"}])
@@ -317,25 +317,27 @@ MATCH = "Which caption matches the video better?\nCaption A: a man runs.\nCaptio
 
 
 def test_tempcompass_caption_matching_and_captions(tmp_path):
-    said = [(" Caption A: a man runs. </s>", 1), ("a man runs.", 1), ("A", 1), ("B.", 0), ("Caption A.", 1), ("A) a man sits.", 0),
-            ("Caption A: a man sits.", None), ("It is caption A.", None)]
+    said = [(" Caption A: a man runs. </s>", 1), ("a man runs.", 1), ("A", 1), ("B.", 0), ("Caption A.", 1),
+            ("A) a man sits.", 0), ("Caption A: a man sits.", None), ("It is caption A.", None)]
     items = [{"question": MATCH, "answer": "Caption A: a man runs.", "prediction": text} for text, _ in said]
     put(tmp_path, "caption_matching.json", {"7": {"action": items}})
     put(tmp_path, "yes_no.json", {"7": {"action": [{"question": "q", "answer": "yes", "prediction": " Yes."}] * 2}})
-    put(tmp_path, "captioning.json", {"7": {"order": [{"question": "..\nGenerated Caption:", "answer": "x", "prediction": "y"}]}})
+    caption = {"question": "..\nGenerated Caption:", "answer": "x", "prediction": "y"}
+    put(tmp_path, "captioning.json", {"7": {"order": [caption]}})
     columns, report = pf.predictions("tempcompass", [str(tmp_path)])
     values, problems = score_rows("tempcompass", columns[""], ExactJudge())
     of = lambda task: [v["accuracy"] for v, r in zip(values, columns[""]) if r["groups"]["task"] == task]
     assert of("caption_matching") == [right for _, right in said] and of("yes_no") == [1, 1] and not of("captioning")
     assert report["left_out"] == {"captions without a judge's rating": 1} and problems == {"no match": 2}
-    table = next(t for t in group_tables({"benchmarks": {"tempcompass": summarise(values, columns[""])}}) if ", task" in t)
+    tables = group_tables({"benchmarks": {"tempcompass": summarise(values, columns[""])}})
+    table = next(t for t in tables if ", task" in t)
     line = next(line for line in table.splitlines() if line.startswith("| caption_matching"))
     assert line.endswith("| 6, 8 |") and "| 66.67 [" in line  # counted by accuracy and by accuracy_all
 
 
 def test_tempcompass_ratings_need_no_question(tmp_path):
-    rated = [{"rating": 1, "gt-answer": "A. x", "video-llm-prediction": "x"}, {"rating": 0, "video-llm-prediction": "y"},
-             {"rating": -1, "video-llm-prediction": "z"}, {"rating": 1, "question": "q", "video-llm-prediction": None}]
+    rated = [{"rating": 1, "gt-answer": "A. x", "video-llm-prediction": "x"},
+             {"rating": 0, "video-llm-prediction": "y"}, {"rating": -1, "video-llm-prediction": "z"}, {"rating": 1, "question": "q", "video-llm-prediction": None}]
     columns, report = pf.predictions("tempcompass", [put(tmp_path, "captioning.json", {"7": {"order": rated}})])
     assert mean("tempcompass", columns[""], "accuracy") == pytest.approx(2 / 3)
     assert report["left_out"] == {"captions without a judge's rating": 1}  # -1: the judge failed

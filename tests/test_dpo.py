@@ -638,7 +638,8 @@ def test_preference_files_of_every_format(world, policy, monkeypatch, tmp_path, 
         {"video": clips[0], "prompt": "what moves?", "chosen": "red", "rejected": "red"},  # no preference
         {"video": clips[0], "prompt": "what moves?", "chosen": "red circle", "rejected": "red dot"},  # equal once cut
         {"video": clips[0], "chosen": "red", "rejected": "blue", "messages": [
-            {"role": role, "content": "what moves? " * n} for role, n in (("user", 300), ("assistant", 1), ("user", 1))]},
+            {"role": role, "content": "what moves? " * n}
+            for role, n in (("user", 300), ("assistant", 1), ("user", 1))]},
         {"prompt": "what moves?", "chosen": "red", "rejected": "blue"}]  # no video
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     used = []

@@ -57,7 +57,8 @@ def test_every_shape_gives_the_same_pair(one, tmp_path, row):
 
 def test_what_a_row_says_beside_its_pair_counts(one, tmp_path):
     tag = "The <video> tag, not <image>."
-    row = rlaif(1, output_1=tag, video_start=1, video_end=2, system_prompt="Be brief.", rejected_videos=["a.mp4"], fps=2)
+    beside = dict(video_start=1, video_end=2, system_prompt="Be brief.", rejected_videos=["a.mp4"], fps=2)
+    row = rlaif(1, output_1=tag, **beside)
     (pair,), report = one(row)
     assert pair["clip"] == Clip(str(tmp_path / "a.mp4"), 1, 2) and pair["question"] == "Be brief.\nwhat?"
     assert (pair["chosen"], pair["rejected"]) == (tag, "a dog")

@@ -121,7 +121,8 @@ def test_keys_that_nobody_reads_are_counted_each_once(one, tmp_path):
 
 def test_markup_stays_in_answers_and_goes_from_questions(one):
     (first, second), _ = one({"video": "a.mp4", "conversations": [
-        {"from": "human", "value": "<image>\nwhich <video> tag?"}, {"from": "gpt", "value": "The `<video>` tag, not `<image>`."},
+        {"from": "human", "value": "<image>\nwhich <video> tag?"},
+        {"from": "gpt", "value": "The `<video>` tag, not `<image>`."},
         {"from": "human", "value": "why?"}, {"from": "gpt", "value": "a red</s> circle"}]})
     assert first["question"] == "which tag?" and first["answer"] == "The `<video>` tag, not `<image>`."
     assert second["question"][1]["content"] == first["answer"] and second["answer"] == "a red</s> circle"
