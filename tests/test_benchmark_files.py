@@ -337,7 +337,8 @@ def test_tempcompass_caption_matching_and_captions(tmp_path):
 
 def test_tempcompass_ratings_need_no_question(tmp_path):
     rated = [{"rating": 1, "gt-answer": "A. x", "video-llm-prediction": "x"},
-             {"rating": 0, "video-llm-prediction": "y"}, {"rating": -1, "video-llm-prediction": "z"}, {"rating": 1, "question": "q", "video-llm-prediction": None}]
+             {"rating": 0, "video-llm-prediction": "y"}, {"rating": -1, "video-llm-prediction": "z"},
+             {"rating": 1, "question": "q", "video-llm-prediction": None}]
     columns, report = pf.predictions("tempcompass", [put(tmp_path, "captioning.json", {"7": {"order": rated}})])
     assert mean("tempcompass", columns[""], "accuracy") == pytest.approx(2 / 3)
     assert report["left_out"] == {"captions without a judge's rating": 1}  # -1: the judge failed
