@@ -23,8 +23,8 @@ def serve(jobs, told):
     """Runs in a process of its own: a line of JSON for every rank to start, the number of every process to wait for."""
     import importlib
     import random
-    import runpy
     import signal
+    import types
 
     import numpy
     import torch
@@ -50,13 +50,15 @@ def serve(jobs, told):
                               MASTER_PORT=str(job["port"]))
         code, sys.argv = 0, job["argv"]
         try:
-            if "/" in sys.argv[0]:
-                exec(job["plant"], dict(harness=harness, rank=rank))
-                runpy.run_path(sys.argv[0], run_name="__main__")
-            else:
+            if job["plant"] and "/" not in sys.argv[0]:
                 module = importlib.import_module(sys.argv[0].removesuffix(".py"))
                 exec(job["plant"], dict(harness=harness, module=module, rank=rank))
                 module.main(parse_args(module.Args))
+            else:
+                exec(job["plant"], dict(harness=harness, rank=rank))
+                main = sys.modules["__main__"] = types.ModuleType("__main__")
+                main.__file__ = str(REPO / sys.argv[0])
+                exec(compile(Path(main.__file__).read_bytes(), main.__file__, "exec"), vars(main))
         except SystemExit as stop:  # as the interpreter does
             code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
             if isinstance(stop.code, str):
@@ -118,7 +120,8 @@ class Forked:
         return int(told.readline())
 
     def start(self, cwd, *argv, world=1, plant="", **env):
-        """-> process ids, one per rank. plant: Python run first, with `module`, `harness` and `rank`."""
+        """-> process ids, one per rank. plant: Python run first, with `harness`, `rank`, and the script as `module`,
+        unless it is named by its path; it then runs as `__main__`, as it does where nothing is planted."""
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -161,9 +164,13 @@ def until(condition, limit=300):
     return False
 
 
-def a_world(world, folder):
-    """Another folder with the data and the SFT start of `world`, in which the same command makes the same run."""
+def a_world(world, folder, cold=False):
+    """Another folder with the data and the SFT start of `world`, in which the same command makes the same run.
+    cold: and with a cache of its own, so that videos are read anew."""
     folder.mkdir()
+    if not cold:
+        (world / "cache").mkdir(exist_ok=True)
+        (folder / "cache").symlink_to(world / "cache")
     (folder / "runs/sft").mkdir(parents=True)
     (folder / "data").symlink_to(world / "data")
     (folder / "runs/sft/policy_s0").symlink_to(world / "runs/sft/policy_s0")

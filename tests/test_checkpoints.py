@@ -8,9 +8,8 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import run
 from hub import DECODERS, as_hub_cache, shards, write_blip2, write_clip, write_decoder, write_qformer, write_tokenizer
-from inside import flags_of
+from inside import flags_of, main_of
 from safetensors.torch import load_file
 from test_video_llm import assert_capturable
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -510,25 +509,26 @@ def test_seven_billion_parameters_have_their_published_names_and_shapes(tmp_path
 
 
 # --- from the command line -------------------------------------------------------------------------------------------
-def test_hub_names_and_the_papers_flags_from_parts_to_rl(world, tmp_path):
+def test_hub_names_and_the_papers_flags_from_parts_to_rl(world, tmp_path, monkeypatch):
     """sft.py and grpo_rank.py --preset paper: NF4 with double quantisation on a BLIP-2 Q-Former and a LLaMA-2 in
     shards, by hub name; plain PEFT adapters, merged, read again."""
     names = dict(clip="openai/clip", qformer="Salesforce/blip2", llm="meta-llama/llama-2")
     for write, name in ((write_clip, "clip"), (write_blip2, "qformer"), (lambda f: write_decoder("llama-2", f), "llm")):
         write(tmp_path / name)
         as_hub_cache(tmp_path / "cache", names[name], tmp_path / name)
-    env = dict(HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
+    for name, value in dict(HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE=True).items():  # read at import
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     parts = [word for name, hub in names.items() for word in (f"--{name}", hub)]
     few = ["--data", "data/moving_shapes/train.json", "--preset", "paper", "--steps", "3"]
-    run(world, "sft.py", *few, *parts, "--batch_size", "4", "--micro_batch_size", "2", "--name", "published", "--lr",
-        "1e-2", env=env)
+    main_of(monkeypatch, world, "sft.py", *few, *parts, "--batch_size", "4", "--micro_batch_size", "2", "--name",
+            "published", "--lr", "1e-2")
     start = world / "runs/sft/published"
     settings = json.loads((start / "final/processor_config.json").read_text())
     assert (settings["num_frames"], settings["num_query_tokens"]) == (50, 6)  # the small Q-Former has six
     as_hub_cache(tmp_path / "cache", "lab/start", start / "final")
-    run(world, "grpo_rank.py", *few, "--epochs", "0", "--model", "lab/start", "--oracle", "reference", "--advantage",
-        "random", "--prompts_per_step", "4", "--max_new_tokens", "6", "--eval_data", "", "--name", "published",
-        "--lr", "1e-2", env=env)
+    main_of(monkeypatch, world, "grpo_rank.py", *few, "--epochs", "0", "--model", "lab/start", "--oracle", "reference",
+            "--advantage", "random", "--prompts_per_step", "4", "--max_new_tokens", "6", "--eval_data", "", "--name",
+            "published", "--lr", "1e-2")
     tuned = world / "runs/grpo_rank/published_s0"
     saved = json.loads((tuned / "args.json").read_text())["args"]
     assert (saved["G"], saved["lora_r"], saved["lora_alpha"], saved["quantize"]) == (5, 64, 16, "nf4")

@@ -524,25 +524,30 @@ def kill_at(monkeypatch, place):
     monkeypatch.setattr(module, name, call)
 
 
-STAGES = {
-    "sampling": (preference_zoo, "generate", 3, False), "scoring": (preference_zoo, "score", 2, True),
-    "training": (harness, "stop_if_not_finite", 4, True), "theta": (harness, "save_checkpoint", 2, True),
-    "choice of alpha": (dpo_iter_w2s, "choose_alpha", 1, False), "result": (dpo_iter_w2s, "save_result", 1, True),
-    "second sampling": (preference_zoo, "generate", 8, False), "finish": (harness, "finish", 1, True)}
+STAGES = {  # module, function, which of its calls in a run that comes this far alone, or after the stages before
+    "sampling": (preference_zoo, "generate", (3, 3), False), "scoring": (preference_zoo, "score", (2, 2), True),
+    "training": (harness, "stop_if_not_finite", (4, 4), True), "theta": (harness, "save_checkpoint", (2, 1), True),
+    "choice of alpha": (dpo_iter_w2s, "choose_alpha", (1, 1), False),
+    "result": (dpo_iter_w2s, "save_result", (1, 1), True),
+    "second sampling": (preference_zoo, "generate", (8, 2), False),
+    "finish": (harness, "finish", (1, 1), True)}  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_any_stage_and_resumed_equals_uninterrupted(world, whole, stage, monkeypatch):
+@pytest.mark.parametrize("stages", [pytest.param([*STAGES], id="all, one after the other"), *(
+    pytest.param([stage], id=stage, marks=pytest.mark.slow) for stage in STAGES)])
+def test_killed_at_any_stage_and_resumed_equals_uninterrupted(world, whole, stages, monkeypatch):
     monkeypatch.setattr(preference_zoo, "PART", 5)
-    name = stage.replace(" ", "_")
+    name = stages[0].replace(" ", "_") + str(len(stages))
     ours = world / f"runs/dpo_iter_w2s/{name}_s0"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, STAGES[stage])
-        main_of(patch, world, "dpo_iter_w2s.py", *ZOO, "--name", name)
-    assert not (ours / "final").exists()
-    if stage in ("sampling", "scoring", "second sampling"):
-        half = max(ours.glob("iteration_*/*s.jsonl"), key=lambda file: file.stat().st_mtime_ns)
-        half.write_text(half.read_text() + '{"record": 3, "sou')  # and half of a line
+    for stage in stages:
+        module, function, calls, before = STAGES[stage]
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, (module, function, calls[len(stages) > 1], before))
+            main_of(patch, world, "dpo_iter_w2s.py", *ZOO, "--name", name, *["--resume"] * (stage != stages[0]))
+        assert not (ours / "final").exists()
+        if stage in ("sampling", "scoring", "second sampling"):
+            half = max(ours.glob("iteration_*/*s.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+            half.write_text(half.read_text() + '{"record": 3, "sou')  # and half of a line
     main_of(monkeypatch, world, "dpo_iter_w2s.py", *ZOO, "--name", name, "--resume")
     assert same_weights(whole / "final", ours / "final")
     for k in (1, 2):

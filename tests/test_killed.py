@@ -52,7 +52,7 @@ def whole(world, policy, forked, tmp_path_factory):
 
     def of(name, *more):
         if (name, *more) not in made:
-            place = a_world(world, tmp_path_factory.mktemp(name) / "whole")
+            place = a_world(world, tmp_path_factory.mktemp(name) / "whole", cold=True)
             assert forked.run(place, *SCRIPTS[name][0], *more) == [0], forked.said()
             made[name, *more] = place / SCRIPTS[name][1]
         return made[name, *more]
@@ -98,7 +98,7 @@ def moment(rng, folder, alive):
 def test_killed_twenty_times(world, policy, forked, whole, tmp_path, name):
     kills, seed = 0, 0
     while kills < 20:  # a run that comes to its end is checked, and another one begun
-        place = a_world(world, tmp_path / f"run{seed}")
+        place = a_world(world, tmp_path / f"run{seed}", cold=True)
         folder, rng = place / SCRIPTS[name][1], random.Random(seed)
         codes = [None]
         while codes != [0]:
@@ -118,7 +118,7 @@ def test_killed_twenty_times(world, policy, forked, whole, tmp_path, name):
 @pytest.mark.parametrize("name, number", zip(SCRIPTS, [signal.SIGTERM, signal.SIGINT] * 3))
 def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(world, policy, forked, whole, tmp_path, name, number):
     reference = whole(name)
-    place = a_world(world, tmp_path / "stopped")
+    place = a_world(world, tmp_path / "stopped", cold=True)
     folder = place / SCRIPTS[name][1]
     (pid,) = forked.start(place, *SCRIPTS[name][0])
     assert until(lambda: steps_done(folder) >= 4)

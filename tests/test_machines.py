@@ -42,17 +42,17 @@ def test_two_agents_on_loopback_equal_one_agent_of_two_processes(world, policy, 
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
                f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=meet", "--local_addr=127.0.0.1",
-               str(REPO / GRPO[0]), *GRPO[1:], "--lora_r", "4", "--name", "agents"]
+               str(REPO / GRPO[0]), *GRPO[1:], "--name", "agents"]
     agents = [subprocess.Popen(command, cwd=world, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env=dict(os.environ)) for _ in range(2)]
     said = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said[0][-2000:] + said[1][-2000:]
     assert sum("done: runs/grpo_rank/agents_s0/final" in text for text in said) == 1  # rank 0 writes, nobody else
-    assert forked.run(world, *GRPO, "--lora_r", "4", "--name", "agent", world=2) == [0, 0], forked.said()
+    assert forked.run(world, *GRPO, "--name", "agent", world=2) == [0, 0], forked.said()
     two, one = (world / f"runs/grpo_rank/{name}_s0" for name in ("agents", "agent"))
     assert json.loads((two / "args.json").read_text())["world_size"] == 2
     assert rows(one) == rows(two)
-    a, b = (load_file(f / "adapter/adapter_model.safetensors") for f in (one, two))
+    a, b = (load_file(f / "final/model.safetensors") for f in (one, two))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-from conftest import run
 from inside import apart, main_of
 
 TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "3"]
@@ -27,10 +26,7 @@ def test_two_processes_equal_one(world, policy, forked, monkeypatch, command, fo
     # other micro-batches as well: neither may show
     other = {"--micro_batch_size": "4", "--tokens_per_micro_batch": "170"}
     flags = [other.get(last, f) for last, f in zip(["", *command], command)]
-    if "sft.py" in command:  # once with torchrun itself
-        run(world, "torchrun", "--nproc_per_node=2", *flags, "--name", "two")
-    else:
-        assert forked.run(world, *flags, "--name", "two", world=2) == [0, 0], forked.said() + forked.said(1)
+    assert forked.run(world, *flags, "--name", "two", world=2) == [0, 0], forked.said() + forked.said(1)
     one, two = (world / folder.format(name) for name in ("one", "two"))
     about = [json.loads((f / "args.json").read_text()) for f in (one, two)]
     assert [a["world_size"] for a in about] == [1, 2]

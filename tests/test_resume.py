@@ -1,16 +1,12 @@
 """Killed in the middle and continued is the same as never interrupted, bit for bit."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
 from inside import main_of
 from safetensors.torch import load_file
 
@@ -26,16 +22,12 @@ GRPO = ["grpo_rank.py", *TRAIN, "--oracle", "reference", "--advantage", "random"
 LORA = ["--lora_r", "4"]
 
 
-def run_and_kill(cwd, folder, step, script, *flags):
+def run_and_kill(forked, cwd, folder, step, script, *flags):
     """SIGKILL as soon as the row of `step` is written."""
-    code = ("import importlib, os, signal, sys\nimport harness\nplain, step = harness.Log.step, int(sys.argv.pop(1))\n"
-            "del sys.argv[0]\ndef wrong(log, now, *args, **more):\n    row = plain(log, now, *args, **more)\n"
-            "    return os.kill(os.getpid(), signal.SIGKILL) if now == step else row\nharness.Log.step = wrong\n"
-            "module = importlib.import_module(sys.argv[0].removesuffix('.py'))\n"
-            "module.main(harness.parse_args(module.Args))")
-    done = subprocess.run([sys.executable, "-c", code, str(step), script, *flags], cwd=cwd, capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": str(REPO)})
-    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    plant = ("import os, signal\nplain = harness.Log.step\ndef wrong(log, now, *args, **more):\n"
+             "    row = plain(log, now, *args, **more)\n"
+             f"    return os.kill(os.getpid(), signal.SIGKILL) if now == {step} else row\nharness.Log.step = wrong")
+    assert forked.run(cwd, script, *flags, plant=plant) == [-signal.SIGKILL], forked.said()
     assert f'{{"step": {step},' in (folder / "metrics.jsonl").read_text() and not (folder / "final").exists()
 
 
@@ -47,10 +39,10 @@ def rows(folder):
 @pytest.mark.parametrize("command, folder", [
     pytest.param(SFT, "runs/sft/{}", id="sft"), pytest.param(GRPO, "runs/grpo_rank/{}_s0", id="grpo_rank"),
     pytest.param([*GRPO, *LORA], "runs/grpo_rank/{}_s0", id="grpo_rank with LoRA")])  # fmt: skip
-def test_killed_and_resumed_equals_uninterrupted(world, policy, monkeypatch, command, folder):
+def test_killed_and_resumed_equals_uninterrupted(world, policy, forked, monkeypatch, command, folder):
     lora = "lora_" if LORA[0] in command else ""
     whole, broken = (world / folder.format(f"{lora}{name}") for name in ("whole", "broken"))
-    run_and_kill(world, broken, 7, *command, "--name", f"{lora}broken")
+    run_and_kill(forked, world, broken, 7, *command, "--name", f"{lora}broken")
     saved = [p for p in broken.glob("checkpoint-*") if p.suffix != ".tmp"]
     assert len(saved) == 1 and saved[0].name in ("checkpoint-3", "checkpoint-6", "checkpoint-9")
     shutil.copytree(saved[0], broken / "checkpoint-13.tmp")  # and half of a checkpoint that a kill left behind

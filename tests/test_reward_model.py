@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import run
 from inside import main_of
 from safetensors.torch import load_file
 from test_resume import rows, run_and_kill
@@ -33,7 +32,7 @@ from video_llm import VIDEO_TOKEN, Prefix, VideoLLMProcessor, add_lora, load_mod
 
 JUDGE = "runs/sft/policy_s0/final"  # in the miniature world one model answers, judges and starts
 COLLECT = ["reward_model.py", "--data", "data/moving_shapes/train.json", "--oracle_model", JUDGE, "--base", JUDGE,
-           "--prompts", "60", "--max_new_tokens", "6", "--min_margin", "0", "--eval_share", "0.3"]
+           "--prompts", "60", "--samples", "3", "--max_new_tokens", "6", "--min_margin", "0", "--eval_share", "0.3"]
 TRAIN = [*COLLECT, "--prompts_per_step", "4", "--micro_batch_size", "2", "--pack", "3", "--save_steps", "3",
          "--eval_steps", "4", "--epochs", "2", "--lr", "3e-3"]
 
@@ -270,9 +269,10 @@ def collected(folder, name):
 
 
 @pytest.fixture(scope="module")
-def pairs_file(world, policy):
+def pairs_file(world, policy, forked):
     """The preferences of the embedded judge, collected by one uninterrupted process."""
-    run(world, *COLLECT, "--stage", "collect", "--preferences", "runs/pairs/whole.json")
+    flags = ["--stage", "collect", "--preferences", "runs/pairs/whole.json"]
+    assert forked.run(world, *COLLECT, *flags) == [0], forked.said()
     return world / "runs/pairs/whole.json"
 
 
@@ -316,11 +316,11 @@ def test_collect(world, pairs_file, monkeypatch):
     assert [r["id"] for r in json.loads(half.read_text())] == [r["id"] for r in written]
 
 
-def test_two_processes_collect_and_train_as_one(world, pairs_file, monkeypatch):
+def test_two_processes_collect_and_train_as_one(world, pairs_file, forked, monkeypatch):
     """The two collect for themselves; the one trains on the same pairs from its file."""
     main_of(monkeypatch, world, *TRAIN, "--preferences", "runs/pairs/whole.json", "--name", "one")
     flags = [f if last != "--micro_batch_size" else "1" for last, f in zip(["", *TRAIN], TRAIN)]
-    run(world, "torchrun", "--nproc_per_node=2", *flags, "--name", "two")
+    assert forked.run(world, *flags, "--name", "two", world=2) == [0, 0], forked.said() + forked.said(1)
     lines = [collected(f, n)[0][1:] for f, n in (
         (pairs_file.parent, "whole"), (world / "runs/reward_model/preferences", "context_c3_s0"))]
     for a, b in zip(*lines):
@@ -344,11 +344,11 @@ def check_final(final, clips, model=JUDGE):
     return about
 
 
-def test_killed_and_resumed_equals_uninterrupted(world, pairs_file, monkeypatch):
+def test_killed_and_resumed_equals_uninterrupted(world, pairs_file, forked, monkeypatch):
     """With LoRA, so that head and adapter both pass through a checkpoint."""
-    flags = [*TRAIN, "--preferences", "runs/pairs/whole.json", "--lora_r", "4", "--epochs", "4"]  # long enough to kill
+    flags = [*TRAIN, "--preferences", "runs/pairs/whole.json", "--lora_r", "4"]
     whole, broken = (world / f"runs/reward_model/lora_{name}_s0" for name in ("whole", "broken"))
-    run_and_kill(world, broken, 7, *flags, "--name", "lora_broken")
+    run_and_kill(forked, world, broken, 7, *flags, "--name", "lora_broken")
     main_of(monkeypatch, world, *flags, "--name", "lora_broken", "--resume")
     main_of(monkeypatch, world, *flags, "--name", "lora_whole")
     assert rows(broken) == rows(whole) and len(rows(whole)) > 8
@@ -367,7 +367,7 @@ def test_preferences_of_ones_own(world, pairs_file, policy, monkeypatch, capfd):
     more = [pairs[0] | dict(id="long", question=talk), pairs[0] | dict(id="same", chosen=long, rejected=long + "blue")]
     write_preferences(world / "own/prefs.json", [*pairs, *more], "trl")
     main_of(monkeypatch, world, *TRAIN, "--preferences", "own/prefs.json", "--narrative", "False", "--guided", "False",
-            "--name", "own", "--share", "0.5", "--epochs", "4")
+            "--name", "own", "--share", "0.5")
     assert "pairs left out: 1 equal once cut, 1 whose question alone exceeds" in capfd.readouterr().out
     about = check_final(world / "runs/reward_model/own_s0/final", 0)
     train, held = split_by_video(pairs, 0.3, 0)

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, CLIPModel
 import grpo_rank
 import harness
 import sft
+from compose import compose
 from data import Clip
 from video_llm import VideoLLM, load_model
 
@@ -89,17 +90,17 @@ def test_moving_shapes(script, tmp_path):
 
 
 def test_pretrain_tiny(script, world, tmp_path):
-    (tmp_path / "data/moving_shapes").mkdir(parents=True)
+    hub, flags = tmp_path / "small/hub", ["--data", "small", "--steps", "2", "--text_steps", "2", "--batch_size", "8"]
+    hub.parent.mkdir()
     for name in ("clips.json", "pretrain.json", "videos"):
-        (tmp_path / "data/moving_shapes" / name).symlink_to(world / "data/moving_shapes" / name)
-    short = ["--steps", "2", "--text_steps", "2", "--batch_size", "8"]
-    assert script("pretrain_tiny", *short, cwd=tmp_path).code == 0
-    hub = tmp_path / "data/moving_shapes/hub"
+        (hub.parent / name).symlink_to(world / "data/moving_shapes" / name)
+    assert script("pretrain_tiny", *flags, cwd=tmp_path).code == 0
     assert {p.name for p in hub.iterdir()} == {"args.json", "clip", "llm", "qformer"}
     assert json.loads((hub / "args.json").read_text())["steps"] == 2
+    compose(hub / "clip", str(hub / "qformer"), hub / "llm")
     made = (hub / "clip/model.safetensors").stat().st_mtime_ns
-    done = script("pretrain_tiny", *short, cwd=tmp_path)  # what is finished is not done again
-    assert (done.out + done.err).count("\n") == 1 and "is there already" in done.out
+    done = script("pretrain_tiny", *flags, cwd=tmp_path)  # what is finished is not done again
+    assert (done.out + done.err).count("\n") == 1 and "is there already" in done.out + done.err
     assert (hub / "clip/model.safetensors").stat().st_mtime_ns == made
 
 
