@@ -6,7 +6,8 @@ Run      python check_videos.py --videos my_videos                  exit code 1 
 The training scripts leave out what is refused here, and list it in `broken_videos.json`. They decode in their own
 process; here each file is decoded in a process of its own kind, with a limit on time and memory, so that a file which
 crashes or hangs the decoder is named as well. Of long or large files what the frames need is decoded, not everything
-(frames.py). Found are files with the extension of a video, in all sub-folders.
+(frames.py). Found are files with the extension of a video, in all sub-folders; hidden files and folders, and what a Mac
+packs beside them (._a.mp4, __MACOSX), are passed over and counted.
 """
 
 import json
@@ -49,7 +50,7 @@ if __name__ == "__main__":
 
 import harness
 from data import EXTENSIONS
-from frames import VideoError, read_frames
+from frames import VideoError, one_line, read_frames
 
 
 def examine(path, num_frames):
@@ -127,20 +128,27 @@ def in_workers(jobs, function, workers, time_limit, memory_gib):
             w.end()
 
 
-def video_paths(place):
-    """The videos of a folder and its sub-folders; a file is itself."""
+def is_hidden(path):
+    """Is a file, or a folder that it lies in, hidden or one of those that a Mac packs beside what is meant?"""
+    return any(name[0] == "." or name == "__MACOSX" for name in path.split(os.sep))
+
+
+def video_paths(place, hidden=False):
+    """The videos of a folder and its sub-folders, the visible or the hidden ones; a file is itself."""
     if os.path.isfile(place):
-        return [place]
-    return sorted(os.path.join(folder, file) for folder, _, files in os.walk(place) for file in files
-                  if file.lower().endswith(EXTENSIONS + MORE))
+        return [] if hidden else [place]
+    return sorted(path for folder, _, files in os.walk(place) for file in files
+                  if file.lower().endswith(EXTENSIONS + MORE)
+                  and is_hidden(os.path.relpath(path := os.path.join(folder, file), place)) == hidden)
 
 
 def main(args):
     if not os.path.exists(args.videos):
-        sys.exit(f"check_videos.py: --videos {args.videos}: no such file or folder")
-    paths = video_paths(args.videos)
+        sys.exit(one_line(f"check_videos.py: --videos {args.videos}: no such file or folder"))
+    paths, hidden = video_paths(args.videos), video_paths(args.videos, hidden=True)
+    passed = f", {len(hidden)} hidden ones passed over, e.g. {hidden[0]}" if hidden else ""
     if not paths:
-        sys.exit(f"--videos {args.videos}: no file there has the extension of a video")
+        sys.exit(one_line(f"--videos {args.videos}: no file there has the extension of a video{passed}"))
     refused, black, slowest = {}, 0, (0.0, "")
     jobs = [(path, args.num_frames) for path in paths]
     for (path, _), result, seconds in in_workers(jobs, examine, args.workers, args.time_limit, args.memory_gib):
@@ -148,12 +156,13 @@ def main(args):
         slowest = max(slowest, (seconds, path))
         if why:
             refused[path] = why
-            print(f"refused: {why}", flush=True)
+            print(one_line(f"refused: {why}"), flush=True)
         elif is_black:
             black += 1
-            print(f"black: {path}: no frame shows anything", flush=True)
-    print(f"{len(paths)} files: {len(paths) - len(refused)} can be read, {black} of them are black; "
-          f"{len(refused)} refused; the slowest took {slowest[0]:.1f} s: {slowest[1]}")
+            print(one_line(f"black: {path}: no frame shows anything"), flush=True)
+    print(one_line(f"{len(paths)} files: {len(paths) - len(refused)} can be read, {black} of them are black; "
+                   f"{len(refused)} refused{passed}; "
+                   f"the slowest took {slowest[0]:.1f} s: {slowest[1]}"))
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         harness.write(Path(args.out), json.dumps(dict(sorted(refused.items())), indent=1) + "\n")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -16,14 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from frames import VideoError, read_frames, video_files
+from frames import IMAGES, VideoError, is_frame, one_line, read_frames, video_files
 
 # ---------------------------------------------------------------------------------------------------------------
 # Annotation files
 # ---------------------------------------------------------------------------------------------------------------
 EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 FEATURES = (".pkl", ".npy", ".npz", ".pt")  # some lists name a file of features; the video of that name is meant
-IMAGES = (".jpg", ".jpeg", ".png")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 TOKENS = "<video>|<image>"  # they stand in a question where its video does
 STARTS, ENDS = ("start", "video_start", "start_time"), ("end", "video_end", "end_time")
@@ -146,7 +146,7 @@ def report_lines(report):
 
 def _line(value, limit=300):
     """Any value as one printable line of limited length."""
-    line = " ".join(str(value).split()).encode("utf-8", "backslashreplace").decode()
+    line = one_line(str(value))
     return line if len(line) <= limit else line[:limit - 3] + "..."
 
 
@@ -270,8 +270,23 @@ def video_finder(roots):
 
 
 def _listing(folder):
-    """Names in a folder; far cheaper than to ask for every name that a video could have."""
-    return set(os.listdir(folder)) if os.path.isdir(folder) and os.access(folder, os.R_OK) else set()
+    """{name: its spelling on the disk} of a folder; far cheaper than to ask for every name that a video could have."""
+    names = os.listdir(folder) if os.path.isdir(folder) and os.access(folder, os.R_OK) else []
+    return {_composed(name): name for name in names} | {name: name for name in names}
+
+
+def _composed(name):
+    """A name as most systems write it: é is one character or, from a Mac, two. A file can have only one of the names."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _spelled(folder, listing):
+    """A folder's path as it is on the disk; itself where there is none."""
+    parent, name = os.path.split(folder)
+    if not name or os.path.isdir(folder):
+        return folder
+    parent = _spelled(parent, listing)
+    return os.path.join(parent, listing(parent).get(_composed(name), name))
 
 
 def _find(name, is_image, roots, listing):
@@ -288,9 +303,11 @@ def _find(name, is_image, roots, listing):
     files += [s + e for s in stems for small in EXTENSIONS for e in (small, small.upper())]
     for root in roots:
         place = os.path.join(root, folder)  # of an absolute name just its folder
-        there = [os.path.join(place, file) for file in files + stems if file in listing(place)]
+        names = listing(place) or listing(place := _spelled(place, listing))
+        there = [names.get(file, names.get(_composed(file))) for file in files + stems]
+        there = [os.path.join(place, file) for file in there if file is not None]
         found = [path for path in there if os.path.isfile(path)] or [
-            path for path in there if not is_image and any(file.lower().endswith(IMAGES) for file in listing(path))]
+            path for path in there if not is_image and any(map(is_frame, listing(path)))]
         if found:
             return found[0]
 
@@ -335,7 +352,7 @@ class FeatureCache:
         try:
             key = self.key(clip, num_frames)
         except OSError as e:
-            raise VideoError(f"{clip.path}: {e.strerror or e}") from None
+            raise VideoError(one_line(f"{e.filename or clip.path}: {e.strerror or e}")) from None
         if key in self.memory:
             return self.memory[key]
         file = self.folder / key[:2] / f"{key}.safetensors"

@@ -9,14 +9,28 @@ from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type
 from av.stream import Disposition
 
 av.logging.set_level(None)  # ffmpeg's own messages stay off stderr; what goes wrong is said by VideoError
+IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 SLOW, SLOWEST, STALL = 30.0, 600.0, 30.0  # seconds: see _watched
 PIXELS, BYTES = 2**26, 2**32  # of one frame, 8192 x 8192; of all frames read of a video
 CORES = min(os.cpu_count(), 16)  # threads that decode
 THREADED = 2**17  # pixels of a frame from which ffmpeg's own threads share the work
+SEGMENT = b"\x18\x53\x80\x67"  # the part of a Matroska file that holds all others, behind its head
 WHOLE, WHOLE_PIXELS = 1000, 10**8  # up to so many frames and pixels all is decoded, so that damage anywhere is found
+
+
+@classmethod
+def _unnamed(cls, value):
+    """PyAV has no name for some of what ffmpeg attaches to a frame, such as EXIF (31). Its error would hide the rest."""
+    member = object.__new__(cls)
+    member._name_, member._value_ = f"TYPE_{value}", value
+    return member
+
+
+Type._missing_ = _unnamed
 
 
 class VideoError(Exception):
@@ -26,7 +40,7 @@ class VideoError(Exception):
 def read_frames(video, num_frames, start=None, end=None, sampling="linspace"):
     """Read ``num_frames`` frames spread evenly over the time of a video.
 
-    ``video`` is a video file, a list of image files (the frames of one video), or a folder of jpg / png images in
+    ``video`` is a video file, a list of image files (the frames of one video), or a folder of images (``IMAGES``) in
     natural order; images count as one per second. ``start`` and ``end`` are seconds after the first frame.
 
     ``linspace``: the frames shown at ``num_frames`` times from the first to the last frame (or start to end), both
@@ -80,11 +94,15 @@ def video_files(path):
 
 
 def image_files(folder):
-    """The frames in a folder: its visible jpg and png files in natural order, 2 before 10; nothing else counts."""
-    names = [f.name for f in os.scandir(folder)
-             if re.fullmatch(r"[^.].*\.(jpe?g|png)", f.name, re.I | re.S) and not f.is_dir()]
+    """The frames in a folder: its visible images in natural order, 2 before 10; nothing else counts."""
+    names = [f.name for f in os.scandir(folder) if is_frame(f.name) and not f.is_dir()]
     names.sort(key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name)])
     return [os.path.join(folder, name) for name in names]
+
+
+def is_frame(name):
+    """Is a file of this name a frame? Hidden ones are none: a Mac puts ._1.jpg beside 1.jpg."""
+    return not name.startswith(".") and name.lower().endswith(IMAGES)
 
 
 _reading = threading.local()  # of the video that this thread reads: .until, .last, .beats; see _watched
@@ -125,9 +143,12 @@ def _tick(more=0.0):
 
 def _video_error(name, exc):
     words = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-    reason = words if isinstance(exc, VideoError) else f"cannot be read ({words})"
-    # File names may hold line breaks and bytes that are no text; the message is one printable line all the same.
-    return VideoError(" ".join(f"{name}: {reason}".split()).encode("utf-8", "backslashreplace").decode())
+    return VideoError(one_line(f"{name}: {words if isinstance(exc, VideoError) else f'cannot be read ({words})'}"))
+
+
+def one_line(text):
+    """A text as one line that can be printed: file names may hold line breaks and bytes that are no text."""
+    return " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
 
 
 def _read_video(path, num_frames, start, end, sampling):
@@ -202,41 +223,80 @@ def _scan(path):
     container, stream = _open(path, 1)
     with container:
         base, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 25)
-        video = stream.index
+        video, is_mp4 = stream.index, "mp4" in container.format.name
         for number, packet in enumerate(container.demux()):
             if number % 64 == 0:
                 _tick(more=6.4)
             index, pts = packet.stream_index, packet.pts
             if not packet.size:
                 continue
-            if pts is not None:
+            # Edit lists mark packets as discard: the decoder needs them, but they are not part of the video.
+            if pts is not None and not packet.is_discard:
                 ends[index] = max(ends.get(index, pts), pts + (packet.duration or 0))
             if index == video:
                 if packet.is_corrupt:  # the file ends within it
                     raise VideoError(f"cut off after {len(packets)} of {max(stream.frames, len(packets) + 1)} frames")
-                # Edit lists mark packets as discard: the decoder needs them, but they are not part of the video.
                 packets.append((pts, packet.is_keyframe, not packet.is_discard))
         if container.format.name == "gif" and not _tail(path).endswith(b";"):  # it marks its end
             raise VideoError(f"cut off after {len(packets)} frames")
+        # The table of an mp4 has a row for every packet, where an edit list or fragments have changed it as well.
+        if is_mp4 and len(stream.index_entries) > len(packets):
+            told = sum(entry.size > 0 for entry in stream.index_entries)
+            if len(packets) < told * 0.95:
+                raise VideoError(f"cut off after {len(packets)} of {told} frames")
         shown = [pts for pts, _, is_shown in packets if is_shown]
         if not shown:
             raise VideoError("no frames")
-        if None in [pts for pts, _, _ in packets]:
+        stamps = [pts for pts, _, _ in packets]
+        if None in stamps:
             return packets, base, rate, len(shown) / rate, False
-        # mp4 and avi tell the number of frames (hidden ones included) and the length of the stream, mkv and webm only
-        # the length of the file, which may be that of its sound. Compared is the time, which suits any frame rate.
-        stamps = np.sort([pts for pts, _, _ in packets])
-        gap = np.diff(stamps).max(initial=0) * base
-        covered = (ends[stream.index] - stamps[0]) * base
-        _check_covered(covered, max(stream.frames / rate, (stream.duration or 0) * base), gap)
-        if stream.duration is None and container.duration is not None:
+        length = (ends[video] - min(shown)) * base
+        # avi tells the length of the stream, mkv and webm only that of the file, which may be of its sound. Of an mp4
+        # with a table no length is asked: with B frames or an edit list it can be off by seconds.
+        covered = promised = 0
+        if stream.duration is not None:
+            if not (is_mp4 and stream.frames):
+                start = min(shown) if stream.start_time is None else min(*shown, stream.start_time)
+                covered, promised = (ends[video] - start) * base, stream.duration * base
+        elif container.duration is not None:
             covered = max(end * float(container.streams[index].time_base) for index, end in ends.items())
-            _check_covered(covered, container.duration / av.time_base, gap)
+            promised = container.duration / av.time_base
+        try:
+            _check_covered(covered, promised, np.diff(np.sort(shown)).max(initial=0) * base)
+        except VideoError:
+            if not _is_whole(path):
+                raise
+            length += promised - covered  # for so long the last frame stays
         large = len(packets) > WHOLE or len(packets) * stream.width * stream.height > WHOLE_PIXELS
         # Stamps must name frames: those of AVI are of decoding, which is another order where there are B frames.
-        named = (np.diff(stamps) > 0).all() and not (
+        named = (np.diff(np.sort(stamps)) > 0).all() and not (
             container.format.name == "avi" and stream.codec_context.has_b_frames)
-        return packets, base, rate, (ends[stream.index] - min(shown)) * base, large and named
+        return packets, base, rate, length, large and named
+
+
+def _is_whole(path):
+    """Does an avi, mkv or webm file end where its own sizes say? One that is cut off ends within one of its parts."""
+    at, size = 0, os.path.getsize(path)
+    with open(path, "rb") as f:
+        while at < size:
+            _tick()
+            f.seek(at)
+            head = f.read(16)
+            if at == 0 and head[:4] not in (b"RIFF", b"\x1a\x45\xdf\xa3"):
+                return False
+            if head[:4] == b"RIFF":
+                at += 8 + int.from_bytes(head[4:8], "little")
+                continue
+            # Matroska: an identifier and a size, whose first byte tells by its leading zero bits how many follow it.
+            name = 9 - head[0].bit_length()
+            width = 9 - head[name].bit_length() if name < len(head) else 9
+            if name > 4 or width > 8 or name + width > len(head):
+                return False
+            length = int.from_bytes(head[name : name + width], "big") - (1 << 7 * width)
+            open_end = length == (1 << 7 * width) - 1  # of what was written live
+            # Parts are stepped over, but for the one that holds all others and those without an end.
+            at += name + width + (0 if head[:name] == SEGMENT or open_end else length)
+    return at == size and bool(_tail(path))  # zeros at the end: room for what never came
 
 
 def _tail(path):
@@ -332,10 +392,16 @@ def _rgb(frame):
     """A decoded frame as an upright image, uint8 (H, W, 3)."""
     if frame.is_corrupt:
         raise VideoError("damaged, a frame can be decoded only in part")
-    # rotation is by how many degrees counterclockwise the picture is to be turned, which is how rot90 turns.
-    turns, frame = round(frame.rotation / 90), frame.reformat(format="rgb24", threads=1)
+    matrix, frame = frame.side_data.get("DISPLAYMATRIX"), frame.reformat(format="rgb24", threads=1)
     rows = np.frombuffer(frame.planes[0], np.uint8).reshape(frame.height, -1)  # where it lies: to_ndarray copies
-    return np.rot90(rows[:, : frame.width * 3].reshape(frame.height, frame.width, 3), turns)
+    image = rows[:, : frame.width * 3].reshape(frame.height, frame.width, 3)
+    if matrix is None:
+        return image
+    # The point (x, y) is to be shown at (a x + c y, b x + d y). A negative determinant mirrors: then x goes to -x first.
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(float)
+    if a * d < b * c:
+        a, b, image = -a, -b, image[:, ::-1]
+    return np.rot90(image, round(-np.arctan2(b, a) / (np.pi / 2)))  # b > 0 is clockwise, as y points down
 
 
 def _store(out, image, places):

@@ -352,7 +352,7 @@ def write(file, text):
     """A text file that is there as a whole or, after a kill, as it was."""
     aside = file.with_name(f"{file.name}.{secrets.token_hex(8)}.tmp")  # process numbers repeat in containers
     aside.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(text, encoding="utf-8")
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # bytes in a file name that are no text
     os.replace(aside, file)
 
 

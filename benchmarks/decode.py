@@ -155,7 +155,8 @@ def main():
             seconds, size = FILES[path.stem]
             make(path, max(2, int(seconds / args.shorten)), size)
         if args.videos:
-            paths += sorted(p for p in Path(args.videos).iterdir() if p.suffix.lower() in EXTENSIONS)
+            paths += sorted(p for p in Path(args.videos).iterdir()
+                            if p.suffix.lower() in EXTENSIONS and p.name[0] != ".")
         for path in paths:
             for n in args.frames:
                 rows.append(dict(file=path.stem, **measure(str(path), n, args.rounds)))

@@ -1,4 +1,6 @@
+import base64
 import os
+import struct
 import subprocess
 import sys
 from fractions import Fraction
@@ -6,27 +8,35 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 import frames
 from data import Clip
 from frames import VideoError, clip_seconds, read_frames, video_files
 
 
-def write(path, numbers, codec="libx264", stamps=None, rotation=None, pix_fmt="yuv420p", size=(88, 48), **options):
-    """A video at 25 ticks a second. Frame k tells numbers[k] by stripes, eleven bits, and is shown at stamps[k]."""
+def write(path, numbers, codec="libx264", stamps=None, rotation=None, pix_fmt="yuv420p", size=(88, 48), last=1,
+          **options):
+    """A video at 25 ticks a second. Frame k tells numbers[k] by stripes, eleven bits, and is shown at stamps[k], the
+    last one for so many ticks."""
     options = {"b": "4M", "g": 50, **options}
     with av.open(str(path), "w", options={k: options.pop(k) for k in ("movflags",) if k in options}) as container:
         stream = container.add_stream(codec, rate=25, options={k: str(v) for k, v in options.items()})
         (stream.width, stream.height), stream.pix_fmt = size, pix_fmt
         if rotation is not None:
             stream.set_display_rotation(rotation)
+        packets = []
         for k, number in enumerate(numbers):
             stripes = (int(number) >> (np.arange(size[0]) * 11 // size[0])) & 1
             image = np.broadcast_to((stripes * 220 + 15).astype(np.uint8)[:, None], (size[1], size[0], 3))
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image))
             frame.pts, frame.time_base = (k if stamps is None else int(stamps[k])), Fraction(1, 25)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        if last > 1:
+            end = max(packets, key=lambda packet: packet.pts)
+            end.duration = int(last / 25 / end.time_base)
+        container.mux(packets)
     return str(path)
 
 
@@ -88,6 +98,44 @@ def test_rotation(tmp_path, angle):
     bright = {0: found[:, :20], 90: found[-20:], 180: found[:, -20:], -90: found[:20]}[angle]
     dark = {0: found[:, -20:], 90: found[:20], 180: found[:, :20], -90: found[-20:]}[angle]
     assert bright.min() > 200 and dark.max() < 50
+
+
+CORNERS = np.repeat(np.repeat(np.array([[20, 90], [160, 240]], np.uint8), 24, 0), 44, 1)[:, :, None].repeat(3, 2)
+
+
+def looks_like(found, expected):
+    return found.shape == expected.shape and np.abs(found.astype(int) - expected).mean() < 10
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
+@pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1),
+                                    (0, 1, 1, 0), (0, -1, -1, 0), (0, 1, -1, 0), (0, -1, 1, 0)])
+def test_every_display_matrix(tmp_path, suffix, matrix):
+    """Its definition: the point (x, y) is shown at (a x + c y, b x + d y)."""
+    a, b, c, d = matrix
+    with av.open(str(tmp_path / f"a.{suffix}"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"qp": "4"})
+        (stream.width, stream.height), stream.pix_fmt = (88, 48), "yuv420p"
+        stream.set_display_matrix([a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30])
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(CORNERS)))
+        container.mux(stream.encode())
+    y, x = np.mgrid[:48, :88]
+    to_x, to_y = a * x + c * y, b * x + d * y
+    expected = np.zeros((88, 48, 3) if b else (48, 88, 3), np.uint8)
+    expected[to_y - to_y.min(), to_x - to_x.min()] = CORNERS
+    assert looks_like(read_frames(tmp_path / f"a.{suffix}", 1)[0][0], expected)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_every_orientation_of_images(tmp_path, suffix):
+    upright = {1: CORNERS, 2: CORNERS[:, ::-1], 3: CORNERS[::-1, ::-1], 4: CORNERS[::-1],
+               5: CORNERS.transpose(1, 0, 2), 6: np.rot90(CORNERS, -1),
+               7: CORNERS[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(CORNERS)}  # as EXIF defines them
+    for orientation, expected in upright.items():
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.fromarray(CORNERS).save(tmp_path / f"{orientation}.{suffix}", exif=exif)
+        assert looks_like(read_frames([tmp_path / f"{orientation}.{suffix}"], 1)[0][0], expected), orientation
 
 
 def test_odd_size_alpha_and_ten_bit(tmp_path):
@@ -166,6 +214,148 @@ def test_the_limit_of_time_holds_in_every_thread(tmp_path, monkeypatch):
         assert frames._decode_seeking(path, packets, wanted) is None
 
 
+# --- whole files that look as if something were missing, and those that are cut off -----------------------------------
+SLOW_START, SLOW_END = [0, 25, *range(50, 110)], [*range(60), 100, 200, 350]
+PAUSES = [0, 1, 2, 90, 91, 92, 93, 200, 201, 202, 300]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "webm"])
+@pytest.mark.parametrize("b_frames", [0, 3])
+def test_screen_recordings(tmp_path, suffix, b_frames):
+    """A frame stays until something changes. With B frames the first ones tell the wrong rate."""
+    for number, stamps in enumerate((SLOW_START, SLOW_END, PAUSES)):
+        codec, options = ("libvpx", {}) if suffix == "webm" else ("libx264", {"bf": b_frames})
+        path = write(tmp_path / f"{number}.{suffix}", range(len(stamps)), codec, stamps, **options)
+        found, times = read_frames(path, 9)
+        asked = np.linspace(0, stamps[-1], 9)
+        assert numbers(found) == [sum(s <= t for s in stamps) - 1 for t in asked]
+        assert np.allclose(times * 25, np.array(stamps)[numbers(found)], atol=0.03)
+        length = (stamps[-1] + 1) / 25  # with B frames the last packet of an mp4 is not that of the last frame
+        assert -0.01 < clip_seconds(Clip(path))[1] - length < 0.01 + np.diff(stamps).max() / 25 * (b_frames > 0)
+
+
+@pytest.mark.parametrize("name, codec", [("a.mkv", "libx264"), ("a.webm", "libvpx"), ("a.mp4", "libx264")])
+@pytest.mark.parametrize("count", [1, 30])
+def test_a_last_frame_that_stays(tmp_path, name, codec, count):
+    """Only the head of a Matroska file tells for how long: 20 s more."""
+    path = write(tmp_path / name, range(count), codec, last=500)
+    found, times = read_frames(path, 3)
+    assert numbers(found) == [0, (count - 1) // 2, count - 1] and times[-1] == pytest.approx((count - 1) / 25, abs=0.01)
+    assert clip_seconds(Clip(path)) == (0, pytest.approx((count + 499) / 25, abs=0.05))
+    assert numbers(read_frames(path, 2, start=5, end=15)[0]) == [count - 1] * 2
+    data = open(path, "rb").read()
+    for kept in (0.4, 0.6, 0.9) if count > 1 else ():
+        for broken in (data[: int(kept * len(data))], data[: int(kept * len(data))].ljust(len(data), b"\0")):
+            (tmp_path / f"cut_{name}").write_bytes(broken)
+            with pytest.raises(VideoError, match=f"cut_{name}: "):
+                read_frames(tmp_path / f"cut_{name}", 3)
+
+
+def test_an_avi_that_ends_in_repeated_frames(tmp_path):
+    """Chunks without a byte: the frame before is shown again."""
+    data = bytearray(open(write(tmp_path / "a.avi", range(50), "mpeg4"), "rb").read())
+    movi, index = data.find(b"movi"), data.rfind(b"idx1")
+    (old,) = struct.unpack_from("<I", data, index + 4)
+    rows = b"".join(b"00dc" + struct.pack("<III", 0, index - movi + 8 * k, 0) for k in range(100))
+    head, table = data[:index], data[index + 8 : index + 8 + old]
+    data = head + b"00dc\0\0\0\0" * 100 + b"idx1" + struct.pack("<I", old + len(rows)) + table + rows
+    for place, value in ((4, len(data) - 8), (movi - 4, index - movi + 800), (data.find(b"avih") + 24, 150),
+                         (data.find(b"strh") + 40, 150)):
+        struct.pack_into("<I", data, place, value)
+    (tmp_path / "b.avi").write_bytes(data)
+    assert numbers(read_frames(tmp_path / "b.avi", 2)[0]) == [0, 49]
+    assert clip_seconds(Clip(str(tmp_path / "b.avi")))[1] == pytest.approx(6)
+    for kept in (0.5, 0.8, 1):  # of the frames; each time nothing of what comes behind them
+        (tmp_path / "c.avi").write_bytes(data[: movi + int(kept * (index - movi))])
+        with pytest.raises(VideoError, match="c.avi: cut off"):
+            read_frames(tmp_path / "c.avi", 2)
+
+
+def boxes(data, *names, start=0, end=None):
+    """(start, size) of the first mp4 box under these names."""
+    end = len(data) if end is None else end
+    while start < end:
+        size, name = struct.unpack_from(">I4s", data, start)
+        if name == names[0].encode():
+            return (start, size) if len(names) == 1 else boxes(data, *names[1:], start=start + 8, end=start + size)
+        start += size
+
+
+def edited(path, edits):
+    """Give an mp4 whose last box is moov another edit list: (ticks to show, first tick or None for nothing) each."""
+    data, delay = bytearray(open(path, "rb").read()), 0
+    (movie,) = struct.unpack_from(">I", data, boxes(data, "moov", "mvhd")[0] + 20)
+    (media,) = struct.unpack_from(">I", data, boxes(data, "moov", "trak", "mdia", "mdhd")[0] + 20)
+    if old := boxes(data, "moov", "trak", "edts"):  # as B frames need one
+        (delay,) = struct.unpack_from(">i", data, old[0] + 28)
+        del data[old[0] : sum(old)]
+    rows = b"".join(struct.pack(">IiI", n * movie // 25, -1 if first is None else first * media // 25 + delay, 1 << 16)
+                    for n, first in edits)
+    box = struct.pack(">I4sI4sII", 24 + len(rows), b"edts", 16 + len(rows), b"elst", 0, len(edits)) + rows
+    head = sum(boxes(data, "moov", "trak", "tkhd"))
+    data[head:head] = box
+    for place in (boxes(data, "moov")[0], boxes(data, "moov", "trak")[0]):
+        (size,) = struct.unpack_from(">I", data, place)
+        struct.pack_into(">I", data, place, size + len(box) - (old[1] if old else 0))
+    open(path, "wb").write(data)
+    return path
+
+
+EDITS = {"start": [(70, 30)], "within a group": [(63, 37)], "end": [(50, 0)], "most of it": [(12, 30)],
+         "one frame": [(1, 31)], "delay": [(40, None), (100, 0)], "long delay": [(750, None), (100, 0)],
+         "delay and part": [(15, None), (25, 63)], "all": [(150, 0)],
+         "two parts": [(25, 0), (25, 50)], "in another order": [(25, 50), (25, 0)]}
+
+
+@pytest.mark.parametrize("gap", [10, 50, 250])
+@pytest.mark.parametrize("case", EDITS)
+def test_edit_lists(tmp_path, monkeypatch, case, gap):
+    """What an edit list hides is not missing, and is not part of the video."""
+    expected = [k for n, first in EDITS[case] if first is not None for k in range(first, first + n)]
+    expected = [k for k in expected if k < 100]
+    for b_frames in (0, 3) if len(EDITS[case]) == 1 or None in EDITS[case][0] else (0,):  # else ffmpeg errs by a frame
+        path = edited(write(tmp_path / "a.mp4", range(100), bf=b_frames, g=gap), EDITS[case])
+        for pixels in (10**8, 100):  # all decoded, and by seeking
+            monkeypatch.setattr(frames, "WHOLE_PIXELS", pixels)
+            found, times = read_frames(path, len(expected))
+            assert numbers(found) == expected
+            assert np.allclose(times * 25, np.arange(len(expected)), atol=0.03)
+            assert clip_seconds(Clip(path))[1] == pytest.approx(len(expected) / 25, abs=0.01)
+
+
+@pytest.mark.parametrize("options", [{"movflags": "faststart"}, {"movflags": "frag_keyframe+empty_moov"},
+                                     {"movflags": "faststart", "bf": 0}])
+def test_an_mp4_cut_between_two_frames(tmp_path, options):
+    """Nothing is damaged then: what is missing stands in the table."""
+    path = write(tmp_path / "a.mp4", range(len(SLOW_END)), stamps=SLOW_END, g=20, **options)
+    assert numbers(read_frames(path, 2)[0]) == [0, len(SLOW_END) - 1]
+    data = open(path, "rb").read()
+    with av.open(path) as container:
+        ends = [entry.pos for entry in container.streams.video[0].index_entries]
+    for kept in (15, 30, 50, 58):
+        (tmp_path / "b.mp4").write_bytes(data[: ends[kept]])
+        with pytest.raises(VideoError, match=f"cut off after {kept} of "):
+            read_frames(tmp_path / "b.mp4", 2)
+
+
+TINY = ("GkXfo0AgQoaBAUL3gQFC8oEEQvOBCEKCQAR3ZWJtQoeBAkKFgQIYU4BnQI0VSalmQCgq17FAAw9CQE2AQAZ3aGFtbXlXQUAGd2hhbW15RIlACE"
+        "CPQAAAAAAAFlSua0AxrkAu14EBY8WBAZyBACK1nEADdW5khkAFVl9WUDglhohAA1ZQOIOBAeBABrCBCLqBCB9DtnVAIueBAKNAHIEAAIAwAQCd"
+        "ASoIAAgAAUAmJaQAA3AA/vz0AAA=")  # as pages on the web carry it: 8 x 8, one frame without a duration, 1 s by its head
+
+
+def test_a_tiny_webm(tmp_path):
+    data = base64.b64decode(TINY)
+    (tmp_path / "a.webm").write_bytes(data)
+    found, times = read_frames(tmp_path / "a.webm", 3)
+    assert len(data) == 185 and found.shape == (3, 8, 8, 3) and times.tolist() == [0, 0, 0]
+    assert clip_seconds(Clip(str(tmp_path / "a.webm"))) == (0, 1)
+    assert len(read_frames(tmp_path / "a.webm", 2, start=0.2, end=0.9)[0]) == 2
+    for kept in (20, 60, 140, 170, 180, 184):
+        (tmp_path / "b.webm").write_bytes(data[:kept])
+        with pytest.raises(VideoError):
+            read_frames(tmp_path / "b.webm", 3)
+
+
 @pytest.mark.parametrize("gap, refused", [(5, False), (50, True)])
 def test_frames_that_cannot_be_decoded(tmp_path, gap, refused):
     """Without its first packet a video begins with frames that nothing can be made of, up to the next key frame."""
@@ -205,11 +395,20 @@ def test_images(tmp_path):
             read_frames(video, 2)
 
 
+@pytest.mark.parametrize("suffix", ["webp", "bmp", "png", "jpeg", "JPG", "jfif", "tif", "TIFF", "ppm", "pgm"])
+def test_every_kind_of_image(tmp_path, suffix):
+    for k in range(11):
+        picture = Image.open(write(tmp_path.parent / f"{tmp_path.name}.png", [k], "png", pix_fmt="rgb24"))
+        picture.convert("L" if suffix == "pgm" else "RGB").save(tmp_path / f"{k}.{suffix}")
+    assert [os.path.basename(f) for f in video_files(str(tmp_path))] == [f"{k}.{suffix}" for k in range(11)]
+    assert numbers(read_frames(str(tmp_path), 11)[0]) == list(range(11))
+
+
 def test_whatever_else_lies_in_a_folder_of_frames_is_no_frame(tmp_path):
     images = [write(tmp_path / f"{k}.png", [k], "png", pix_fmt="rgb24") for k in range(11)]
-    for name in (".DS_Store", "times.txt", "._3.png"):
+    for name in (".DS_Store", "Thumbs.db", "times.txt", "._3.png", ".4.webp"):
         (tmp_path / name).write_text("no image")
-    (tmp_path / "thumbs.png").mkdir()
+    (tmp_path / "thumbs.png").mkdir(), (tmp_path / "__MACOSX").mkdir()
     assert [str(f) for f in video_files(str(tmp_path))] == [str(f) for f in images]  # 2 before 10
     assert clip_seconds(Clip(str(tmp_path))) == (0, 11)
     assert numbers(read_frames(str(tmp_path), 11)[0]) == list(range(11))
@@ -264,7 +463,9 @@ def test_unusual_names(tmp_path):
 
 
 def test_one_frame_and_wrong_arguments(tmp_path):
-    kinds = ("a.mp4", "libx264", "yuv420p"), ("a.gif", "gif", "gray"), ("a.jpg", "mjpeg", "yuvj420p")
+    kinds = [("a.gif", "gif", "gray"), ("a.jpg", "mjpeg", "yuvj420p"), ("a.webm", "libvpx", "yuv420p"),
+             ("a.avi", "mpeg4", "yuv420p"), ("b.mkv", "ffv1", "yuv420p"), ("b.avi", "mjpeg", "yuvj420p")]
+    kinds += [(f"a.{suffix}", "libx264", "yuv420p") for suffix in ("mp4", "mov", "mkv", "ts", "m4v", "flv")]
     for name, codec, pix_fmt in kinds:
         path = write(tmp_path / name, [1234], codec, pix_fmt=pix_fmt)
         for sampling in ("linspace", "midpoint"):

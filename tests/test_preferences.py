@@ -1,6 +1,7 @@
 """Preference files of every published shape read the same; broken rows are counted; what is written is read back."""
 
 import json
+import os
 
 import pytest
 
@@ -146,6 +147,17 @@ def test_what_is_written_is_read_back(one, tmp_path, format):
         assert [r["output_2"]["value"] for r in written[:2]] == ["a dog", pairs[1]["chosen"]]
     else:
         assert all(set(r) >= {"prompt", "chosen", "rejected"} for r in written)
+
+
+@pytest.mark.parametrize("format", ["vlm_rlaif", "trl"])
+def test_a_video_whose_name_is_no_text(tmp_path, format):
+    name = os.fsdecode(b"caf\xe9.mp4")
+    (tmp_path / name).touch()
+    (tmp_path / "x.json").write_text(json.dumps([rlaif(1, video=name)]))
+    pairs, _ = read_preferences([str(tmp_path / "x.json")])
+    write_preferences(tmp_path / "y.json", pairs, format)
+    (again,), _ = read_preferences([str(tmp_path / "y.json")])
+    assert again["clip"].path == pairs[0]["clip"].path == str(tmp_path / name)
 
 
 def test_saying_nothing_can_be_worse(one):

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import unicodedata
 
 import pytest
 
@@ -155,6 +156,48 @@ def test_names_are_found(tmp_path, given, there):
         assert record["clip"].path == str(root / there)
         for path in sorted(root.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("given, there", [
+    ("café.mp4", "café.mp4"), ("café", "café.webm"), ("café.mp4", "v_café.mkv"), ("v_café.pkl", "café.mp4"),
+    ("été/café.mp4", "été/café.mp4"), ("a/été/ñ/x", "a/été/ñ/x.mp4"), ("été", "été/1.png"), ("Å.x", "Å.x.avi"),
+    ("가나.mp4", "가나.mp4"), ("ệ.gif", "ệ.gif")])
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+def test_letters_that_can_be_written_in_two_ways(tmp_path, given, there, on_disk):
+    """A Mac decomposes é into e and an accent, most others compose it."""
+    other = {"NFC": "NFD", "NFD": "NFC"}[on_disk]
+    given, there = unicodedata.normalize(other, given), unicodedata.normalize(on_disk, there)
+    assert given not in there
+    touch(tmp_path / "root" / there, tmp_path / "ann" / "videos" / "other.mp4")
+    found = tmp_path / "root" / (os.path.dirname(there) if there.endswith("png") else there)
+    for name in (given, str(tmp_path / "root" / given)):
+        (record,), _ = read_records([write(tmp_path / "ann" / "x.json", [qa(name)])], str(tmp_path / "root"))
+        assert record["clip"].path == str(found)
+    if there.endswith("png"):
+        (record,), _ = read_records([write(tmp_path / "ann" / "x.json", [qa(None, images=[f"{given}/1.png"])])],
+                                    str(tmp_path / "root"))
+        assert record["clip"].path == (str(tmp_path / "root" / there),)
+    touch(tmp_path / "root" / (os.path.join(given, "1.png") if there.endswith("png") else given + ".mp4"))
+    if not os.path.splitext(given)[1]:  # where both are there, each is itself
+        (record,), _ = read_records([write(tmp_path / "ann" / "x.json", [qa(given)])], str(tmp_path / "root"))
+        assert unicodedata.is_normalized(other, record["clip"].path[len(str(tmp_path)):])
+
+
+@pytest.mark.parametrize("suffix", ["webp", "bmp", "png", "jpeg", "JPG", "jfif", "tif", "TIFF", "ppm", "pgm"])
+def test_folders_of_every_kind_of_image(tmp_path, suffix):
+    images = [f"f/{k}.{suffix}" for k in range(3)]
+    touch(*(tmp_path / image for image in images))
+    file = write(tmp_path / "x.json", [qa("f"), qa("f.mp4"), qa(None, images=images), qa(None, videos=images)])
+    records, _ = read_records([file])
+    paths = tuple(str(tmp_path / image) for image in images)
+    assert [r["clip"].path for r in records] == [str(tmp_path / "f")] * 2 + [paths] * 2
+
+
+def test_what_a_mac_or_windows_leaves_is_no_video(one, tmp_path):
+    touch(tmp_path / "e" / "._1.jpg", tmp_path / "e" / ".DS_Store", tmp_path / "e" / "Thumbs.db",
+          tmp_path / "__MACOSX" / "g" / "._1.jpg", tmp_path / "._h.mp4")
+    records, report = one([qa("a"), qa("e"), qa("g"), qa("h")])
+    assert len(records) == 1 and report["skipped"]["video missing"]["count"] == 3
 
 
 def test_which_of_several_is_found(one, tmp_path):

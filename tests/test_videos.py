@@ -197,6 +197,53 @@ def test_the_checker_names_what_is_refused(tmp_path, monkeypatch, capsys):
     assert not stop.value.code
 
 
+NAMES = [b"caf\xe9.mp4", b"\xff\xfe.mkv", b"two\nlines.mp4", "\u2028 \u3042.mp4".encode(), "\U0001f600.avi".encode()]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_the_checker_takes_every_name(tmp_path, encoding):
+    """A name that is no UTF-8 or not of the terminal's encoding, or that has a line break, is one line as all others."""
+    data = open(write(tmp_path / "good.mp4", range(4)), "rb").read()
+    night = open(write(tmp_path / "night.mp4", [0] * 4), "rb").read()
+    for kind, content in (("good", data), ("night", night), ("broken", b"no video")):
+        os.makedirs(tmp_path / "videos" / kind)
+        for name in NAMES:
+            with open(os.path.join(os.fsencode(tmp_path / "videos" / kind), name), "wb") as f:
+                f.write(content)
+    os.remove(os.path.join(os.fsencode(tmp_path / "videos/good"), NAMES[3]))
+    done = subprocess.run(
+        [sys.executable, REPO / "check_videos.py", "--videos", "videos", "--workers", "1", "--out", "broken.json"],
+        cwd=tmp_path, capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": encoding})
+    said = done.stdout.decode(encoding.split(":")[0]).splitlines()
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert sorted(line.split(":")[0] for line in said[:-1]) == ["black"] * 5 + ["refused"] * 5
+    assert said[-1].startswith("14 files: 9 can be read, 5 of them are black; 5 refused; ")
+    listed = json.loads((tmp_path / "broken.json").read_text())
+    assert {os.path.basename(os.fsencode(name)) for name in listed} == set(NAMES)
+
+
+def test_what_is_hidden_is_passed_over(tmp_path, monkeypatch, capsys):
+    good = open(write(tmp_path / "a.mp4", range(4)), "rb").read()
+    place = tmp_path / ".data" / "videos"  # where the user points to is meant, hidden or not
+    for name in ("a.mp4", "sub/b.mp4", "..c/d.mp4", "_e.mp4", "._a.mp4", "sub/._b.mp4", "__MACOSX/sub/b.mp4",
+                 "__MACOSX/._a.mp4", ".Trash/f.mkv", "sub/.g.webm", "MACOSX/h.mp4"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(b"no video" if "._" in name else good)
+    for name in (".DS_Store", "Thumbs.db", "sub/desktop.ini"):
+        (place / name).write_bytes(b"")
+    assert [os.path.relpath(p, place) for p in video_paths(str(place))] == [
+        "MACOSX/h.mp4", "_e.mp4", "a.mp4", "sub/b.mp4"]
+    with pytest.raises(SystemExit) as stop:
+        main_of(monkeypatch, tmp_path, "check_videos.py", "--videos", ".data/videos", "--workers", "1")
+    assert not stop.value.code and "4 files: 4 can be read" in (said := capsys.readouterr().out)
+    assert "0 refused, 7 hidden ones passed over, e.g. .data/videos/" in said and said.count("\n") == 1
+    assert video_paths(str(place / "._a.mp4")) == [str(place / "._a.mp4")]  # named by the user
+    (tmp_path / "packed" / "__MACOSX").mkdir(parents=True)
+    (tmp_path / "packed" / "__MACOSX" / "._a.mp4").touch()
+    with pytest.raises(SystemExit, match="no file there has the extension of a video, 1 hidden ones passed over"):
+        main_of(monkeypatch, tmp_path, "check_videos.py", "--videos", "packed")
+
+
 @pytest.mark.parametrize("flags", ["", "--videos . --num_frames 0", "--videos . --time_limit 0",
                                    "--videos . --workers 0", "--videos . --memory_gib nan", "--video ."])
 def test_flags_of_the_checker(tmp_path, monkeypatch, capsys, flags):
