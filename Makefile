@@ -2,6 +2,7 @@
 # make test    the tests (minutes on two cores)
 # make world   the weights in embedded_world/weights trained again from nothing, into runs/weights (a quarter of an hour)
 # make test-slow   the long ones: every script killed twenty times, a thousand damaged videos (minutes)
+# make mutants   about 190 planted errors, each of which a test must notice (hours on two cores)
 # make results   the tables and pictures of accuracy again, three seeds (hours on two cores)
 # All make .venv when it is not there; everything is resumable, what is finished is not done again.
 
@@ -13,7 +14,7 @@ DIST = $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(if $(filte
 WORLD = data/moving_shapes
 POLICY = --data $(WORLD)/train.json --num_clips 40 --batch_size 16
 
-.PHONY: demo results test test-slow world
+.PHONY: demo mutants results test test-slow world
 
 .venv/done: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -25,6 +26,9 @@ test: .venv/done
 
 test-slow: .venv/done
 	$(PY) -m pytest -n 2 --dist loadfile -m slow -o faulthandler_timeout=7200
+
+mutants: .venv/done
+	$(PY) tests/mutants.py --out runs/mutants.json
 
 demo: export OMP_NUM_THREADS = 1
 demo: .venv/done

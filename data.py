@@ -276,7 +276,7 @@ def _listing(folder):
 
 
 def _composed(name):
-    """A name as most systems write it: é is one character or, from a Mac, two. A file can have only one of the names."""
+    """A name as most systems write it: é is one character or, from a Mac, two. A file has one of the two names."""
     return unicodedata.normalize("NFC", name)
 
 

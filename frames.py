@@ -24,7 +24,7 @@ WHOLE, WHOLE_PIXELS = 1000, 10**8  # up to so many frames and pixels all is deco
 
 @classmethod
 def _unnamed(cls, value):
-    """PyAV has no name for some of what ffmpeg attaches to a frame, such as EXIF (31). Its error would hide the rest."""
+    """PyAV has no name for some of what ffmpeg attaches to a frame, such as EXIF (31). Its error would hide all."""
     member = object.__new__(cls)
     member._name_, member._value_ = f"TYPE_{value}", value
     return member
@@ -397,7 +397,7 @@ def _rgb(frame):
     image = rows[:, : frame.width * 3].reshape(frame.height, frame.width, 3)
     if matrix is None:
         return image
-    # The point (x, y) is to be shown at (a x + c y, b x + d y). A negative determinant mirrors: then x goes to -x first.
+    # The point (x, y) is to be shown at (a x + c y, b x + d y). A negative determinant mirrors: x goes to -x first.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(float)
     if a * d < b * c:
         a, b, image = -a, -b, image[:, ::-1]

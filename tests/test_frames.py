@@ -340,7 +340,7 @@ def test_an_mp4_cut_between_two_frames(tmp_path, options):
 
 TINY = ("GkXfo0AgQoaBAUL3gQFC8oEEQvOBCEKCQAR3ZWJtQoeBAkKFgQIYU4BnQI0VSalmQCgq17FAAw9CQE2AQAZ3aGFtbXlXQUAGd2hhbW15RIlACE"
         "CPQAAAAAAAFlSua0AxrkAu14EBY8WBAZyBACK1nEADdW5khkAFVl9WUDglhohAA1ZQOIOBAeBABrCBCLqBCB9DtnVAIueBAKNAHIEAAIAwAQCd"
-        "ASoIAAgAAUAmJaQAA3AA/vz0AAA=")  # as pages on the web carry it: 8 x 8, one frame without a duration, 1 s by its head
+        "ASoIAAgAAUAmJaQAA3AA/vz0AAA=")  # as pages on the web carry it: 8 x 8, one frame without a duration
 
 
 def test_a_tiny_webm(tmp_path):

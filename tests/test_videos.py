@@ -202,7 +202,7 @@ NAMES = [b"caf\xe9.mp4", b"\xff\xfe.mkv", b"two\nlines.mp4", "\u2028 \u3042.mp4"
 
 @pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
 def test_the_checker_takes_every_name(tmp_path, encoding):
-    """A name that is no UTF-8 or not of the terminal's encoding, or that has a line break, is one line as all others."""
+    """A name that is no UTF-8 or not of the terminal's encoding, or that has a line break, is one line like others."""
     data = open(write(tmp_path / "good.mp4", range(4)), "rb").read()
     night = open(write(tmp_path / "night.mp4", [0] * 4), "rb").read()
     for kind, content in (("good", data), ("night", night), ("broken", b"no video")):
