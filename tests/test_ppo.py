@@ -1,4 +1,4 @@
-"""PPO: each equation against numbers worked out by hand or a slow double loop, the loop (`main`) against a plain version."""
+"""PPO: each equation against numbers by hand or a slow double loop, the loop (`main`) against a plain version."""
 
 import ast
 import json
