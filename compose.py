@@ -62,6 +62,9 @@ def compose(clip, qformer, llm, num_frames=8, seed=0, dtype=torch.float32):
     one from nothing. llm: a LLaMA-class decoder with its tokenizer, or a folder with a tokenizer alone for `tiny`'s
     LLaMA from nothing.
     """
+    for name, file in ((clip, "config.json"), (llm, "tokenizer_config.json")):
+        if not find(name, file):
+            raise OSError(f"{name}: {file} is missing there")
     vision = CLIPVisionModel.from_pretrained(clip, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(llm)
     tokenizer.add_special_tokens({"additional_special_tokens": [VIDEO_TOKEN]}, replace_extra_special_tokens=False)

@@ -1,6 +1,7 @@
 """Every public shape is read as its makers publish it, and gives the official number; what is broken is named."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -395,7 +396,7 @@ def test_missing_files_are_named(tmp_path):
     for call in (lambda: bf.questions("video_mme", str(tmp_path)),
                  lambda: pf.predictions("msvd_qa", [str(tmp_path / "x.json")]),
                  lambda: pf.predictions("msvd_qa", [str(tmp_path)])):
-        with pytest.raises(DataError, match=str(tmp_path)):
+        with pytest.raises(DataError, match=re.escape(str(tmp_path))):
             call()
     put(tmp_path, "test_q.json", [{"video_name": "a", "question": "b", "question_id": "c"}])
     with pytest.raises(DataError, match="test_a.json: cannot be read"):

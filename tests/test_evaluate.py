@@ -275,7 +275,6 @@ def test_table_text_and_markdown():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Two runs of a tiny untrained model, three videos of which one is broken, eight questions."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("place")
     CLIPVisionModel(CLIPVisionConfig(**TINY_VISION)).save_pretrained(folder / "clip")
     CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}).save_pretrained(

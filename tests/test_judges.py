@@ -49,7 +49,7 @@ def server(monkeypatch):
 
 def judge_of(server, folder):
     return judges.ApiJudge(SimpleNamespace(
-        api_url=server.url, api_model="m", cache=str(folder), api_concurrency=4, api_timeout=5.0, api_retries=0,
+        api_url=server.url, api_model="m", cache=str(folder), api_concurrency=4, api_timeout=60.0, api_retries=0,
         api_max_tokens=64, api_frames=0, api_size=64))
 
 

@@ -330,7 +330,7 @@ def test_two_processes_collect_and_train_as_one(world, pairs_file, forked, monke
     for a, b in zip(rows(one)[:4], rows(two)):
         assert a.keys() == b.keys()
         for key in a:
-            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), f"step {a['step']}: {key}"
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-4), f"step {a['step']}: {key}"
     assert rows(one)[0]["losses/bradley_terry"] == pytest.approx(math.log(2))  # a head of zeros has no opinion
     assert rows(one)[-1]["losses/bradley_terry"] < 0.69
     assert {"eval/accuracy", "eval/margin"} <= rows(one)[-1].keys() and "eval/accuracy" in rows(one)[3]
