@@ -117,6 +117,8 @@ class OracleArgs(ApiArgs):
     oracle_model: str = HfArg(default=JUDGE, help="the judging model")
     reward_model: str = HfArg(default=REWARD_MODEL, help="the checkpoint that --oracle reward_model ranks by")
     oracle_dtype: str = HfArg(default="float32", help="float32, or bfloat16: of the oracles' weights")
+    oracle_tokens: int = HfArg(default=16384, help="tokens that a local judge holds at a time, prompts and padding "
+                               "included: fewer take less memory and more time")
     api_mode: str = HfArg(default="listwise", help="listwise: one request a group | pairwise: one a pair and order")
 
     @property
@@ -136,6 +138,7 @@ class OracleArgs(ApiArgs):
                     raise ValueError(f"--{flag} {default} knows the embedded world only, not --data {self.data}")
         if self.oracle_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--oracle_dtype {self.oracle_dtype}: choose float32 or bfloat16")
+        at_least(self, oracle_tokens=1)
         self.check_api(needed="api" in self.raters)
 
 

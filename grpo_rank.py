@@ -87,7 +87,8 @@ ADVANTAGES = ("oracle_rank", "published", "signed", "score", "random")
 class Args(OracleArgs, RolloutArgs, ShardArgs):  # the last groups: flags.py
     PRESETS = {"paper": dict(  # [OR]; lr, answer length and memory are ours (D7); no annotation: this is not a flag
         G=5, prompts_per_step=64, epochs=4, lora_r=64, lora_alpha=16, quantize="nf4", dtype="bfloat16",
-        oracle_dtype="bfloat16", gradient_checkpointing=True, tokens_per_micro_batch=1500, lr=3e-5, max_new_tokens=128)}
+        oracle_dtype="bfloat16", oracle_tokens=4096, gradient_checkpointing=True,
+        tokens_per_micro_batch=1500, lr=3e-5, max_new_tokens=128)}
     # -- algorithm
     preset: str = HfArg(default="", help="paper: the published G, batch, epochs and QLoRA, with rates, lengths and "
                         "precision of ours (D7); other flags still win")

@@ -44,6 +44,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from transformers.hf_argparser import HfArg
@@ -77,6 +78,7 @@ import harness
 from api_oracle import ASPECTS, COUNTERS, ApiClient, ApiError, ApiOracle
 from data import Clip, DataError, FeatureCache, read_records
 from frames import VideoError, clip_seconds
+from packing import tree_rows, trees
 from preferences import one_line, reward_batch, told
 from ranks import (
     f1_parts,
@@ -89,11 +91,11 @@ from ranks import (
     ranks_of,
     token_f1,
 )
-from video_llm import Prefix, generate, load_model, token_logprobs, token_scores
+from rollouts import batches
+from video_llm import Prefix, generate, load_model, mask_kind, token_scores
 
 DESCRIBE = "Describe this video in detail"  # VLM-RLAIF Sec. 3.1
 MAX_NARRATIVE_TOKENS = 64  # per clip
-PACK = 4  # comparisons in one packed row
 
 
 def judge_prompt(question, first, second, narrative=None):
@@ -161,12 +163,13 @@ def readable_only(*width):
 class JudgeOracle:
     """A video LLM compares answers two by two; `narrative=True` is the context-aware judge of VLM-RLAIF."""
 
-    def __init__(self, model_dir, cache_dir, narrative, device="cpu", clips=3, max_frames=20, rows=24,
-                 dtype="float32"):
+    def __init__(self, model_dir, cache_dir, narrative, device="cpu", clips=3, max_frames=20,
+                 tokens=16384, dtype="float32"):
         self.model, self.processor = load_model(model_dir, dtype=getattr(torch, dtype), device=device)
         self.model.requires_grad_(False).eval()
         self.cache = FeatureCache(self.model, self.processor, cache_dir)
-        self.device, self.narrative, self.clips, self.max_frames, self.rows = device, narrative, clips, max_frames, rows
+        self.device, self.narrative, self.tokens = device, narrative, tokens
+        self.clips, self.max_frames = clips, max_frames
         weights = hashlib.sha256(self.cache.setup.encode())
         for p in self.model.state_dict().values():
             weights.update(p.detach().cpu().float().numpy().tobytes())
@@ -205,8 +208,8 @@ class JudgeOracle:
             if video not in bad and video not in self.told and self.story_file(video).exists():
                 self.told[video] = self.story_file(video).read_text(encoding="utf-8")
         new = [v for v in dict.fromkeys(videos) if v not in self.told and v not in bad]
-        for i in range(0, len(new), self.rows // self.clips or 1):
-            some = new[i : i + (self.rows // self.clips or 1)]
+        for i in range(0, len(new), 48):  # an interruption loses at most these
+            some = new[i : i + 48]
             texts = self.describe([part for v in some for part in cut(v, self.clips)])
             for k, video in enumerate(some):
                 self.told[video] = " ".join(texts[k * self.clips : (k + 1) * self.clips])
@@ -221,9 +224,10 @@ class JudgeOracle:
 
     def answer(self, clips, questions, num_frames=None):
         """Greedy answers, one each."""
-        out = []
-        for n in range(0, len(clips), self.rows):
-            some = slice(n, n + self.rows)
+        prompt = max((len(self.processor.prompt_ids(q)) for q in questions), default=0)
+        out, rows = [], max(1, self.tokens // (prompt + MAX_NARRATIVE_TOKENS))
+        for n in range(0, len(clips), rows):
+            some = slice(n, n + rows)
             prefix = Prefix.build(self.processor, self.cache, questions[some], clips[some], self.device,
                                   num_frames=num_frames)
             uniforms = torch.zeros(len(clips[some]), 1, MAX_NARRATIVE_TOKENS)  # unread: temperature 0
@@ -237,7 +241,7 @@ class JudgeOracle:
     def preferences(self, videos, questions, answers):
         """P(answer i is better than answer j), (B,G,G), both orders averaged, so P_ij + P_ji = 1 and P_ii = 1/2.
 
-        All ordered pairs of *distinct* answers are compared, PACK of them behind one prefix (video, narrative).
+        All ordered pairs of *distinct* answers are compared.
         """
         B, G = len(answers), len(answers[0])
         one = one_of_equals(answers)
@@ -253,40 +257,45 @@ class JudgeOracle:
         return prefers
 
     def ask(self, asked, videos, questions, answers):
-        """Comparisons [(b,i,j), ...] -> {(b,i,j): P(answer i | i shown first, j second)}."""
+        """Comparisons [(b,i,j), ...] -> {(b,i,j): P(answer i | i shown first, j second)}. The two
+        possible replies to a comparison are answer i and answer j."""
         stories = self.narratives(videos) if self.narrative else [None] * len(videos)
-        # Rows of at most PACK comparisons of one group: attention costs the square of a row's length.
-        rows = [[(b, i, j) for b, i, j in asked if b == k] for k in range(len(videos))]
-        rows = [row[n : n + PACK] for row in rows for n in range(0, len(row), PACK)]
-        rows.sort(key=lambda row: (len(row), max(len(answers[b][i] + answers[b][j]) for b, i, j in row)))
-        p = {}
-        for n in range(0, len(rows), self.rows):
-            p |= self.compare(rows[n : n + self.rows], videos, questions, answers, stories)
-        return p
+        asked, groups = sorted(asked), []
+        for b, pairs in groupby(asked, key=lambda comparison: comparison[0]):
+            pairs = [(i, j) for _, i, j in pairs]
+            heads, tails = zip(*(judge_prompt(questions[b], answers[b][i], answers[b][j], stories[b])
+                                 for i, j in pairs))
+            head, *tails = self.processor.split_prompt_ids(heads[0], *tails)
+            reply = {k: self.processor.answer_ids(answers[b][k]) for k in set(sum(pairs, ()))}
+            texts = [(tail, reply[k]) for tail, pair in zip(tails, pairs) for k in pair]
+            groups.append((videos[b], head, texts))
+        logprobs = self.reply_logprobs(groups)
+        return dict(zip(asked, torch.sigmoid(logprobs[0::2] - logprobs[1::2]).tolist()))
 
-    def compare(self, rows, videos, questions, answers, stories):
-        """Each row: comparisons [(b,i,j), ...] of one group b. Both replies to a comparison, answer i and answer j, are
-        scored behind the shared head. -> {(b,i,j): P(answer i)}."""
-        heads, tails, counts = [], [], []
-        for row in rows:
-            ask = lambda b, i, j: judge_prompt(questions[b], answers[b][i], answers[b][j], stories[b])
-            parts = [self.processor.split_prompt_ids(*ask(*one)) for one in row]
-            replies = [[self.processor.answer_ids(answers[b][k]) for k in (i, j)] for b, i, j in row]
-            heads.append(parts[0][0])
-            tails.append([tail + reply for (_, tail), pair in zip(parts, replies) for reply in pair])
-            counts.append([len(reply) for pair in replies for reply in pair])
-        ids, mask = self.processor.pad(heads, "left")
-        prefix = Prefix(*(x.to(self.device) for x in (ids, mask, *self.cache([videos[row[0][0]] for row in rows]))))
-        n = max(map(len, tails))
-        flat = [t for row in tails for t in row + [row[0]] * (n - len(row))]
-        tokens = self.processor.pad(flat, "right")[0].view(len(rows), n, -1).to(self.device)
-        lengths = torch.tensor([len(t) for t in flat]).view(len(rows), n)
-        logprobs = token_logprobs(self.model, prefix, tokens, lengths.to(self.device))[0].cpu().view(len(rows), n, -1)
-        p = {}
-        for r, row in enumerate(rows):
-            reply = [logprobs[r, k, lengths[r, k] - c : lengths[r, k]].sum() for k, c in enumerate(counts[r])]
-            p |= {one: torch.sigmoid(reply[2 * k] - reply[2 * k + 1]) for k, one in enumerate(row)}
-        return p
+    def reply_logprobs(self, groups):
+        """log P(reply | video, head, text), summed over the reply's tokens, for all replies of all
+        groups. A group is (video, head, [(text, reply), ...]), everything but the video in ids.
+
+        A group is one row of a batch: its video, its head and what its texts begin with are
+        computed once. A batch has at most `tokens` tokens, padding included. A longer group is cut.
+        """
+        rows = [(video, head, tree) for video, head, texts in groups
+                for tree in trees(texts, self.tokens - len(head))]
+        lengths = torch.tensor([len(head) + len(tree.ids) for _, head, tree in rows])
+        out, pad_id = [None] * len(rows), self.processor.tokenizer.pad_token_id
+        for batch in batches(lengths, self.tokens, stretch=1.25):
+            videos, heads, batch_trees = zip(*(rows[i] for i in batch))
+            features, frame_mask = (x.to(self.device) for x in self.cache(videos))
+            inputs, (row, column, token) = tree_rows(heads, batch_trees, pad_id,
+                                                     *mask_kind(self.model), self.device)
+            logits = self.model(**inputs, video_features=features, frame_mask=frame_mask).logits
+            logprobs = logits[row, column, token].float()
+            logprobs -= logits.float().logsumexp(-1)[row, column]
+            lengths_of = [len(reply) for tree in batch_trees for _, reply in tree.texts]
+            sums = iter([part.sum().item() for part in logprobs.cpu().split(lengths_of)])
+            for i, tree in zip(batch, batch_trees):
+                out[i] = [next(sums) for _ in tree.texts]
+        return torch.tensor(sum(out, []))
 
     @readable_only()
     def score(self, videos, questions, answers):
@@ -336,21 +345,19 @@ class JudgeOracle:
 
     def logprobs(self, videos, questions, answers):
         """log P(answer | video, question) summed over its tokens (B,G), and their number (B,G), EOS counted."""
-        totals, counts = [], []
-        for n in range(0, len(videos), self.rows):
-            some = slice(n, n + self.rows)
-            prefix = Prefix.build(self.processor, self.cache, questions[some], videos[some], self.device)
-            tokens, lengths = reply_tokens(self.processor, answers[some], self.device)
-            logprobs = token_logprobs(self.model, prefix, tokens, lengths)[0]  # (N,T)
-            totals.append(logprobs.sum(-1).view(lengths.shape).cpu())
-            counts.append(lengths.cpu())
-        return torch.cat(totals), torch.cat(counts)
+        replies = [[self.processor.answer_ids(a) for a in group] for group in answers]
+        totals = self.reply_logprobs([
+            (video, self.processor.prompt_ids(question), [([], reply) for reply in group])
+            for video, question, group in zip(videos, questions, replies)])
+        counts = torch.tensor([[len(reply) for reply in group] for group in replies])
+        return totals.view(counts.shape), counts
 
 
 class RewardModelOracle:
     """The reward of a model with a scalar head, trained on preferences by reward_model.py."""
 
-    def __init__(self, model_dir, cache_dir, device="cpu", rows=24, loaded=None, dtype="float32"):
+    def __init__(self, model_dir, cache_dir, device="cpu", rows=24, loaded=None, dtype="float32",
+                 tokens=16384):
         self.model, self.processor = loaded or load_model(model_dir, dtype=getattr(torch, dtype), device=device)
         if not self.model.config.scalar_head:
             raise DataError(f"{model_dir}: no reward model (it has no scalar head)")
@@ -367,7 +374,8 @@ class RewardModelOracle:
             raise DataError(f"{model_dir}/reward_model.json: no narrative_clips, narrative_model, answer_first and "
                             f"guided ({e!r})") from None
         if self.narrative or self.guided:  # it reads this model's narratives and answers
-            self.teller = JudgeOracle(model, cache_dir, True, device, clips=max(clips, 1), dtype=dtype)
+            self.teller = JudgeOracle(model, cache_dir, True, device, clips=max(clips, 1), tokens=tokens,
+                                      dtype=dtype)
             self.told_by = model, self.teller.clips
 
     def unreadable(self, videos):
@@ -434,13 +442,6 @@ class MeanRankOracle:
         return torch.stack(points).mean(0), torch.stack(oks).all(0)
 
 
-def reply_tokens(processor, answers, device):
-    """B lists of G strings -> tokens (B,G,T) right padded, lengths (B,G) with EOS."""
-    rows = [processor.answer_ids(a) for group in answers for a in group]
-    lengths = torch.tensor([len(row) for row in rows]).view(len(answers), -1)
-    return processor.pad(rows, "right")[0].view(*lengths.shape, -1).to(device), lengths.to(device)
-
-
 def cut(clip, parts):
     """A clip in `parts` clips of equal length. Raises VideoError."""
     start, end = clip_seconds(clip)
@@ -458,15 +459,16 @@ def make_oracle(args, records, device="cpu", names=None, loaded=None):
             raters[name] = ReferenceOracle(records)
         elif name == "reward_model":
             raters[name] = RewardModelOracle(args.reward_model, args.cache, device, loaded=loaded,
-                                             dtype=args.oracle_dtype)
+                                             dtype=args.oracle_dtype, tokens=args.oracle_tokens)
         elif name == "api":
             client = ApiClient(args.api_url, args.api_model, args.cache, args.api_concurrency, args.api_timeout,
                                args.api_retries)
             raters[name] = ApiOracle(client, args.api_mode, args.api_frames, args.api_size, args.api_max_tokens,
                                      args.seed)
         else:
-            judge = copy.copy(judge) or JudgeOracle(args.oracle_model, args.cache, False, device,
-                                                    dtype=args.oracle_dtype)  # one model for both
+            judge = copy.copy(judge) or JudgeOracle(  # one model for both
+                args.oracle_model, args.cache, False, device, dtype=args.oracle_dtype,
+                tokens=args.oracle_tokens)
             judge.narrative = name == "context"
             raters[name] = judge
     return raters[name] if len(raters) == 1 else MeanRankOracle(raters)

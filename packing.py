@@ -3,10 +3,12 @@ rows that grow in place while they are sampled, on a GPU as one CUDA graph a tok
 
         prefix  a1 a1 a1  a2  a3 a3 ...     one row of P + sum of lengths tokens; positions restart behind the prefix
 
-`video_llm.packed` and `video_llm.generate` lay rows out like this; B rows, b of them still running.
+`video_llm.packed` and `video_llm.generate` lay rows out like this; B rows, b of them still running. `tree_rows` shares
+more than the prefix: the comparisons that a judge reads have common beginnings.
 """
 
 import gc
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,11 @@ def block_mask(owner, place, columns, dtype, window=None):
     sees &= torch.arange(owner.shape[1], device=owner.device) <= columns[:, None]
     if window:
         sees &= place[:, columns, None] - place[:, None] < window
+    return additive(sees, dtype)
+
+
+def additive(sees, dtype):
+    """(B,L,K) bool -> mask (B,1,L,K), 0 where a token sees another."""
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
 
 
@@ -49,6 +56,90 @@ def sdpa(module, query, key, value, attention_mask, prefix=None, **kwargs):
 AttentionInterface.register("sdpa", sdpa)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Texts with common beginnings: trees
+# ---------------------------------------------------------------------------------------------------------------
+class Tree:
+    """Texts as a tree of tokens: what several of them begin with is there once.
+
+        Response 1: red -- Response 2: blue   Which is better? -- red
+                        |                                      `- blue
+                        `- Response 2: green  Which is better? -- red
+                                                               `- green
+
+    texts: pairs (before, reply) of lists of ids. Only the replies are scored. Nodes are numbered
+    depth first: the descendants of node n are n + 1, .., end[n] - 1. A reply's last token is no
+    node, because what it predicts is not read. In a row the nodes that predict a reply come last,
+    so that the other columns need no logits.
+
+    ids, place, number, end   of every node, in the order of the row; place 0 follows the prefix
+    read                      for every text: where in the row the tokens of its reply are
+                              predicted, -1 at the prefix's last token
+    """
+
+    def __init__(self, texts):
+        self.texts, paths = texts, {}
+        ids, place, end, path, last = [], [], [], [], []
+        for k in sorted(range(len(texts)), key=lambda k: sum(texts[k], [])):
+            before, reply = texts[k]
+            text = before + reply[:-1]
+            shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(last, text))))
+            path = [*path[:shared], *range(len(ids), len(ids) + len(text) - shared)]
+            ids += text[shared:]
+            place += range(shared, len(text))
+            end += [0] * (len(text) - shared)
+            for n in path:
+                end[n] = len(ids)
+            last, paths[k] = text, [-1, *path][len(before) :]
+        read = set().union(*paths.values())
+        self.number = sorted(range(len(ids)), key=lambda n: n in read)
+        self.ids, self.place, self.end = ([x[n] for n in self.number] for x in (ids, place, end))
+        at = {n: column for column, n in enumerate(self.number)} | {-1: -1}
+        self.read = [[at[n] for n in paths[k]] for k in range(len(texts))]
+
+
+def trees(texts, room):
+    """The texts in one tree; where it has more than `room` nodes, in those of its halves."""
+    tree, half = Tree(texts), len(texts) // 2
+    if len(tree.ids) <= room or not half:
+        return [tree]
+    return trees(texts[:half], room) + trees(texts[half:], room)
+
+
+def tree_rows(heads, trees, pad_id, dtype, window, device):
+    """A batch of rows, each a head (ids) and the tree that follows it, padded on the left.
+
+    -> the inputs of `VideoLLM` (without the videos) and (row, column, token), three tensors: where
+    in its logits each token of each reply is predicted. Logits are kept from the first such column.
+    """
+    W = max(len(h) + len(t.ids) for h, t in zip(heads, trees))
+    A = max(1, *(len(t.ids) for t in trees))
+    rows = lambda fill, of_heads, of_trees: torch.tensor(
+        [[fill] * (W - len(h) - len(t)) + [*h, *t] for h, t in zip(of_heads, of_trees)],
+        device=device)
+    ids = rows(pad_id, heads, [t.ids for t in trees])
+    place = rows(0, [range(len(h)) for h in heads],
+                 [[len(h) + n for n in t.place] for h, t in zip(heads, trees)])
+    # A head is a chain before node 0, numbered -P..-1, and all nodes descend from it. So a token
+    # sees itself and the tokens of a smaller number that end after it. Padding sees padding.
+    number = rows(-W - 1, [range(-len(h), 0) for h in heads], [t.number for t in trees])
+    end = rows(-W, [[W] * len(h) for h in heads], [t.end for t in trees])
+    sees = (number[:, None] <= number[..., None]) & (number[..., None] < end[:, None])  # (B,W,W)
+    if window:
+        sees &= place[..., None] - place[:, None] < window
+    causal = not window and bool((number[:, 0] > -W - 1).all())  # nothing is padded
+    keep = max(len(t.ids) - min(map(min, t.read)) for t in trees)
+    read = [(row, keep - len(tree.ids) + column, token) for row, tree in enumerate(trees)
+            for (_, reply), columns in zip(tree.texts, tree.read)
+            for column, token in zip(columns, reply)]
+    inputs = dict(input_ids=ids, position_ids=place, attention_mask=additive(sees, dtype),
+                  logits_to_keep=keep, prefix=(W - A, causal), use_cache=False)
+    return inputs, torch.tensor(read, device=device).T
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rows that grow while they are sampled
+# ---------------------------------------------------------------------------------------------------------------
 class GrowingLayer(DynamicLayer):
     """Keys and values of a layer with room to grow by half: a token's are written in place, where a DynamicLayer copies
     all there are at every token."""

@@ -108,7 +108,8 @@ class Args(OracleArgs, RolloutArgs, ModelArgs):  # the last groups: flags.py
         warmup_steps=5, value_warmup=0, kl_coef=0.1, target_kl=0.0, center_scores=False, reward_scale=10.0,
         missing_eos_penalty=8.0, length_penalty=10.0, clip_range=0.2, value_clip_range=0.2, gamma=1.0, lam=1.0,
         temperature=1.0, adam_eps=1e-8, max_new_tokens=896, lora_r=64, lora_alpha=16, quantize="nf4",
-        dtype="bfloat16", oracle_dtype="bfloat16", gradient_checkpointing=True, micro_batch_size=8, stop_oracle="")}
+        dtype="bfloat16", oracle_dtype="bfloat16", oracle_tokens=4096, gradient_checkpointing=True,
+        micro_batch_size=8, stop_oracle="")}
     # -- algorithm
     preset: str = HfArg(default="", help="paper: defaults of VLM-RLAIF's script, QLoRA included; other flags still win")
     oracle: str = HfArg(default="reward_model", help="whose score is the reward: reward_model | judge | context | api: "

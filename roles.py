@@ -126,8 +126,9 @@ def value_prompts(args, roles, oracle, device):
     cache, teller = FeatureCache(unwrap(roles.value), roles.value_processor, args.cache), None
     if about["narrative_clips"]:
         same = getattr(oracle, "told_by", None) == (about["narrative_model"], about["narrative_clips"])
-        teller = oracle.teller if same else JudgeOracle(about["narrative_model"], args.cache, True, device,
-                                                        clips=about["narrative_clips"], dtype=args.oracle_dtype)
+        teller = oracle.teller if same else JudgeOracle(
+            about["narrative_model"], args.cache, True, device, clips=about["narrative_clips"],
+            dtype=args.oracle_dtype, tokens=args.oracle_tokens)
 
     def build(questions, clips, prefix):
         if args.value_model == "sft":

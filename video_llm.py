@@ -333,10 +333,12 @@ class VideoLLMProcessor(ProcessorMixin):
                 ids, keep = encode(self.clean(self.tokenizer.decode(question_ids[:keep]))), keep - 1
         return ids
 
-    def split_prompt_ids(self, head, tail):
-        """The prompt `head + tail` as two lists of ids: many tails can be packed after one head (oracle.py)."""
-        content = f"{VIDEO_TOKEN}\n{self.clean(head)}{CUT}\n{self.clean(tail)}"  # `clean` leaves no other CUT
-        return [self._ids(part) for part in self._template([{"role": "user", "content": content}]).split(CUT)]
+    def split_prompt_ids(self, head, *tails):
+        """The prompts `head + tail` as lists of ids, the head's first: many tails, one head (oracle.py)."""
+        parts = [f"{VIDEO_TOKEN}\n{self.clean(head)}", *(f"\n{self.clean(tail)}" for tail in tails), ""]
+        content = CUT.join(parts)  # `clean` leaves no other CUT
+        head, *tails, end = self._template([{"role": "user", "content": content}]).split(CUT)
+        return [self._ids(head), *(self._ids(tail + end) for tail in tails)]
 
     def _template(self, messages):
         return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template,

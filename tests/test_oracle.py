@@ -29,6 +29,7 @@ from oracle import (
     log_counts,
     make_oracle,
 )
+from packing import Tree
 from preferences import reward_prompt
 from ranks import (
     f1_parts,
@@ -284,31 +285,125 @@ def test_copies_of_an_answer_are_tied_and_inherit_its_comparisons(judge, clips):
     assert ranks[1][order].tolist() == [0, 1, 2, 3]  # most preferred first
 
 
-def test_the_order_and_the_company_of_groups_do_not_matter(judge, clips):
+def test_the_order_and_the_company_of_groups_do_not_matter(judge, clips, monkeypatch):
     whole = judge.preferences(clips, QUESTIONS, ANSWERS)
-    judge.rows, rows = 1, judge.rows  # batches of one group
-    try:
+    with monkeypatch.context() as changed:
+        changed.setattr(judge, "tokens", 1)  # batches of one comparison's reply
         turned = judge.preferences(clips[::-1], QUESTIONS[::-1], ANSWERS[::-1]).flip(0)
-    finally:
-        judge.rows = rows
     torch.testing.assert_close(turned, whole, rtol=0, atol=1e-5)
     order = [3, 1, 0, 2]
     moved = judge.preferences(clips, QUESTIONS, [[group[i] for i in order] for group in ANSWERS])
     torch.testing.assert_close(moved[1], whole[1][order][:, order], rtol=0, atol=1e-5)
 
 
+# --- how the judge reads: texts as trees ---------------------------------------------------------------------------
+def test_a_tree_holds_common_beginnings_once():
+    """By hand: 1 2 | 3 9, 1 2 | 4 5 9, 1 6 | 9 and the one text that the prefix itself predicts, | 1 7."""
+    tree = Tree([([1, 2], [3, 9]), ([1, 6], [9]), ([1, 2], [4, 5, 9]), ([], [1, 7])])
+    # depth first: 1 (0), 2 (1), 3 (2), 4 (3), 5 (4), 6 (5); no node where nothing is read: 9, 7
+    assert tree.number == [0, 1, 2, 3, 4, 5] and tree.ids == [1, 2, 3, 4, 5, 6]  # what follows a node that is read is
+    assert tree.place == [0, 1, 2, 2, 3, 1] and tree.end == [6, 5, 3, 5, 5, 6]
+    assert tree.read == [[1, 2], [5], [1, 3, 4], [-1, 0]]
+    tree = Tree([([1, 2, 3], [9]), ([1, 4, 5], [9])])  # the nodes that are read come last
+    assert tree.ids == [1, 2, 4, 3, 5] and tree.number == [0, 1, 3, 2, 4] and tree.read == [[3], [4]]
+
+
+def groups_of(judge, clips):
+    """Groups with heads of three lengths: texts that share all, some and nothing, one that goes on where another's
+    reply is predicted, empty texts, replies of EOS only."""
+    words = torch.randint(6, 300, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+    eos, some = judge.processor.tokenizer.eos_token_id, lambda *places: [words[p] for p in places]
+    head = lambda text: judge.processor.split_prompt_ids(text, "")[0]
+    return [
+        (clips[0], head(""), [(some(0, 1, 2), some(3, 4) + [eos]), (some(0, 1, 2), some(3, 5, 6) + [eos]),
+                              (some(0, 7), some(3, 4) + [eos]), (some(8, 9, 2), [eos]), (some(0, 1, 2, 3), some(9))]),
+        (clips[1], head("it moves left and stops"),
+         [([], some(10, 11) + [eos]), ([], [eos]), (some(10, 12, 13), [eos])]),
+        (clips[0], head("red"), [(some(*range(20, 45)), some(*range(45, 60)))]),
+        (clips[2], head("a square"), [([], [eos]), ([], [eos])])]
+
+
+@pytest.mark.parametrize("tokens", [10_000, 120, 1])
+def test_replies_are_scored_as_if_alone(judge, clips, monkeypatch, tokens):
+    """Against one unpadded forward pass for every reply; all groups in one batch, in several, every text on its own."""
+    monkeypatch.setattr(judge, "tokens", tokens)
+    groups, expected = groups_of(judge, clips), []
+    for clip, head, texts in groups:
+        features, frame_mask = judge.cache([clip])
+        for text, reply in texts:
+            ids = torch.tensor([head + text + reply])
+            logits = judge.model(input_ids=ids, attention_mask=torch.ones_like(ids), video_features=features,
+                                 frame_mask=frame_mask).logits[0, -len(reply) - 1 : -1].double()
+            expected.append(logits.log_softmax(-1)[torch.arange(len(reply)), torch.tensor(reply)].sum().float())
+    found = judge.reply_logprobs(groups)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
+    assert found.std() > 1 and judge.reply_logprobs([]).tolist() == []
+
+
+class Listens:
+    """Notes the rows and tokens of every forward pass, and the positions with logits."""
+
+    def __init__(self, judge, monkeypatch):
+        self.passes, forward, encode, self.videos = [], judge.model.forward, judge.model.encode_video, 0
+
+        def listen(input_ids, logits_to_keep=0, **kwargs):
+            self.passes.append((*input_ids.shape, logits_to_keep))
+            return forward(input_ids=input_ids, logits_to_keep=logits_to_keep, **kwargs)
+
+        def see(features, frame_mask):
+            self.videos += len(features)
+            return encode(features, frame_mask)
+
+        monkeypatch.setattr(judge.model, "forward", listen)
+        monkeypatch.setattr(judge.model, "encode_video", see)
+
+
+def test_a_group_passes_the_model_once(judge, clips, monkeypatch):
+    """Its video, its narrative and what comparisons share; only where a reply is predicted there are logits."""
+    story = "first a red circle moves . then it stops ."
+    monkeypatch.setattr(judge, "narrative", True)
+    monkeypatch.setattr(judge, "told", dict.fromkeys(clips, story))
+    heard, answers = Listens(judge, monkeypatch), ["red", "blue", "a green circle", "it moves left"]
+    judge.preferences(clips[:2], QUESTIONS[:2], [answers, ["left", "right", "left", "right"]])
+    assert heard.videos == 2 and sum(rows for rows, *_ in heard.passes) == 2
+    count = lambda text: len(judge.processor.tokenizer(text, add_special_tokens=False).input_ids)
+    head, pairs = len(judge.processor.split_prompt_ids(story, "")[0]), list(itertools.permutations(answers, 2))
+    once = sum(count(f"Response 1: {a}") for a in answers)
+    each = sum(count(f"Response 2: {b} Which response is better? {QUESTIONS[0]}<assistant>") for _, b in pairs)
+    replies = sum(count(a) + count(b) for a, b in pairs)
+    _, width, keep = max(heard.passes, key=lambda shape: shape[1])
+    assert width <= head + once + each + replies  # one forward pass a reply: 24 times head, response 1 and the rest
+    assert keep <= replies + len(pairs)  # the last token of a prompt predicts the first of both replies
+
+
+@pytest.mark.parametrize("tokens", [150, 400, 1500])
+def test_forward_passes_are_cut_to_a_budget(judge, clips, monkeypatch, tokens):
+    answers = [["it moves " + "left and then right " * n for n in range(1, 6)], ["red", "blue", "green", "a", "b"]] * 2
+    questions, videos = QUESTIONS[:2] * 2, clips[:2] * 2
+    whole = judge.preferences(videos, questions, answers)
+    monkeypatch.setattr(judge, "tokens", tokens)
+    heard = Listens(judge, monkeypatch)
+    torch.testing.assert_close(judge.preferences(videos, questions, answers), whole, rtol=0, atol=1e-5)
+    assert all(rows * width <= tokens for rows, width, _ in heard.passes)
+    assert len(heard.passes) > 3000 / tokens
+    assert tokens < 1000 or max(rows for rows, *_ in heard.passes) > 1
+    heard.passes.clear()
+    told = judge.answer(clips * 3, ["what is there?"] * 9)
+    longest = len(judge.processor.prompt_ids("what is there?")) + oracle.MAX_NARRATIVE_TOKENS
+    assert len(told) == 9 and max(rows for rows, *_ in heard.passes) == min(9, tokens // longest)
+
+
 def pretend(judge, monkeypatch, logprob):
     """Replace the model: logprob(first response, second response, reply) is all that it thinks of a reply."""
-    def think(model, prefix, tokens, lengths):
-        out = torch.zeros(tokens.shape)
-        for row, count, place in zip(tokens.flatten(0, 1), lengths.flatten(), out.flatten(0, 1)):
-            text = judge.processor.tokenizer.decode(row[:count])
-            asked, reply = text.removesuffix("</s>").split("<assistant>")
-            one, two = asked.split("Response 1:")[1].split("Response 2:")
-            place[count - 1] = logprob(one.strip(), two.split(" Give ")[0].strip(), reply.strip())
-        return out.flatten(0, 1), None
+    def think(groups):
+        out = []
+        for text, reply in (pair for _, _, texts in groups for pair in texts):
+            text, reply = judge.processor.tokenizer.decode(text), judge.processor.tokenizer.decode(reply)
+            one, two = text.removesuffix("<assistant>").split("Response 1:")[1].split("Response 2:")
+            out.append(logprob(one.strip(), two.split(" Which ")[0].strip(), reply.removesuffix("</s>").strip()))
+        return torch.tensor(out)
 
-    monkeypatch.setattr(oracle, "token_logprobs", think)
+    monkeypatch.setattr(judge, "reply_logprobs", think)
 
 
 def test_a_constant_preference_for_a_place_cancels(judge, clips, monkeypatch):

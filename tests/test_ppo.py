@@ -21,7 +21,7 @@ import harness
 import ppo_rlaif
 from data import FeatureCache
 from flags import parse_args
-from oracle import RewardModelOracle, reply_tokens
+from oracle import RewardModelOracle
 from ppo_rlaif import (
     Args,
     Validation,
@@ -435,7 +435,9 @@ def test_the_value_model_starts_from_the_reward_model(world, policy, reward_mode
     clips, questions, answers = seen["asked"]
     cache = FeatureCache(roles.value, roles.processor, world / "cache")
     prefix = Prefix.build(roles.processor, cache, questions, clips)
-    tokens, lengths = reply_tokens(roles.processor, answers, "cpu")
+    rows = [roles.processor.answer_ids(a) for group in answers for a in group]
+    lengths = torch.tensor([len(row) for row in rows]).view(len(answers), -1)
+    tokens = roles.processor.pad(rows, "right")[0].view(*lengths.shape, -1)
     with torch.no_grad():
         values = token_scores(roles.value, prefix, tokens, lengths).view(tokens.shape)
     near(values.gather(-1, lengths.unsqueeze(-1) - 1).squeeze(-1), (scores - mean) * gain, 1e-4)
