@@ -18,7 +18,9 @@ SLOW, SLOWEST, STALL = 30.0, 600.0, 30.0  # seconds: see _watched
 PIXELS, BYTES = 2**26, 2**32  # of one frame, 8192 x 8192; of all frames read of a video
 CORES = min(os.cpu_count(), 16)  # threads that decode
 THREADED = 2**17  # pixels of a frame from which ffmpeg's own threads share the work
-SEGMENT = b"\x18\x53\x80\x67"  # the part of a Matroska file that holds all others, behind its head
+# the parts of a Matroska file: head, all the rest, cluster of frames; then those that are stepped over
+MATROSKA = [bytes.fromhex(name) for name in ("1a45dfa3 18538067 1f43b675 114d9b74 1549a966 1654ae6b 1c53bb6b 1941a469 "
+                                             "1043a770 1254c367 e7 a3 a0 ab a7 af 5854 ec bf").split()]
 WHOLE, WHOLE_PIXELS = 1000, 10**8  # up to so many frames and pixels all is decoded, so that damage anywhere is found
 
 
@@ -257,7 +259,8 @@ def _scan(path):
         if stream.duration is not None:
             if not (is_mp4 and stream.frames):
                 start = min(shown) if stream.start_time is None else min(*shown, stream.start_time)
-                covered, promised = (ends[video] - start) * base, stream.duration * base
+                covered = (ends[video] - start) * base
+                promised = max(stream.duration * base, stream.frames / rate)
         elif container.duration is not None:
             covered = max(end * float(container.streams[index].time_base) for index, end in ends.items())
             promised = container.duration / av.time_base
@@ -275,27 +278,35 @@ def _scan(path):
 
 
 def _is_whole(path):
-    """Does an avi, mkv or webm file end where its own sizes say? One that is cut off ends within one of its parts."""
-    at, size = 0, os.path.getsize(path)
+    """Do the parts of an avi, mkv or webm file follow each other, as their sizes say, up to its very end? One that is cut
+    off ends within a part, and damage puts something between them."""
+    at, size, ends = 0, os.path.getsize(path), []  # of the parts that we are in
     with open(path, "rb") as f:
+        kind = f.read(4)
         while at < size:
             _tick()
             f.seek(at)
             head = f.read(16)
-            if at == 0 and head[:4] not in (b"RIFF", b"\x1a\x45\xdf\xa3"):
+            if kind == b"RIFF":  # an identifier of four letters, the size; parts have even places
+                name, start, length = head[:4], at + 8, int.from_bytes(head[4:8], "little")
+                known, inside = all(32 <= c < 127 for c in name), name in (b"RIFF", b"LIST")
+                inner, end = start + 4, start + length + length % 2
+            elif kind == MATROSKA[0]:  # identifier and size both begin with as many zero bits as bytes follow the first
+                width = 9 - head[0].bit_length()
+                name, rest = head[:width], head[width:]
+                digits = 9 - rest[0].bit_length() if rest else 9
+                start, length = at + width + digits, int.from_bytes(rest[:digits], "big") - (1 << 7 * digits)
+                known, inside = name in MATROSKA and digits <= min(8, len(rest)), name in MATROSKA[1:3]
+                inner, end = start, size if length == (1 << 7 * digits) - 1 else start + length  # live: no end
+            else:
                 return False
-            if head[:4] == b"RIFF":
-                at += 8 + int.from_bytes(head[4:8], "little")
-                continue
-            # Matroska: an identifier and a size, whose first byte tells by its leading zero bits how many follow it.
-            name = 9 - head[0].bit_length()
-            width = 9 - head[name].bit_length() if name < len(head) else 9
-            if name > 4 or width > 8 or name + width > len(head):
+            if not known or end > (ends or [size])[-1]:
                 return False
-            length = int.from_bytes(head[name : name + width], "big") - (1 << 7 * width)
-            open_end = length == (1 << 7 * width) - 1  # of what was written live
-            # Parts are stepped over, but for the one that holds all others and those without an end.
-            at += name + width + (0 if head[:name] == SEGMENT or open_end else length)
+            if inside:
+                ends.append(end)
+            at = inner if inside else end
+            while ends and at == ends[-1]:
+                ends.pop()
     return at == size and bool(_tail(path))  # zeros at the end: room for what never came
 
 
