@@ -160,13 +160,17 @@ def _load(file):
     try:
         with open(file, encoding="utf-8-sig") as f:  # -sig: a byte order mark may be there
             text = f.read()
-        if file.lower().endswith(".jsonl"):  # not splitlines: it splits at U+2028 as well, which JSON allows in text
+        if file.lower().endswith(".jsonl") or _is_lines(text):
+            # not splitlines: it splits at U+2028 as well, which JSON allows in text
             rows = [[f"line {n}", line] for n, line in enumerate(text.split("\n"), 1) if line.strip()]
             for row in rows:
                 with contextlib.suppress(ValueError, RecursionError):  # a broken line stays text and is refused
                     row[1] = json.loads(row[1])
             return rows
         data = json.loads(text)
+    except UnicodeDecodeError as exc:
+        why = "is no text in UTF-8; read are .json and .jsonl"
+        raise DataError(_line(f"{file}: cannot be read, it {why}")) from exc
     except (OSError, ValueError, RecursionError) as exc:
         raise DataError(_line(f"{file}: cannot be read ({getattr(exc, 'strerror', None) or exc})")) from exc
     if isinstance(data, dict):
@@ -176,6 +180,15 @@ def _load(file):
     if not isinstance(data, list):
         raise DataError(f"{_line(file)}: no list of rows, dict with one as annotations or data, or dict id -> row")
     return [(f"record {n}", row) for n, row in enumerate(data, 1)]
+
+
+def _is_lines(text):
+    """Are these JSON lines, under whatever name? A row stands whole in the first line, another one in the next."""
+    first, _, more = text.strip().partition("\n")
+    try:
+        return bool(more.strip()) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def parse_turns(row, find, labelled=True):

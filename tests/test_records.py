@@ -136,7 +136,8 @@ def test_containers(tmp_path):
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     for name, data in [("l.json", rows), ("a.json", {"annotations": rows, "info": {}}), ("d.json", {"data": rows}),
                        ("k.json", {"k0": rows[0], "k1": rows[1]}), ("b.json", "\ufeff" + json.dumps(rows)),
-                       ("w.jsonl", "\ufeff" + lines.replace("\n", "\r\n\r\n") + "\n\n"), ("n.JSONL", lines)]:
+                       ("w.jsonl", "\ufeff" + lines.replace("\n", "\r\n\r\n") + "\n\n"), ("n.JSONL", lines),
+                       ("lines.json", lines), ("z.json", "\ufeff" + lines + "\n\n")]:
         records, _ = read_records([write(tmp_path / name, data)])
         assert [r["question"] for r in records] == ["line\u2028one?", "two?"], name
         assert [r["id"] for r in records] == ["k0" if name == "k.json" else records[0]["id"], "b"]
@@ -298,9 +299,11 @@ def test_files_without_records(tmp_path, name, data, words):
 
 def test_files_that_cannot_be_opened(tmp_path):
     (tmp_path / "latin.json").write_bytes(b'[{"q": "\xe9"}]')
-    for file in (tmp_path / "none.json", tmp_path, tmp_path / "latin.json"):
-        with pytest.raises(DataError, match="cannot be read"):
-            read_records([str(file)])
+    (tmp_path / "table.xlsx").write_bytes(b"PK\x03\x04\xff\xfe")
+    for file, said in (("none.json", ""), ("", ""), ("latin.json", "no text in UTF-8"),
+                       ("table.xlsx", "read are .json and .jsonl")):
+        with pytest.raises(DataError, match=f"cannot be read.*{said}"):
+            read_records([str(tmp_path / file)])
     with pytest.raises(DataError, match="no such folder"):
         read_records([write(tmp_path / "x.json", [qa()])], str(tmp_path / "none"))
 
