@@ -43,7 +43,8 @@ def pytest_collection_finish(session):
     if any("forked" in getattr(item, "fixturenames", ()) for item in session.items):
         from forked import Forked
 
-        session.config.stash[FORKED] = Forked()
+        folder = session.config._tmp_path_factory.getbasetemp()
+        session.config.stash[FORKED] = Forked(of_all(folder))
 
 
 FORKED = pytest.StashKey()
@@ -93,11 +94,15 @@ def run(cwd, *command, check=True, env=None):
     return done
 
 
+def of_all(folder):
+    """The folder that the processes of pytest-xdist share."""
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 def made_once(tmp_path_factory, name, make):
     """A copy of our own of the folder `name`, which one of the processes of pytest-xdist makes for all of them."""
-    ours = shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = ours.parent
+    ours = tmp_path_factory.getbasetemp()
+    shared = of_all(ours)
     with open(shared / f"{name}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (shared / f"{name}.made").exists():

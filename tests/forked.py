@@ -6,12 +6,17 @@ There are two servers, a copy of this process and a fresh interpreter, because t
 strings alike: neighbouring ranks come of different ones, and so do a run, its resumption and a run inside this process.
 """
 
+import contextlib
+import fcntl
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -19,20 +24,58 @@ MODULES = ("sft", "grpo_rank", "reward_model", "ppo_rlaif", "dpo_iter_w2s", "eva
            "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.utils.tensorboard")
 
 
-def serve(jobs, told):
-    """Runs in a process of its own: a line of JSON for every rank to start, the number of every process to wait for."""
+def prepare():
     import importlib
-    import random
-    import signal
-    import types
 
-    import numpy
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     for name in MODULES:
         importlib.import_module(name)
+
+
+def listen(file):
+    """Import everything, then serve whoever asks at the port in `file`, until standard input ends."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        Path(f"{file}.tmp").write_text(str(server.getsockname()[1]))
+        os.replace(f"{file}.tmp", file)
+        prepare()
+        while server in select.select([server, sys.stdin], [], [])[0]:
+            client, _ = server.accept()
+            if os.fork() == 0:
+                serve(client.makefile("r"), client.makefile("w"))
+                os._exit(0)
+            client.close()
+
+
+def as_main(script, *flags):
+    """`python script flags`"""
+    main, sys.argv = types.ModuleType("__main__"), [script, *flags]
+    sys.modules["__main__"], main.__file__ = main, str(REPO / script)
+    exec(compile(Path(main.__file__).read_bytes(), main.__file__, "exec"), vars(main))
+
+
+def torchrun(words):
+    """`torchrun words`, whose workers are forks of this process too, not interpreters."""
+    from torch.distributed import run
+
+    def forking(args, plain=run.config_from_args):
+        config, _, words = plain(args)
+        config.start_method = "fork"
+        return config, as_main, words[words.index(args.training_script):]
+
+    run.config_from_args = forking
+    run.main(words)
+
+
+def serve(jobs, told):
+    """In a process of its own: a line of JSON for every rank to start, a number for every process
+    to wait for."""
+    import importlib
+    import random
+
     import harness
+    import numpy
     from flags import parse_args
 
     def one(job, rank):
@@ -50,15 +93,15 @@ def serve(jobs, told):
                               MASTER_PORT=str(job["port"]))
         code, sys.argv = 0, job["argv"]
         try:
-            if job["plant"] and "/" not in sys.argv[0]:
+            if sys.argv[0] == "torchrun":
+                torchrun(sys.argv[1:])
+            elif job["plant"] and "/" not in sys.argv[0]:
                 module = importlib.import_module(sys.argv[0].removesuffix(".py"))
                 exec(job["plant"], dict(harness=harness, module=module, rank=rank))
                 module.main(parse_args(module.Args))
             else:
                 exec(job["plant"], dict(harness=harness, rank=rank))
-                main = sys.modules["__main__"] = types.ModuleType("__main__")
-                main.__file__ = str(REPO / sys.argv[0])
-                exec(compile(Path(main.__file__).read_bytes(), main.__file__, "exec"), vars(main))
+                as_main(*sys.argv)
         except SystemExit as stop:  # as the interpreter does
             code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
             if isinstance(stop.code, str):
@@ -69,7 +112,6 @@ def serve(jobs, told):
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
 
-    print("ready", file=told, flush=True)
     for line in jobs:
         job = json.loads(line)
         if isinstance(job, int):
@@ -80,15 +122,16 @@ def serve(jobs, told):
 
 
 class Forked:
-    def __init__(self):
-        self.servers = [self.forked(), self.fresh()]
-        self.ready = [False, False]
+    def __init__(self, folder):
+        """folder: of all processes that run tests; they share the fresh interpreter."""
+        self.fresh = None
+        self.servers = [self.copy(), self.connect(folder / "port")]
 
-    @staticmethod
-    def forked():
-        """-> where to write jobs, where to read answers, how to wait for the end: of a copy of this process."""
+    def copy(self):
+        """-> where to write jobs, where to read answers: of a copy of this process."""
         (jobs, ours), (theirs, told) = os.pipe(), os.pipe()
-        if (pid := os.fork()) == 0:
+        self.pid = os.fork()
+        if self.pid == 0:
             try:
                 import faulthandler
 
@@ -97,25 +140,34 @@ class Forked:
                 keep = sorted((jobs, told))  # nothing else: who waits for the end of a pipe must see it
                 for low, high in zip((2, *keep), (*keep, 4096)):
                     os.closerange(low + 1, high)
+                prepare()
                 serve(open(jobs), open(told, "w"))
             finally:
                 os._exit(0)
         os.close(jobs), os.close(told)
-        return open(ours, "w"), open(theirs), lambda: os.waitpid(pid, 0)
+        return open(ours, "w"), open(theirs)
+
+    def connect(self, file):
+        """The same of the fresh interpreter, started where there is none."""
+        with open(f"{file}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):
+                return self.pipes(file)
+            file.unlink(missing_ok=True)
+            env = {**os.environ, "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}"}
+            code = f"import forked; forked.listen({str(file)!r})"
+            command = [sys.executable, "-c", code]
+            self.fresh = subprocess.Popen(command, stdin=subprocess.PIPE, env=env)
+            assert until(file.exists, 60)
+            return self.pipes(file)
 
     @staticmethod
-    def fresh():
-        env = {**os.environ, "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}"}
-        code = "import sys, forked; forked.serve(sys.stdin, sys.stdout)"
-        server = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  text=True, env=env)
-        return server.stdin, server.stdout, server.wait
+    def pipes(file):
+        connection = socket.create_connection(("127.0.0.1", int(file.read_text())))
+        return connection.makefile("w"), connection.makefile("r"), connection
 
     def ask(self, server, what):
-        jobs, told, _ = self.servers[server]
-        if not self.ready[server]:
-            assert told.readline() == "ready\n"
-            self.ready[server] = True
+        jobs, told, *_ = self.servers[server]
         print(json.dumps(what), file=jobs, flush=True)
         return int(told.readline())
 
@@ -149,9 +201,14 @@ class Forked:
         return line
 
     def close(self):
-        for jobs, _, wait in self.servers:
-            jobs.close()
-            wait()
+        for server in self.servers:
+            for end in server:
+                end.close()
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        if self.fresh:
+            self.fresh.kill()
+            self.fresh.wait()
 
 
 def until(condition, limit=300):

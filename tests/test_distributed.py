@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run
 from forked import a_world, until
 from test_killed import SCRIPTS, check_same, rows, steps_done
 
@@ -142,22 +141,22 @@ def test_a_tenth_of_the_videos_broken_on_two_ranks(world, policy, forked, tmp_pa
     if "--data" not in flags:
         flags += ["--data", str(file)]
     flags += ["--micro_batch_size", "2"] if name != "grpo_rank" else []
+    flags += ["--epochs", "2"] if name == "reward_model" else ["--steps", "4"]
     flags += ["--eval_questions", "3"] if name in ("grpo_rank", "ppo_rlaif") else []
     assert forked.run(place, *flags, world=2) == [0, 0], forked.said() + forked.said(1)
     folder = place / SCRIPTS[name][1]
-    assert (folder / "final/model.safetensors").exists() and len(rows(folder)) > 10
+    assert (folder / "final/model.safetensors").exists() and len(rows(folder)) > 3
     lists = [json.loads(f.read_text()) for f in place.rglob("broken_videos.json") if "policy_s0" not in str(f)]
     listed = {Path(place).name and key.split(" [")[0] for part in lists for key in part}
     assert {Path(p).name for p in listed} == {Path(b).name for b in broken}
     assert all("\n" not in why for part in lists for why in part.values())
 
 
-def test_torchrun_of_a_dead_rank_ends_with_an_error(world, policy, tmp_path):
+def test_torchrun_of_a_dead_rank_ends_with_an_error(world, policy, forked, tmp_path):
     place = a_world(world, tmp_path / "torchrun")
     (place / "fault.py").write_text(
         "import os, sys\nimport grpo_rank\nfrom flags import parse_args\nsample = grpo_rank.generate\n"
         "def wrong(*args):\n    if os.environ['RANK'] == '1':\n        sys.exit('rank 1 gives up')\n"
         "    return sample(*args)\ngrpo_rank.generate = wrong\ngrpo_rank.main(parse_args(grpo_rank.Args))")
-    done = run(place, "torchrun", "--nproc_per_node=2", place / "fault.py", *GRPO[1:], check=False,
-               env={"PYTHONPATH": str(Path(__file__).parent.parent)})
-    assert done.returncode != 0 and "rank 1 gives up" in done.stderr
+    command = ["torchrun", "--standalone", "--nproc_per_node=2", place / "fault.py", *GRPO[1:]]
+    assert forked.run(place, *command) == [1] and "rank 1 gives up" in forked.said()

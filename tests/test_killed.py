@@ -28,11 +28,11 @@ RL = [*TRAIN, "--oracle", "reference", "--G", "3", "--max_new_tokens", "6", "--e
       "--eval_steps", "5"]
 START = "runs/sft/policy_s0/final"
 SCRIPTS = {  # flags, run folder
-    "sft": (["sft.py", *TRAIN, "--steps", "14", "--save_steps", "3", "--batch_size", "4", "--micro_batch_size", "4",
+    "sft": (["sft.py", *TRAIN, "--steps", "11", "--save_steps", "3", "--batch_size", "4", "--micro_batch_size", "4",
              "--name", "x"], "runs/sft/x"),
-    "grpo_rank": (["grpo_rank.py", *RL, "--advantage", "random", "--steps", "14", "--save_steps", "3", "--name", "x",
+    "grpo_rank": (["grpo_rank.py", *RL, "--advantage", "random", "--steps", "11", "--save_steps", "3", "--name", "x",
                    "--prompts_per_step", "4"], "runs/grpo_rank/x_s0"),
-    "ppo_rlaif": (["ppo_rlaif.py", *RL, "--random_reward", "--steps", "14", "--save_steps", "3", "--name", "x",
+    "ppo_rlaif": (["ppo_rlaif.py", *RL, "--random_reward", "--steps", "11", "--save_steps", "3", "--name", "x",
                    "--prompts_per_step", "4", "--micro_batch_size", "4", "--value_warmup", "0"], "runs/ppo_rlaif/x_s0"),
     "reward_model": (["reward_model.py", *TRAIN, "--oracle", "judge", "--oracle_model", START, "--base", START,
                       "--narrative", "false", "--prompts", "24", "--samples", "3", "--max_new_tokens", "6",
@@ -40,7 +40,8 @@ SCRIPTS = {  # flags, run folder
                       "--micro_batch_size", "4", "--pack", "3", "--save_steps", "3", "--eval_steps", "5",
                       "--name", "x"],
                      "runs/reward_model/x_s0"),
-    "dpo_iter_w2s": (["dpo_iter_w2s.py", *SELF, "--steps", "7", "--name", "x"], "runs/dpo_iter_w2s/x_s0"),
+    "dpo_iter_w2s": (["dpo_iter_w2s.py", *SELF, "--steps", "6", "--questions", "8", "--name", "x"],
+                     "runs/dpo_iter_w2s/x_s0"),
 }  # fmt: skip
 LONG = {"reward_model": ["--prompts", "60", "--samples", "4"]}  # answers are collected in two parts
 

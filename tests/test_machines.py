@@ -40,13 +40,14 @@ def test_two_agents_on_loopback_equal_one_agent_of_two_processes(world, policy, 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-               f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=meet", "--local_addr=127.0.0.1",
-               str(REPO / GRPO[0]), *GRPO[1:], "--name", "agents"]
-    agents = [subprocess.Popen(command, cwd=world, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env=dict(os.environ)) for _ in range(2)]
-    said = [agent.communicate(timeout=300)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    command = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=meet",
+               f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", str(REPO / GRPO[0]), *GRPO[1:],
+               "--name", "agents"]
+    agent = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *command], cwd=world,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ))
+    codes = forked.run(world, "torchrun", *command)
+    said = [agent.communicate(timeout=300)[0], forked.said()]
+    assert [agent.returncode, *codes] == [0, 0], said[0][-2000:] + said[1][-2000:]
     assert sum("done: runs/grpo_rank/agents_s0/final" in text for text in said) == 1  # rank 0 writes, nobody else
     assert forked.run(world, *GRPO, "--name", "agent", world=2) == [0, 0], forked.said()
     two, one = (world / f"runs/grpo_rank/{name}_s0" for name in ("agents", "agent"))
