@@ -28,8 +28,7 @@ def plant(file, id, old, new, breaks, *tests):
 grpo = partial(plant, "grpo_rank.py")
 EQUATIONS = "test_equations.py"
 GRPO_GRADIENT = "test_scripts.py::test_the_gradient_of_a_step"
-GRPO_RUN = "test_scripts.py::test_grpo_rank[oracle_rank]"
-GRPO_INNER = "test_scripts.py::test_grpo_rank_clips_from_the_second_inner_epoch_on"
+GRPO_STEP = "test_whole_steps.py::test_grpo_rank"
 GRPO_RESUME = "test_resume.py::test_killed_and_resumed_equals_uninterrupted[grpo_rank]"
 GRPO_RANKS = "test_ranks.py::test_two_processes_equal_one[grpo_rank]"
 UNSCORED = "test_numbers.py::test_a_step_without_a_ranking_moves_no_weights_and_three_end_the_run"
@@ -62,7 +61,7 @@ grpo("grpo_entropy_sign", "- args.entropy_coef * entropy) * mask",
      "+ args.entropy_coef * entropy) * mask", "entropy is punished", GRPO_GRADIENT)
 grpo("grpo_baseline", "scores.double() - scores.double().mean(-1, keepdim=True)",
      "scores.double() - scores.double().mean()", "the mean of the batch as every group's baseline",
-     GRPO_GRADIENT)
+     GRPO_STEP)
 grpo("grpo_masked_loss", "mask *= ok.to(device)[i].repeat_interleave(args.G)[:, None]", "pass",
      "groups without an order have KL and entropy", GRPO_GRADIENT)
 grpo("grpo_masked_mean", "(lengths * ok.to(device).unsqueeze(-1)).sum().double()",
@@ -71,26 +70,25 @@ grpo("grpo_temperature_loss", "tokens[i, :, :T], lengths[i], args.temperature)",
      "tokens[i, :, :T], lengths[i])", "no temperature in the log-probabilities of the loss",
      GRPO_GRADIENT)
 grpo("grpo_temperature_sampling", "args.temperature, args.cuda_graphs)", "1.0, args.cuda_graphs)",
-     "no temperature in the call that samples", GRPO_GRADIENT)
+     "no temperature in the call that samples", GRPO_STEP)
 grpo("grpo_same_draws_steps", "np.random.default_rng([args.seed, step, i])",
-     "np.random.default_rng([args.seed, i])", "the same random numbers in every step", GRPO_RUN,
-     GRPO_RESUME)
+     "np.random.default_rng([args.seed, i])", "the same random numbers in every step",
+     GRPO_STEP)
 grpo("grpo_same_draws_questions", "np.random.default_rng([args.seed, step, i])",
      "np.random.default_rng([args.seed, step])", "the same random numbers for every question",
-     GRPO_RUN)
+     GRPO_STEP)
 grpo("grpo_lr", 'g["lr"] = lr_at(step, args)', "pass",
-     "the learning rate of the schedule never applied", GRPO_GRADIENT, GRPO_RUN, GRPO_RESUME)
+     "the learning rate of the schedule never applied", GRPO_STEP)
 grpo("grpo_zero_grad", "            optimizer.zero_grad()\n            log.add",
      "            if epoch + 1 == args.inner_epochs:\n                optimizer.zero_grad()\n     "
-     "       log.add", "gradients not cleared between inner epochs", GRPO_INNER, GRPO_RESUME)
+     "       log.add", "gradients not cleared between inner epochs", GRPO_STEP)
 grpo("grpo_old_is_new", "J = clipped_surrogate(logprobs, old_logprobs[k], A",
      "J = clipped_surrogate(logprobs, logprobs.detach(), A", "the ratio is 1 in later inner epochs",
-     GRPO_INNER)
+     GRPO_STEP)
 grpo("grpo_scale_ignored", "if args.scale_advantages:", "if args.advantage:",
-     "--scale_advantages False ignored", GRPO_GRADIENT, GRPO_RUN)
+     "--scale_advantages False ignored", GRPO_STEP)
 grpo("grpo_copies", "ranks_of(sampled_logprobs.gather(1, copy_of)).cpu()",
-     "ranks_of(sampled_logprobs).cpu()", "rounding orders copies of an answer", GRPO_GRADIENT,
-     "test_scripts.py::test_grpo_rank[signed]")
+     "ranks_of(sampled_logprobs).cpu()", "rounding orders copies of an answer", GRPO_STEP)
 grpo("grpo_unranked_step", "if learns:", "if args.lr:",
      "momentum moves weights where nothing was ranked", UNSCORED + "[grpo_rank]")
 grpo("grpo_resumed_reference", "same = args.lora_r or not checkpoint", "same = True",
@@ -482,7 +480,8 @@ model("model_frame_mask", "None if frame_mask.all() else frame_mask.repeat_inter
 model("model_temperature", "(logits.float() / (temperature or 1)).log_softmax",
       "logits.float().log_softmax", "sampled without temperature", SAMPLED)
 model("model_float32_cdf", "cdf = all_logprobs.double().exp().cumsum(-1)",
-      "cdf = all_logprobs.exp().cumsum(-1)", "probabilities added up in float32", SAMPLED, EDGE)
+      "cdf = all_logprobs.float().exp().cumsum(-1).double()", "probabilities added up in float32",
+      SAMPLED, EDGE)
 model("model_edge", "torch.searchsorted(cdf, u, right=True)", "torch.searchsorted(cdf, u)",
       "tokens of probability 0 can be hit", EDGE)
 model("model_behind_eos", "token = torch.where(runs, token, eos_id)", "pass",
@@ -518,8 +517,7 @@ WRITTEN = ("test_killed.py::test_a_write_that_fails_leaves_the_last_checkpoint",
            "test_resume.py::test_the_last_checkpoint_is_there_until_the_run_is_finished")
 
 harness("harness_clip", "torch.nn.utils.clip_grad_norm_(params, 1.0)",
-        "torch.nn.utils.clip_grad_norm_(params, 10.0)", "gradients clipped at norm 10",
-        GRPO_GRADIENT, SFT_RUN, GRPO_RUN)
+        "torch.nn.utils.clip_grad_norm_(params, 10.0)", "gradients clipped at norm 10", GRPO_STEP)
 harness("harness_rng", 'torch.set_rng_state(tensors.pop("rng"))', 'tensors.pop("rng")',
         "RNG not restored", TRAINER)
 harness("harness_optimizer", "        optimizer.load_state_dict(state)", "        pass",
