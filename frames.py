@@ -278,8 +278,8 @@ def _scan(path):
 
 
 def _is_whole(path):
-    """Do the parts of an avi, mkv or webm file follow each other, as their sizes say, up to its very end? One that is cut
-    off ends within a part, and damage puts something between them."""
+    """Do the parts of an avi, mkv or webm file follow each other, as their sizes say, up to its very end? One that is
+    cut off ends within a part, and damage puts something between them."""
     at, size, ends = 0, os.path.getsize(path), []  # of the parts that we are in
     with open(path, "rb") as f:
         kind = f.read(4)

@@ -74,8 +74,9 @@ def serve(jobs, told):
     import importlib
     import random
 
-    import harness
     import numpy
+
+    import harness
     from flags import parse_args
 
     def one(job, rank):

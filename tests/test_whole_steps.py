@@ -375,7 +375,8 @@ def test_dpo(world, start, monkeypatch, descent, tmp_path):
 def test_reward_model(world, start, monkeypatch, descent):
     """Three steps; narratives and the judge's own answers beside those to be rewarded, some of which are cut."""
     said = ["red", "a red circle moves left", "down", "three shapes turn"]
-    pairs = [dict(id=f"{k}", clip=clip, question=f"which {n}?", chosen=said[(k + n) % 4], rejected=said[(k + n + 1) % 4])
+    pairs = [dict(id=f"{k}", clip=clip, question=f"which {n}?", chosen=said[(k + n) % 4],
+                  rejected=said[(k + n + 1) % 4])
              for k, clip in enumerate(clips_of(world, 12)) for n in range(1 + k % 2)]
     write_preferences(world / "pairs/step.json", pairs, "trl")
     story = lambda clip: f"the story of {Path(clip.path).stem}"
