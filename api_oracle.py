@@ -4,230 +4,34 @@
     text = client.ask([{"role": "user", "content": "Hello"}], max_tokens=16)       # ApiError after bounded retries
     ranks, ok = ApiOracle(client).rank(videos, questions, answers)                 # as every oracle of oracle.py
 
-The key comes from the environment variable ORACLE_API_KEY and goes nowhere but into the Authorization header: it is no
-flag, no part of a cache key, and it is cut out of whatever a server says before that is shown or stored. Without it no
-key is sent at all, not even the one that `hf auth login` left on this machine (D1).
+How a server is asked, what is kept and what a failure is: api_client.py.
 
-cache       every reply on disk, keyed by all that was sent (server, model, messages with frames, limits): a resumed or
-            repeated run asks for nothing twice, and a run with the cache of another needs no server.
-retries     408, 429, 5xx, cut connections, time-outs and bodies that are no reply: up to `max_retries` more times,
-            after 1, 2, 4, ... seconds or what Retry-After says. A server that says wait makes every thread wait.
-strict      a reply is one JSON object (alone or in one code fence) with the keys that were asked for, or it is refused:
-            asked once more with the reason (one repair), then ReplyError with a reason out of REASONS [D2].
 position    answers are numbered in an order drawn per question, ranks are put back (listwise); or both orders of every
             pair are asked (pairwise).
 
-D1      `huggingface_hub.InferenceClient` sends the stored Hub token to any server when it is given no key; the
-        header is set here in every case, to nothing where there is no key.
-D2      nothing is read out of prose: the first digits of "Answer 3 is wrong, 1 is best" are a ranking only by accident.
-D3      identical answers are sent once and tied, as in oracle.py; a server cannot tie answers that differ.
+D1      identical answers are sent once and tied, as in oracle.py; a server cannot tie answers that
+        differ.
 """
 
 import base64
-import contextlib
 import functools
-import hashlib
 import io
 import json
-import logging
-import os
 import random
-import re
 import sys
-import threading
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
-from pathlib import Path
-from urllib.parse import urlsplit
 
-import httpx2
 import torch
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError, OfflineModeIsEnabled
 from PIL import Image
 
-import harness
-from flags import KEY
+from api_client import COST, ApiError, ReplyError
 from frames import VideoError, read_frames
 from ranks import normalize, one_of_equals, ranks_of
 
-LONGEST_WAIT = 120  # seconds; a server that asks for a longer pause is given up
 ASPECTS = ("relevance", "accuracy", "detail", "clarity")
 REASONS = ("no_reply", "no_json", "missing_answer", "no_permutation", "no_video")  # why a group was masked
-COST = ("requests", "retries", "cached", "repairs", "prompt_tokens", "completion_tokens", "seconds")
 COUNTERS = (*COST, *(f"masked_{reason}" for reason in REASONS))
-
-
-def check_url(url):
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("--api_url: must be http://host or https://host, with port and path where needed")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError(f"--api_url: no user, password, query or fragment; a key goes into the variable {KEY}")
-
-
-def read_key():
-    """The key out of the environment, or "". ValueError, which does not show it, where it cannot be one."""
-    key = os.environ.get(KEY, "").strip()
-    if not re.fullmatch(r"[!-~]*", key):  # a library's message about an illegal header would show it
-        raise ValueError(f"{KEY} holds characters that no key has")
-    return key
-
-
-class ApiError(Exception):
-    """No reply after bounded retries: one line, without the key. `status`: the last HTTP status, if there was one."""
-
-    reason = "no_reply"
-
-    def __init__(self, message, status=None):
-        super().__init__(" ".join(str(message).split()))
-        self.status = status
-
-    @property
-    def fatal(self):
-        """The server does not know the key (401) or the address or model (404): asking on makes no sense."""
-        return self.status in (401, 404)
-
-
-class ReplyError(ApiError):
-    """A reply came, and cannot be used."""
-
-    def __init__(self, reason, message):
-        super().__init__(message)
-        self.reason = reason
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The client
-# ---------------------------------------------------------------------------------------------------------------
-class ApiClient:
-    """Thread-safe. `counts`: what it cost since it was made, keys COST."""
-
-    def __init__(self, base_url, model, cache_dir, concurrency=8, timeout=60.0, max_retries=4, first_wait=1.0):
-        check_url(base_url)
-        self.base_url, self.model, self.max_retries, self.first_wait = base_url, model, max_retries, first_wait
-        self.folder = Path(cache_dir) / "api"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        key = read_key()
-        # [D1] the header, not `api_key`: None there means "the token of this machine"
-        headers = {"authorization": f"Bearer {key}" if key else None}
-        self.http = InferenceClient(base_url=base_url, api_key="unused", headers=headers, timeout=timeout)
-        self.without_key = lambda text: text.replace(key, "***") if len(key) >= 8 else text  # shorter: a placeholder
-        # the debug log of the HTTP library prints the headers of responses, in which a server may repeat the key
-        logging.getLogger("httpcore2").setLevel(logging.INFO)
-        self.concurrency, self.slots = concurrency, threading.BoundedSemaphore(concurrency)
-        self.lock, self.asking, self.not_before = threading.Lock(), {}, 0.0
-        self.counts = Counter(dict.fromkeys(COST, 0))
-
-    def count(self, **more):
-        with self.lock:
-            self.counts.update(more)
-
-    def ask(self, messages, max_tokens, temperature=0.0):
-        """The text of the reply, from disk where the same was asked before. Raises ApiError."""
-        sent = dict(model=self.model, messages=messages, max_tokens=max_tokens, temperature=temperature)
-        key = hashlib.sha256(json.dumps([self.base_url, sent], sort_keys=True).encode()).hexdigest()
-        file = self.folder / key[:2] / f"{key}.json"
-        with self.lock:
-            turn = self.asking.setdefault(key, threading.Lock())
-        with turn:  # two threads with the same question: the second finds the first one's reply
-            if file.exists():
-                with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged file: ask again
-                    reply = json.loads(file.read_text(encoding="utf-8"))["reply"]
-                    self.count(cached=1)
-                    return reply
-            reply = self.request(sent)
-            harness.write(file, json.dumps(dict(model=self.model, reply=reply)))
-            return reply
-
-    def request(self, sent):
-        """One reply, however many attempts it takes within the limits. Raises ApiError."""
-        for attempt in range(self.max_retries + 1):
-            while (wait := self.not_before - time.monotonic()) > 0:  # another thread was told to wait
-                time.sleep(wait)
-            began = time.monotonic()
-            try:
-                with self.slots:
-                    began = time.monotonic()
-                    out = self.http.chat_completion(**sent)
-                reply, used = out.choices[0].message.content or "", out.usage
-                if not isinstance(reply, str):
-                    raise ValueError("content is no text")
-                used = [getattr(used, k, None) or 0 for k in ("prompt_tokens", "completion_tokens")]
-                self.count(requests=1, seconds=time.monotonic() - began, prompt_tokens=used[0],
-                           completion_tokens=used[1])
-                return self.without_key(reply)
-            except OfflineModeIsEnabled:
-                raise ApiError("the variable HF_HUB_OFFLINE forbids every request, also to --api_url") from None
-            except HfHubHTTPError as e:
-                status, wait = e.response.status_code, retry_after(e.response.headers)
-                said = e.server_message or e.response.text or e.response.reason_phrase
-                said = self.without_key(f"HTTP {status}: {said}")
-                again = status in (408, 429) or status >= 500
-            except InferenceTimeoutError:
-                status, wait, said, again = None, None, "no answer in time", True
-            except httpx2.HTTPError as e:  # refused, reset, closed half-way
-                status, wait, said, again = None, None, f"{type(e).__name__}: {self.without_key(str(e))}", True
-            except (ValueError, TypeError, AttributeError, LookupError) as e:  # a body that is no chat completion
-                status, wait, said, again = 200, None, f"no chat completion ({type(e).__name__})", True
-            self.count(requests=1, seconds=time.monotonic() - began)
-            if not again or attempt == self.max_retries:
-                break
-            if (wait or 0) > LONGEST_WAIT:
-                said += f"; it asks for a pause of {wait:.0f} s"
-                break
-            self.count(retries=1)
-            if wait is None:
-                time.sleep(self.first_wait * min(2**attempt, 32) * random.uniform(0.75, 1.25))
-            else:
-                with self.lock:
-                    self.not_before = max(self.not_before, time.monotonic() + wait)
-        raise ApiError(f"{self.base_url}: {said[:300]} (attempt {attempt + 1})", status)
-
-    def ask_json(self, messages, check, max_tokens):
-        """check(the reply's JSON object). A reply that `check` refuses with ReplyError is asked for once more."""
-        text = self.ask(messages, max_tokens)
-        try:
-            return check(parse_json(text))
-        except ReplyError as e:
-            self.count(repairs=1)
-            complaint = f"That reply cannot be used: {e}. Reply again, with the JSON object alone."
-            turns = [{"role": "assistant", "content": text or "(nothing)"}, {"role": "user", "content": complaint}]
-            return check(parse_json(self.ask(messages + turns, max_tokens)))
-
-
-def retry_after(headers):
-    """Seconds to wait, from a Retry-After header of seconds or of a date; None where there is none."""
-    value = (headers.get("retry-after") or "").strip()
-    if re.fullmatch(r"\d+(\.\d+)?", value):
-        return float(value)
-    try:
-        when = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    return max(0.0, (when.replace(tzinfo=when.tzinfo or timezone.utc) - datetime.now(timezone.utc)).total_seconds())
-
-
-def no_twins(pairs):
-    """A JSON object that names a key twice means two things: refused, not the last one taken."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key twice")
-    return dict(pairs)
-
-
-def parse_json(text):
-    """[D2] The one JSON object that a reply consists of, alone or in one code fence. Raises ReplyError."""
-    fence = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", text, re.S)
-    try:
-        value = json.loads(fence[1] if fence else text, object_pairs_hook=no_twins)
-    except (ValueError, RecursionError):
-        raise ReplyError("no_json", "it is not one JSON object") from None
-    if not isinstance(value, dict):
-        raise ReplyError("no_json", "it is not one JSON object")
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -245,9 +49,16 @@ def frames_as_urls(clip, count, size):
     return urls
 
 
+def flat(text):
+    """Text on one line, whatever it breaks lines with."""
+    return " ".join(text.split())
+
+
 def quoted(text):
-    """Text as one JSON string: an answer that holds line breaks, quotes or 'Answer 2:' stays inside its quotes."""
-    return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    """A text as one JSON string on one line, `<` as its escape: an answer that holds line breaks,
+    quotes, 'Answer 2:' or a chat template's <|im_end|> stays inside its quotes. Also a list."""
+    text = json.dumps(flat(text) if isinstance(text, str) else text, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode().replace("<", "\\u003c")
 
 
 def message(images, text):
@@ -376,7 +187,7 @@ class ApiOracle:
         return {key: self.client.counts[key] + self.masked[key.removeprefix("masked_")] for key in COUNTERS}
 
     def each_group(self, ask, videos, questions, answers):
-        """ask(images, question, answers) -> one value per answer, for the *distinct* answers of every group (D3).
+        """ask(images, question, answers) -> one value per answer, for the *distinct* answers of every group (D1).
         -> [{normalized answer: value}], None for a group that got no usable reply; ApiError where asking is futile."""
 
         def one(video, question, group):

@@ -373,6 +373,9 @@ def main(args):
             scores = oracle_scores(oracle, evals[rank::world], answers)
         for row, mine in zip(curve, scores):
             row |= all_means({"score": mine})
+        if len(args.alphas) > 1 and "score" not in curve[0]:
+            sys.exit(f"iteration {k}: the oracle scored none of {len(evals)} held-out questions, "
+                     f"which choose alpha; when it can again: {harness.resume_command()}")
         alpha = choose_alpha(args.alphas, [row.get("score", 0.0) for row in curve])
         go_to(line, alpha)
 

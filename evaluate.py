@@ -124,7 +124,7 @@ import harness
 from answers import Answering, Run, answer, fingerprint
 from data import DataError, FeatureCache, read_records, report_lines
 from frames import VideoError
-from judges import ClipText, make_judge, score_rows
+from judges import ClipText, make_judge, never_read, score_rows
 from metrics import over_seeds, paired_bootstrap, spread
 from moving_shapes import TASK_TYPES
 from oracle import DESCRIBE, token_f1
@@ -535,6 +535,9 @@ def main_benchmarks(args):
             judge, loaded = make_judge(args, device), {}
             clip_text = lambda: loaded.get("clip") or loaded.setdefault("clip", ClipText(args.clip, device))
             scored = [score_source(source, said, args, judge, clip_text) for source, said in done]
+            if never_read(judge):
+                raise DataError(f"{judge.name}: not one verdict on {judge.asked} predictions could be "
+                                "read")
             write_report(scored, done, args)
         harness.barrier()
 

@@ -91,6 +91,8 @@ class ApiArgs:
     api_concurrency: int = HfArg(default=8, help="requests under way at the same time, per process")
     api_timeout: float = HfArg(default=60.0, help="seconds without a sign of the server before a request is given up")
     api_retries: int = HfArg(default=4, help="further attempts after a failed request")
+    api_extra: str = HfArg(default="", help="JSON object for every request; null drops a key: "
+                           '\'{"reasoning_effort": "low", "temperature": null}\'')
 
     def check_api(self, needed):
         """ValueError with one line that names the flag. needed: a server will be asked."""
@@ -100,11 +102,10 @@ class ApiArgs:
                                 ("api_concurrency", 1, 64), ("api_timeout", 0.01, 3600), ("api_retries", 0, 20)):
             if not low <= getattr(self, flag) <= high:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must lie between {low} and {high}")
-        if self.api_url:
-            from api_oracle import check_url, read_key
+        if self.api_url or self.api_extra:
+            from api_client import check_server
 
-            check_url(self.api_url)
-            read_key()
+            check_server(self.api_url, self.api_extra)
 
 
 @dataclass

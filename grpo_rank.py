@@ -161,7 +161,7 @@ from api_oracle import ApiError
 from data import DataError, FeatureCache, read_records
 from oracle import log_counts, make_oracle, ranks_of
 from questions import build_embedded, choose_questions, count_correct, question_indices, sft_start, times_before
-from ranks import random_scores
+from ranks import differ, random_scores
 from rollouts import micro_batches, unpacked
 from video_llm import Prefix, add_lora, answer_mask, generate, load_model, reference_of, token_logprobs, unwrap
 
@@ -328,9 +328,10 @@ def main(args):
             advantages = rank_advantages(kind, oracle_ranks, policy_ranks)
         if args.scale_advantages:
             advantages = scale_by_std(advantages)
-        advantages = (advantages * ok.unsqueeze(-1)).float().to(device)  # (B,G), 0 where the oracle gave no order
+        # (B,G), 0 where the oracle gave no order
+        advantages = advantages.masked_fill(~ok.unsqueeze(-1), 0).float().to(device)
         n_tokens = harness.all_sum((lengths * ok.to(device).unsqueeze(-1)).sum().double()).clamp(min=1)  # D5: global
-        learns = harness.any_scored(log, ok, step)
+        learns = harness.any_scored(log, ok, differ(answers), step)
 
         # 4. Update: `inner_epochs` steps on J - beta KL + c H                                     [G Eq. 3; D5, D6]
         for g in optimizer.param_groups:

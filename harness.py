@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +41,8 @@ STEP = timedelta(minutes=30)  # for what all processes do at about the same time
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KL_WARNING = 10.0  # nats: so far from its start a policy says something else altogether
 NEUTRAL = ("tokens_per_micro_batch", "micro_batch_size", "gradient_checkpointing", "unpack_nf4", "cuda_graphs",
-           "save_steps", "api_url", "api_concurrency", "api_timeout", "api_retries")  # may differ when resumed
+           "save_steps", "api_url", "api_concurrency", "api_timeout", "api_retries",
+           "api_extra")  # may differ when resumed
 
 
 def load_options(args, device):
@@ -449,7 +451,8 @@ class Log:
 
     def __init__(self, folder, steps, first_step, rank):
         self.steps, self.first, self.rank, self.sums = steps, first_step, rank, {}
-        self.stop, self.not_finite, self.warned, self.unscored = 0, None, False, 0
+        self.stop, self.not_finite, self.warned = 0, None, False
+        self.unscored, self.masked = Counter(), 0  # see `any_scored`
         self.latest = {}  # the last values of eval/..., which not every step has
         self.began = self.last = time.time()
         if rank == 0:
@@ -488,10 +491,12 @@ class Log:
             eta = int((now - self.began) / max(1, done - self.first) * (self.steps - done))
             line = (f"step {done:0{len(str(self.steps))}d}/{self.steps} {100 * done // self.steps:3d}% | "
                     + " ".join(f"{k.split('/')[-1]} {shown[k]:.3f}" for k in show if k in shown)
+                    + f" masked {self.masked:.0f}" * (self.masked > 0)  # groups since the last line
                     + f" | {now - self.last:.2f}s | eta {eta // 60}m{eta % 60:02d}s")
             tty, due = sys.stdout.isatty(), done == self.steps or done % max(1, self.steps // 20) == 0
             if tty or due:  # a terminal sees every step on one line, a log file twenty lines
                 print(("\r" if tty else "") + line, end="" if tty and done < self.steps else "\n", flush=True)
+                self.masked = 0
             self.last = now
             if row.get("objective/kl", 0) > KL_WARNING and not self.warned:
                 self.warned = True
@@ -517,13 +522,25 @@ def prepare_videos(cache, clips, folder, rank, world):
     return broken
 
 
-def any_scored(log, ok, step):
-    """Could the oracle rank any group in this step, ok (B,)? If not, momentum alone must not move the weights; three
-    such steps in a row end the run."""
-    log.unscored = 0 if all_sum(ok.sum().double()) else log.unscored + 1
-    if log.unscored == 3:
-        sys.exit(f"step {step}: for three steps the oracle has ranked nothing; when it can again: {resume_command()}")
-    return not log.unscored
+def any_scored(log, ok, needed, step, what="oracle"):
+    """Has the oracle ranked a group that needs an order? ok (B,): it gave one; needed (B,): the
+    answers differ. Equal answers are tied unasked, by a dead oracle too, and say nothing.
+
+    If not, momentum and KL alone must not move the weights. Three such steps in a row, all steps of
+    a shorter run, or the evaluation at the end of a run end the script."""
+    sums = torch.stack([(ok & needed).sum(), needed.sum(), ok.sum(), (~ok).sum()]).double()
+    ordered, asked, ranked, masked = all_sum(sums).tolist()
+    if what == "oracle":
+        log.masked += masked
+    if ordered:
+        log.unscored[what] = 0
+    elif asked or not ranked:
+        log.unscored[what] += 1
+    silent = log.unscored[what]
+    if silent >= (min(3, log.steps) if step < log.steps else 1):
+        sys.exit(f"step {step}: in {silent} steps the {what} has ranked nothing; when it can again: "
+                 + resume_command())
+    return not silent
 
 
 def stop_if_not_finite(grad_norm, log, folder, step, batch):

@@ -11,8 +11,10 @@
           a dictionary with 'pred' and 'score'. Aspects: frames, question and answer, never the reference.
 
 A reply that cannot be read is asked for again, ATTEMPTS times in all, each time with the reason; then it is counted
-under its reason and both conventions are reported. Nothing is asked twice: replies of a server are kept by `ApiClient`,
-those of a local judge in <cache>/verdicts. A blank answer is wrong with score 0 and is not asked about.
+under its reason and both conventions are reported. What was read is not asked again: replies of a
+server are kept by `ApiClient`, those of a local judge in <cache>/verdicts. A blank answer is wrong
+with score 0 and is not asked about. A judge that gives no verdict at all ends the script: its zeros
+would be no accuracy.
 Of a reasoning model's reply `exact` and `local` read what it says after its thinking; the official
 rules and a server get all of it, and how many replies hold thinking is counted.
 
@@ -25,6 +27,7 @@ D2      MMAIP-V's prompt and its definition of the ratio are not public. Ours: t
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +38,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPModel
 
 import api_oracle
-from api_oracle import ApiClient, ApiError, frames_as_urls
+from api_client import ApiClient, ApiError, ReplyError
+from api_oracle import flat, frames_as_urls
 from data import DataError
 from frames import VideoError
 from metrics import (
@@ -52,7 +56,9 @@ from oracle import JudgeOracle
 from ranks import THINKING, final_answer, normalize, token_f1
 
 ATTEMPTS = 3  # per verdict: the first reply and two repairs
+ENOUGH = 24  # questions in a row without any reply, after which a server is given up
 RATIO_FROM = 3  # [D2]
+NEITHER = "verdict neither way"  # read, and counted
 ASPECTS = api_oracle.ASPECTS
 VISION = tuple(f"{aspect}_points" for aspect in ASPECTS)  # metrics of MMAIP-V
 
@@ -68,9 +74,15 @@ CRITERIA = {
 }
 
 
+def plain(text):
+    """A text that stays on its line of a prompt, and opens no turn there."""
+    return (flat(text) if isinstance(text, str) else str(text)).replace("<", "&lt;")
+
+
 def qa_messages(row):
     """The question of Video-ChatGPT's judge: yes or no, and 0 to 5."""
-    user = (f"Question: {row['question']}\nCorrect Answer: {row['answer']}\nPredicted Answer: {row['said'][0]}\n\n"
+    question, answer, said = map(plain, (row["question"], row["answer"], row["said"][0]))
+    user = (f"Question: {question}\nCorrect Answer: {answer}\nPredicted Answer: {said}\n\n"
             "Reply with one Python dictionary and nothing else, with the keys 'pred', the string 'yes' or 'no', and "
             "'score', an INTEGER from 0 to 5, 5 for the best match. Example: {'pred': 'yes', 'score': 4}")
     return [{"role": "system", "content": QA_TASK}, {"role": "user", "content": user}]
@@ -78,11 +90,13 @@ def qa_messages(row):
 
 def criterion_messages(row, criterion):
     """One of the five criteria of Video-ChatGPT's benchmark: 0 to 5."""
-    parts = [f"Question: {row['asks'][0]}", f"Correct Answer: {row['answer']}", f"Predicted Answer: {row['said'][0]}"]
-    if len(row["asks"]) == 2:
-        parts = [f"Question 1: {row['asks'][0]}", f"Question 2: {row['asks'][1]}", parts[1],
-                 f"Predicted Answer to Question 1: {row['said'][0]}",
-                 f"Predicted Answer to Question 2: {row['said'][1]}"]
+    asks, said = [plain(ask) for ask in row["asks"]], [plain(text) for text in row["said"]]
+    parts = [f"Question: {asks[0]}", f"Correct Answer: {plain(row['answer'])}",
+             f"Predicted Answer: {said[0]}"]
+    if len(asks) == 2:
+        parts = [f"Question 1: {asks[0]}", f"Question 2: {asks[1]}", parts[1],
+                 f"Predicted Answer to Question 1: {said[0]}",
+                 f"Predicted Answer to Question 2: {said[1]}"]
     user = ("\n".join(parts) + "\n\nReply with one Python dictionary and nothing else, with the key 'score', an "
             "INTEGER from 0 to 5, 5 for the best. Example: {'score': 4}")
     task = f"You evaluate answers to questions about videos by one criterion. {CRITERIA[criterion]} Paraphrases count."
@@ -130,7 +144,8 @@ class LocalJudge:
                     some = [i for i in ask[n : n + batch] if (jobs[i][0] == "aspects") is aspects]
                     for i, reply in zip(some, self.judge([jobs[i][1] for i in some], aspects) if some else []):
                         kept[keys[i]] = reply
-                        file.write(json.dumps([keys[i], reply]) + "\n")
+                        if reply is not None:
+                            file.write(json.dumps([keys[i], reply]) + "\n")
                 file.flush()
         for i, key in enumerate(keys):
             out[i] = kept.get(key)
@@ -155,54 +170,69 @@ class LocalJudge:
         clips = [row["clip"] for row, _ in flat]
         asks = [row["question"] if aspects else row["asks"][k] for row, k in flat]
         if aspects:
-            points, _ = self.oracle.aspects(clips, asks, [[text] for text in texts])
-            return [dict(zip(ASPECTS, p[0].tolist())) for p in points]
+            points, ok = self.oracle.aspects(clips, asks, [[text] for text in texts])
+            points = [dict(zip(ASPECTS, p[0].tolist())) for p in points]
+            return [p if good else None for p, good in zip(points, ok)]
         pairs = [[row["answer"], text] for (row, _), text in zip(flat, texts)]
         prefers = self.oracle.preferences(clips, asks, pairs)
         scores = {}
         for (row, _), p in zip(flat, prefers[:, 1, 0].tolist()):
-            scores.setdefault(id(row), []).append(min(5, int(10 * p + 1e-6)))  # [D1]
+            score = min(5, int(10 * p + 1e-6)) if p == p else -1  # [D1]; -1: P is no number
+            scores.setdefault(id(row), []).append(score)
         worst = [min(scores[id(row)]) for row in rows]
-        return [{"pred": "yes" if s >= RATIO_FROM else "no", "score": s} for s in worst]
+        verdict = lambda s: {"pred": "yes" if s >= RATIO_FROM else "no", "score": s}
+        return [verdict(s) if s >= 0 else None for s in worst]
 
 
 class ApiJudge:
-    """An OpenAI-compatible server."""
+    """An OpenAI-compatible server. DataError where asking on makes no sense."""
 
     def __init__(self, args):
         self.client = ApiClient(args.api_url, args.api_model, args.cache, args.api_concurrency, args.api_timeout,
-                                args.api_retries)
+                                args.api_retries, extra=args.api_extra)
         self.args, self.name = args, f"api {args.api_model} at {args.api_url}"
+        self.silent, self.told = 0, set()  # questions in a row without reply; reasons that were told
 
     def replies(self, jobs):
         with ThreadPoolExecutor(self.args.api_concurrency) as pool:
-            done = pool.map(lambda job: self.reply(*job), jobs)
-            return list(tqdm(done, "judge", len(jobs), leave=False, disable=len(jobs) < 100))
+            try:
+                done = pool.map(lambda job: self.reply(*job), jobs)
+                return list(tqdm(done, "judge", len(jobs), leave=False, disable=len(jobs) < 100))
+            finally:
+                pool.shutdown(cancel_futures=True)  # after an error the rest is not asked
 
     def reply(self, kind, row):
         """The reply's text, asked for again while it cannot be read, or None where none comes."""
+        def read(reply):
+            if problem := (qa_values(reply) if kind == "qa" else score_values(reply, kind))[1]:
+                raise ReplyError("no_json", problem)
+
         try:
             if kind == "aspects":
                 images = frames_as_urls(row["clip"], self.args.api_frames, self.args.api_size) if row["clip"] else []
                 if not images and self.args.api_frames:
                     return None  # it must see the video
                 points = api_oracle.aspects(self.client, images, row["question"], row["said"], self.args.api_max_tokens)
-                return dict(zip(ASPECTS, points[0]))
-            messages = qa_messages(row) if kind == "qa" else criterion_messages(row, kind)
-            for attempt in range(ATTEMPTS):
-                reply = self.client.ask(messages, self.args.api_max_tokens)
-                problem = (qa_values(reply) if kind == "qa" else score_values(reply, kind))[1]
-                if problem is None or attempt == ATTEMPTS - 1:
-                    return reply
-                messages = messages + [{"role": "assistant", "content": reply or "(nothing)"},
-                                       {"role": "user", "content": f"That cannot be used ({problem}). Reply with the "
-                                                                   "dictionary alone."}]
+            else:
+                points = None
+                messages = qa_messages(row) if kind == "qa" else criterion_messages(row, kind)
+                reply = self.client.ask(messages, self.args.api_max_tokens, check=read,
+                                        attempts=ATTEMPTS, plea="Reply with the dictionary alone.")
+            self.silent = 0
+            return dict(zip(ASPECTS, points[0])) if points else str(reply)
         except VideoError:
             return None
         except ApiError as e:
-            if getattr(e, "fatal", False):
-                raise DataError(str(e)) from e
-            return None
+            unread = isinstance(e, ReplyError)
+            self.silent = 0 if unread else self.silent + 1
+            if e.fatal or self.silent >= ENOUGH:
+                what = "" if e.fatal else f"{ENOUGH} questions in a row got no reply: "
+                raise DataError(f"{what}{e}") from None
+            if e.reason not in self.told:
+                self.told.add(e.reason)
+                print(f"judge: a question is left without verdict: {e}; more of the kind are only "
+                      "counted", file=sys.stderr)
+            return str(e.reply) or None if unread and kind != "aspects" else None
 
 
 def make_judge(args, device):
@@ -313,12 +343,23 @@ def score_rows(benchmark, rows, judge, clip_text=None, classes=None):
     return values, +problems
 
 
+def note(judge, asked, read):
+    """How many verdicts it was asked for in all, and how many could be read: for `never_read`."""
+    judge.asked, judge.read = getattr(judge, "asked", 0) + asked, getattr(judge, "read", 0) + read
+
+
+def never_read(judge):
+    return getattr(judge, "asked", 0) > 0 == judge.read
+
+
 def judged(rows, kind, judge, problems, words="yes"):
     """Values of one kind of verdict: those that the file brings, else the judge's."""
     read = (lambda reply: qa_values(reply, words)) if kind == "qa" else (lambda reply: score_values(reply, kind))
     names = QA_NAMES if kind == "qa" else (kind,)
     ask = [i for i, row in enumerate(rows) if row["reply"] is None and says(row)]
     replies = dict(zip(ask, judge.replies([(kind, rows[i]) for i in ask]))) if ask else {}
+    told = [read(reply)[1] for reply in replies.values() if reply is not None]
+    note(judge, len(ask), sum(problem in (None, NEITHER) for problem in told))
     out = []
     for i, row in enumerate(rows):
         reply = row["reply"] if row["reply"] is not None else replies.get(i)
@@ -340,6 +381,7 @@ def aspects(rows, judge, problems):
     names = (*VISION, "score", "ratio")
     ask = [i for i, row in enumerate(rows) if says(row)]
     replies = dict(zip(ask, judge.replies([("aspects", rows[i]) for i in ask])))
+    note(judge, len(ask), sum(reply is not None for reply in replies.values()))
     out = []
     for i, row in enumerate(rows):
         if i not in replies:

@@ -75,12 +75,14 @@ import numpy as np
 import torch
 
 import harness
-from api_oracle import ASPECTS, COUNTERS, ApiClient, ApiError, ApiOracle
+from api_client import ApiClient, ApiError
+from api_oracle import ASPECTS, COUNTERS, ApiOracle
 from data import Clip, DataError, FeatureCache, read_records
 from frames import VideoError, clip_seconds
 from packing import tree_rows, trees
 from preferences import one_line, reward_batch, told
 from ranks import (
+    differ,
     f1_parts,
     final_answer,
     kendall_tau,
@@ -158,6 +160,12 @@ def readable_only(*width):
             return out, ok
         return scored
     return around
+
+
+def finite(scores):
+    """Scores (B,..), zeros for a group in which one is no number; ok (B,), False for such groups."""
+    ok = scores.flatten(1).isfinite().all(-1)
+    return scores.masked_fill(~ok.view(-1, *[1] * (scores.ndim - 1)), 0), ok
 
 
 class JudgeOracle:
@@ -303,7 +311,7 @@ class JudgeOracle:
         (B,). Its mean over a group is 1/2: a score that is only comparable within one."""
         prefers = self.preferences(videos, questions, answers)
         # rounding: copies of one answer sum the same numbers in another order and must stay tied
-        return prefers.mean(-1).mul(1e5).round().div(1e5), torch.ones(len(videos), dtype=torch.bool)
+        return finite(prefers.mean(-1).mul(1e5).round().div(1e5))
 
     def rank(self, videos, questions, answers):
         scores, ok = self.score(videos, questions, answers)
@@ -341,7 +349,7 @@ class JudgeOracle:
                 out[b, g, 1] = 5 * min(1.0, 2 * float(wins))
                 out[b, g, 2] = 5 * min(1.0, words[g] / max(words[G], 1))
         same = torch.tensor(one_of_equals(answers)).unsqueeze(-1).expand(-1, -1, 4)
-        return out.gather(1, same), torch.ones(len(videos), dtype=torch.bool)
+        return finite(out.gather(1, same))
 
     def logprobs(self, videos, questions, answers):
         """log P(answer | video, question) summed over its tokens (B,G), and their number (B,G), EOS counted."""
@@ -399,8 +407,7 @@ class RewardModelOracle:
                                                    self.cache, self.device, self.answer_first, *self.limits)
             values = token_scores(self.model, prefix, tokens, lengths).view(tokens.shape)  # (B,G,T)
             rewards[some] = values.gather(-1, lengths.unsqueeze(-1) - 1).squeeze(-1).cpu()
-        rewards = rewards.gather(1, torch.tensor(one_of_equals(answers)))
-        return rewards.nan_to_num(), rewards.isfinite().all(-1)
+        return finite(rewards.gather(1, torch.tensor(one_of_equals(answers))))
 
     def has_room(self, question, narrative, _, own):
         try:
@@ -462,7 +469,7 @@ def make_oracle(args, records, device="cpu", names=None, loaded=None):
                                              dtype=args.oracle_dtype, tokens=args.oracle_tokens)
         elif name == "api":
             client = ApiClient(args.api_url, args.api_model, args.cache, args.api_concurrency, args.api_timeout,
-                               args.api_retries)
+                               args.api_retries, extra=args.api_extra)
             raters[name] = ApiOracle(client, args.api_mode, args.api_frames, args.api_size, args.api_max_tokens,
                                      args.seed)
         else:
@@ -560,6 +567,8 @@ def agreement(args):
         began = time.time()
         with harness.one_line_errors(ApiError):
             seen[name] = (*rater.score(clips, questions, answers), time.time() - began, getattr(rater, "counters", {}))
+        if not (seen[name][1] & differ(answers)).any():  # equal answers are tied unasked
+            sys.exit(f"oracle.py: {name} has ordered none of the groups whose answers differ")
     if len(seen) > 1:
         scores, oks, times, _ = zip(*seen.values())
         seen["mean rank"] = mean_rank(scores), torch.stack(oks).all(0), sum(times), {}

@@ -184,6 +184,9 @@ class Args(OracleArgs, RolloutArgs, ModelArgs):  # the last groups: flags.py
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must lie between 0 and 1")
         if self.center_scores and self.G < 2:
             raise ValueError(f"--G {self.G}: --center_scores needs two answers to a question (or False)")
+        if self.G < 2 and self.raters not in (["reward_model"], ["reference"]):
+            raise ValueError(f"--G {self.G}: --oracle {self.oracle} compares the answers to one "
+                             "question: it needs two")
         if self.clip_range >= 1:
             raise ValueError(f"--clip_range {self.clip_range}: must be below 1")
         for divisor, what in ((world_size(), "processes"), (self.mini_batches, "--mini_batches")):
@@ -216,7 +219,7 @@ from api_oracle import ApiError
 from data import DataError, FeatureCache, read_records
 from oracle import build_oracle, log_counts, make_oracle
 from questions import build_embedded, choose_questions, question_indices, sft_start, times_before
-from ranks import random_scores
+from ranks import differ, random_scores
 from roles import Roles, value_prompts
 from rollouts import unpacked
 from video_llm import Prefix, answer_mask, generate, token_logprobs, token_scores, unwrap
@@ -364,9 +367,10 @@ def main(args):
             scores, ok = oracle.score(clips, questions, answers)  # (B,G), (B,)
         if args.random_reward:
             scores = random_scores(answers, [f"{i} {n}" if n else i for i, n in zip(mine, again)], step, args.seed)
-        scores, ok = scores.float().to(device), ok.to(device)
-        # Has any process a scored question? If not, no optimizer step: Adam's momentum alone would move the weights.
-        scored = harness.any_scored(log, ok, step)  # three such steps in a row end the run
+        scores, ok = scores.masked_fill(~ok.unsqueeze(-1), 0).float().to(device), ok.to(device)
+        # Has any process a question whose answers the oracle told apart? If not, no optimizer step:
+        # Adam's momentum and the KL would move the weights. Three such steps in a row end the run.
+        scored = harness.any_scored(log, ok, differ(answers).to(device), step)
         relative = centered(scores) if args.center_scores else scores  # D9
         if state["normal"] is None and scored:  # I8, D3: from the first batch, for good
             state["normal"] = normal_of(relative, ok, args.reward_scale)
@@ -427,7 +431,7 @@ def main(args):
             order = np.random.default_rng([args.seed, step, epoch, 1]).permutation(args.prompts_per_step)
             for chunk in np.split(order, args.mini_batches):
                 ours = torch.tensor([k // world for k in chunk if k % world == rank], dtype=torch.long)
-                n_tokens = harness.all_sum(mask.view(B, G, T)[ours].sum().double()).clamp(min=1)  # D1: global
+                n_tokens = harness.all_sum(mask.view(B, G, T)[ours].sum().double())  # D1: global
                 for i in by_length(ours, lengths, args.micro_batch_size):
                     at = lambda x: x[i, :, : lengths[i].max()].flatten(0, 1)  # (B,G,T) -> (n,T_i)
                     m = at(mask.view(B, G, T))
@@ -435,12 +439,12 @@ def main(args):
                         with roles.as_("policy") as policy:
                             logprobs, entropy = logprobs_of(policy, i)
                             losses = policy_loss(logprobs, at(old_logprobs), at(whitened), args.clip_range)
-                            ((losses * m).sum() / n_tokens).backward()
+                            ((losses * m).sum() / n_tokens.clamp(min=1)).backward()
                         log_policy(log, losses, logprobs - at(old_logprobs), entropy, at(whitened), m, args.clip_range)
                     with roles.as_("value") as value_model:
                         values = values_of(value_model, i)
                         losses = value_loss(values, at(old_values), at(returns.view(B, G, T)), args.value_clip_range)
-                        ((losses * m).sum() / n_tokens).backward()
+                        ((losses * m).sum() / n_tokens.clamp(min=1)).backward()
                     log_value(log, losses, (values - at(old_values)).abs() > args.value_clip_range, m)
                 for name in learns:
                     params = list(roles.params[name].values())
@@ -452,7 +456,7 @@ def main(args):
                         log.add("policy/grad_norm", grad_norm)
                     else:
                         log.add("val/grad_norm", grad_norm)
-                if scored:
+                if scored and n_tokens:  # else Adam's momentum alone would move the weights
                     optimizer.step()
                 optimizer.zero_grad()
         clock.append(time.time())
@@ -496,31 +500,37 @@ class Validation:
     the greedy answers beside the start's (D7). It keeps the best policy by that oracle in best.safetensors."""
 
     def __init__(self, args, records, roles, cache, device):
-        self.records, self.cache, self.patience = records, cache, args.patience * args.eval_steps
+        self.records, self.cache, self.every = records, cache, args.eval_steps
+        self.patience, self.longest = args.patience * args.eval_steps, args.max_new_tokens
         self.oracle = None
         if args.stop_oracle:
             self.oracle = make_oracle(args, records, device, [args.stop_oracle])
             with roles.reference() as start:
-                self.before = evaluate.answer(start, roles.processor, cache, records)
+                self.before = evaluate.answer(start, roles.processor, cache, records, self.longest)
 
     def __call__(self, log, roles, step, state, folder, rank):
         """-> True: time to stop."""
         with roles.as_("policy") as policy:
-            answers = evaluate.answer(policy, roles.processor, self.cache, self.records)
+            asked = roles.processor, self.cache, self.records, self.longest
+            answers = evaluate.answer(policy, *asked)
         right = [evaluate.is_correct(a, r["answer"]) for a, r in zip(answers, self.records) if r["answer"]]
         log.add("eval/accuracy", sum(right), len(right))
         if not self.oracle:
             return False
         clips, questions = [r["clip"] for r in self.records], [r["question"] for r in self.records]
-        scores, ok = self.oracle.score(clips, questions, [list(pair) for pair in zip(answers, self.before)])
+        pairs = [list(pair) for pair in zip(answers, self.before)]
+        scores, ok = self.oracle.score(clips, questions, pairs)
+        if not harness.any_scored(log, ok, differ(pairs), step, "--stop_oracle"):
+            state["unscored"] = state.get("unscored", 0) + self.every  # nothing is known: go on
+            return False
         total, count = ((scores[:, 0] - scores[:, 1]) * ok).sum().double(), ok.sum().double()
         log.add("eval/margin", total, count)
         margin = (harness.all_sum(total) / harness.all_sum(count).clamp(min=1)).item()
         if state["best"] is None or margin > state["best"]:
-            state["best"], state["best_step"] = margin, step
+            state["best"], state["best_step"], state["unscored"] = margin, step, 0
             if rank == 0:
                 roles.save_policy(Path(folder, "best.safetensors"))
-        return step - state["best_step"] >= self.patience
+        return step - state["best_step"] - state.get("unscored", 0) >= self.patience
 
 
 def by_length(rows, lengths, size):
@@ -531,6 +541,7 @@ def by_length(rows, lengths, size):
 def moments(x, mask):
     """Mean and standard deviation over the real tokens of all processes (doubles), in two passes."""
     n = harness.all_sum(mask.sum().double()).clamp(min=1)
+    x = x.masked_fill(mask == 0, 0)  # 0 times inf is NaN
     mean = harness.all_sum((x * mask).sum().double()) / n
     return mean, (harness.all_sum(((x - mean) ** 2 * mask).sum().double()) / n).sqrt()
 

@@ -11,9 +11,10 @@ and gives `--samples` answers to a question. Every draw is keyed by (seed, itera
 written in parts of PART questions: whatever is killed goes on behind the last whole part, with the same answers.
 
 Beside an answer stands whether it `ended`, with EOS: an answer that was cut at --max_new_tokens is not trained as one
-that ends there. A server's reply counts as ended, as the client does not say why it stopped. An answer is null, that is
-missing, where a server sent no reply, or where a video cannot be read: it was checked at the policy's number of frames,
-and a source with another number may need a damaged part of it.
+that ends there. A server's reply did not end if its finish_reason says `length`. An answer is null, that is missing,
+where a server sent no reply, none but thinking, or a withheld one (refusal, content_filter), or where a video cannot be
+read: it was checked at the policy's number of frames, and a source with another number may need a damaged part of it.
+A source, or an oracle, that answers nothing ends the run (`in_parts`).
 
 The embedded zoo holds four relatives of the policy that saw *the same labels*: another initialisation, no curriculum,
 an early stage, half the frames. In [W] they are well-aligned models from elsewhere. A relative with labels of its own
@@ -34,7 +35,8 @@ import torch
 
 import harness
 from answers import fits
-from api_oracle import ASPECTS, ApiClient, ApiError, check_url, frames_as_urls, message
+from api_client import ApiClient, ApiError, ReplyError, check_server
+from api_oracle import ASPECTS, frames_as_urls, message
 from data import FeatureCache
 from flags import WORLD
 from frames import VideoError
@@ -88,9 +90,10 @@ def check_source(source):
     if is_server(source):
         url, _, model = source.partition("#")
         try:
-            check_url(url)
+            check_server(url, "")
         except ValueError as e:
-            raise ValueError(f"--zoo {url}: {str(e).removeprefix('--api_url: ')}") from None
+            shown = url.partition("?")[0].rpartition("@")[2]  # no password, no key
+            raise ValueError(f"--zoo {shown}: {str(e).removeprefix('--api_url: ')}") from None
         if not model:
             raise ValueError(f"--zoo {url}: name the model behind the address: http://host/v1#model")
 
@@ -134,11 +137,12 @@ class Checkpoint:
 
 
 class Server:
-    """One greedy reply to a question, MISSING where there is none. Its key: see api_oracle.py."""
+    """One greedy reply to a question, MISSING where there is none. Its key: see api_client.py."""
 
     def __init__(self, source, args, device):
         url, _, model = source.partition("#")
-        self.client = ApiClient(url, model, args.cache, args.api_concurrency, args.api_timeout, args.api_retries)
+        self.client = ApiClient(url, model, args.cache, args.api_concurrency, args.api_timeout,
+                                args.api_retries, extra=args.api_extra)
         self.args, self.told = args, False
 
     def __call__(self, records, keys):
@@ -147,8 +151,9 @@ class Server:
             turns = [{"role": "user", "content": q}] if isinstance(q, str) else q
             try:
                 images = frames_as_urls(record["clip"], args.api_frames, args.api_size)
-                text = self.client.ask(message(images, turns[0]["content"]) + turns[1:], args.max_new_tokens)
-                return [(" ".join(text.split()), True)]
+                messages = message(images, turns[0]["content"]) + turns[1:]
+                reply = self.client.ask(messages, args.max_new_tokens, check=not_withheld)
+                return [(" ".join(reply.split()), not reply.cut)]
             except (ApiError, VideoError) as e:
                 if getattr(e, "fatal", False):
                     raise
@@ -162,14 +167,22 @@ class Server:
                 pool.shutdown(cancel_futures=True)  # where asking is futile the rest is not asked
 
 
+def not_withheld(reply):
+    """ReplyError for a reply that a filter took away: what is left of it is nobody's answer."""
+    if reply.withheld:
+        raise ReplyError("no_reply", "it was withheld")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Sampling and scoring, in parts
 # ---------------------------------------------------------------------------------------------------------------
-def in_parts(file, parts, rows_of, rank, world):
+def in_parts(file, parts, rows_of, rank, world, answered=lambda row: True):
     """All rows of `file`, made part after part; what an earlier run wrote is kept up to its last whole part.
 
     parts: [(what, items, rows an item), ..]. rows_of(what, some items) -> a list of rows for each of the items; the
     items of a part are shared out over the processes, whose number therefore changes nothing.
+    answered(row): True, False, or None if nobody was asked. No answer in three parts of one `what`
+    in a row, or in all if they are fewer, ends the run; these parts are not kept.
     """
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     done = whole = 0
@@ -181,7 +194,8 @@ def in_parts(file, parts, rows_of, rank, world):
     harness.all_gather(None)  # every process has read before the first one writes
     if rank == 0 and done < len(parts):
         harness.write(file, "".join(lines[:whole]))
-    for what, items, _ in parts[done:]:
+    silent = 0
+    for n, (what, items, _) in enumerate(parts[done:], done):
         mine = items[rank::world]
         shares = harness.all_gather(rows_of(what, mine) if mine else [])
         new = [row for i in range(len(items)) for row in shares[i % world][i // world]]
@@ -189,6 +203,18 @@ def in_parts(file, parts, rows_of, rank, world):
             with open(file, "a") as f:
                 f.write("".join(json.dumps(row) + "\n" for row in new))
         rows += new
+        seen = {answered(row) for row in new}
+        if True in seen or what != parts[n - 1][0]:
+            silent = 0
+        if silent == 0:
+            first = n
+        silent += False in seen and True not in seen
+        if silent == min(3, sum(part[0] == what for part in parts)):
+            lost = sum(len(part[1]) * part[2] for part in parts[first : n + 1])
+            if rank == 0:
+                harness.write(file, "".join(json.dumps(row) + "\n" for row in rows[:-lost]))
+            sys.exit(f"{file}: {what or 'the oracle'} has answered nothing in {lost} rows; when it "
+                     f"can again: {harness.resume_command()}")
     return rows
 
 
@@ -215,7 +241,8 @@ def collect(folder, k, sources, records, which, oracle, args, device, rank, worl
 
     per_item = {name: 1 if is_server(source) else args.samples for name, source in sources.items()}
     parts = [(name, chunk, per_item[name]) for name in sources for chunk in chunks]
-    rows = in_parts(folder / "answers.jsonl", parts, answers_of, rank, world)
+    said = lambda row: row["answer"] is not None
+    rows = in_parts(folder / "answers.jsonl", parts, answers_of, rank, world, said)
     groups = {i: dict(record=records[i], answers=[], ended=[], sources=[]) for i in which}
     for row in rows:
         groups[row["record"]]["answers"].append(row["answer"])
@@ -229,7 +256,12 @@ def collect(folder, k, sources, records, which, oracle, args, device, rank, worl
                        [g["answers"] for g in some])
         return [[dict(record=i, id=records[i]["id"], scores=s)] for i, s in zip(items, scores)]
 
-    for row in in_parts(folder / "scores.jsonl", [(None, c, 1) for c in chunks], scores_of, rank, world):
+    def scored(row):
+        asked = any(groups[row["record"]]["answers"])
+        return row["scores"] != [None] * len(row["scores"]) if asked else None
+
+    parts = [(None, chunk, 1) for chunk in chunks]
+    for row in in_parts(folder / "scores.jsonl", parts, scores_of, rank, world, scored):
         groups[row["record"]]["scores"] = row["scores"]
     cost = cost_since(before, oracle, folder / "cost.json", rank)
     if rank == 0:

@@ -139,6 +139,11 @@ def f1_parts(prediction, reference):
     return common / len(p), 2 * common / (len(p) + len(r)), common / len(r)
 
 
+def differ(answers):
+    """Which groups hold answers that differ, and so need an order? B lists of G strings -> (B,)."""
+    return torch.tensor([len(set(one)) > 1 for one in one_of_equals(answers)])
+
+
 def ranks_of(scores):
     """scores (B,G), higher is better -> ranks (B,G) long: the number of strictly better answers; ties share a rank."""
     return (scores.unsqueeze(1) > scores.unsqueeze(2)).sum(-1)

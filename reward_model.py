@@ -287,7 +287,7 @@ def choose_pairs(rows, records, min_margin):
         counts["same_answer"] += len(row["answers"]) == 1
         for i, j, p in row["p"]:
             a, b = row["answers"][i], row["answers"][j]
-            drop = abs(p - 0.5) < max(min_margin, 1e-6)
+            drop = not abs(p - 0.5) >= max(min_margin, 1e-6)  # also where P is no number
             counts["near_tie"] += drop
             truth = [is_correct(x, record["answer"]) for x in (a, b)] if record["answer"] else [False, False]
             if truth[0] != truth[1]:

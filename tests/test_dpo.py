@@ -360,6 +360,39 @@ def test_parts_are_continued_behind_the_last_whole_one(tmp_path):
     assert in_parts(file, parts, rows_of, 0, 1) == whole and asked == [("b", [4])] and file.read_text() == text
 
 
+@pytest.mark.parametrize("silent, asked, kept", [
+    ({3, 4, 5}, 6, 3), ({1, 2, 3}, 4, 1), ({0, 2, 4, 6}, 8, None), ({4, 5, 6}, 8, None), ({6, 7}, 8, 6),
+    (range(6), 3, 0), ({1, 2, 4, 5}, 8, None)], ids=str)  # fmt: skip
+def test_whoever_answers_nothing_ends_the_run_and_is_asked_again(
+    tmp_path, monkeypatch, silent, asked, kept
+):
+    """Six parts of one source, two of another. Three silent ones in a row, or all that a source has,
+    are not kept. In the last case nobody was asked in part 2."""
+    parts, seen = [("a", [k], 1) for k in range(6)] + [("b", [k], 1) for k in (6, 7)], []
+
+    def rows_of(what, items):
+        seen.extend(items)
+        return [
+            [dict(said=None if k in silent and k in dead else f"{what}{k}", k=k)] for k in items
+        ]
+
+    answered = lambda row: (
+        None if row["k"] == 2 and silent == {1, 2, 4, 5} else row["said"] is not None
+    )
+    dead, file = set(range(8)), tmp_path / "answers.jsonl"
+    if kept is None:
+        assert len(in_parts(file, parts, rows_of, 0, 1, answered)) == 8
+        return
+    with pytest.raises(SystemExit, match="answered nothing in .* rows"):
+        in_parts(file, parts, rows_of, 0, 1, answered)
+    assert seen == list(range(asked)) and len(rows(file)) == kept
+    dead = set()  # it is back
+    assert [row["said"] for row in in_parts(file, parts, rows_of, 0, 1, answered)] == [
+        f"{'a' if k < 6 else 'b'}{k}" for k in range(8)
+    ]
+    assert seen == [*range(asked), *range(kept, 8)]
+
+
 def test_a_video_that_one_source_cannot_read_is_a_missing_answer(monkeypatch, capfd):
     def read(clip, *_):
         raise VideoError(f"{clip}: damaged behind frame 900")
@@ -717,6 +750,16 @@ def test_ai_feedback_and_the_first_stage_alone(world, policy, monkeypatch, capfd
     assert (ours / "final/model.safetensors").exists() and len(rows(ours / "metrics.jsonl")) == 4
     scores = [s for row in rows(ours / "iteration_1_s0/scores.jsonl") for s in row["scores"] if s]
     assert all(0 <= x <= 5 for s in scores for x in s) and len({tuple(s) for s in scores}) > 5
+
+
+def test_no_alpha_is_chosen_by_an_oracle_that_scores_nothing(world, policy, monkeypatch):
+    monkeypatch.setattr(
+        dpo_iter_w2s, "oracle_scores", lambda oracle, records, answers: [(0.0, 0)] * len(answers)
+    )
+    with pytest.raises(SystemExit, match="scored none of 5 held-out questions.*--resume"):
+        main_of(monkeypatch, world, "dpo_iter_w2s.py", *SELF, "--iterations", "1", "--name", "deaf")
+    ours = world / "runs/dpo_iter_w2s/deaf_s0"
+    assert (ours / "iteration_1_s0/theta").exists() and not (ours / "final").exists()
 
 
 # --- a server as a source --------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def server(monkeypatch):
 def judge_of(server, folder):
     return judges.ApiJudge(SimpleNamespace(
         api_url=server.url, api_model="m", cache=str(folder), api_concurrency=4, api_timeout=60.0, api_retries=0,
-        api_max_tokens=64, api_frames=0, api_size=64))
+        api_max_tokens=64, api_frames=0, api_size=64, api_extra=""))
 
 
 def rows_of(*said):
@@ -67,8 +67,12 @@ def test_a_servers_verdicts_are_read_repaired_counted_and_asked_once(server, tmp
     asked = [messages for messages in server.seen if "never" in messages[1]["content"]]
     assert sorted(map(len, asked)) == [2, 4, 6]  # three attempts, each with the reason
     before = len(server.seen)
-    again, _ = judges.score_rows("msvd_qa", rows_of("good", "bad", "never"), judge_of(server, tmp_path))
-    assert again == values[:3] and len(server.seen) == before  # kept on disk
+    again, _ = judges.score_rows(
+        "msvd_qa", rows_of("good", "bad", "repaired"), judge_of(server, tmp_path)
+    )
+    assert again == [values[0], values[1], values[4]] and len(server.seen) == before  # kept on disk
+    judges.score_rows("msvd_qa", rows_of("never"), judge_of(server, tmp_path))
+    assert len(server.seen) == before + 3  # what could not be read is not kept
 
 
 def test_an_answer_that_brings_its_own_verdict_is_asked_about_again(server, tmp_path):
@@ -123,6 +127,58 @@ def test_a_server_that_knows_no_model_ends_the_script(server, tmp_path):
         judges.score_rows("msvd_qa", rows_of("unknown"), judge_of(server, tmp_path))
 
 
+def test_a_server_that_stays_silent_is_given_up(server, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(judges, "ENOUGH", 5)
+    judge = judge_of(server, tmp_path)
+    judge.args.api_concurrency = 1
+    rows = rows_of(*["refused"] * 4, "good", *["refused"] * 40)
+    for k, row in enumerate(rows):
+        row["question"] = f"what {k}?"
+    with pytest.raises(DataError, match="5 questions in a row got no reply.*HTTP 400"):
+        judges.score_rows("msvd_qa", rows, judge)
+    assert 10 <= len(server.seen) < 20  # four do not make a row of five; the rest is not asked
+    assert capfd.readouterr().err.count("more of the kind") == 1
+
+
+@pytest.mark.parametrize(
+    "said, words",
+    [
+        ("refused", "HTTP 400"),
+        ("never", 'it begins "I would say yes."'),
+        ("nothing", "finish_reason stop; no text"),
+    ],
+)
+def test_a_judge_that_never_gives_a_verdict_ends_the_script(
+    server, tmp_path, monkeypatch, capfd, said, words
+):
+    from inside import main_of
+
+    rows = [dict(id=str(k), question=f"what {k}?", answer="cat", pred=said) for k in range(3)]
+    (tmp_path / "said.json").write_text(json.dumps(rows))
+    flags = [
+        "--predictions",
+        "said.json",
+        "--benchmark",
+        "msvd_qa",
+        "--judge",
+        "api",
+        "--api_url",
+        server.url,
+        "--api_model",
+        "m",
+        "--api_retries",
+        "0",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main_of(monkeypatch, tmp_path, "evaluate.py", *flags)
+    shown = capfd.readouterr()
+    assert "not one verdict on 3 predictions" in str(stop.value) and "accuracy" not in shown.out
+    assert words in shown.err and shown.err.count("more of the kind") == 1
+    (tmp_path / "said.json").write_text(json.dumps([*rows, dict(rows[0], id="3", pred="good")]))
+    main_of(monkeypatch, tmp_path, "evaluate.py", *flags)
+    assert "accuracy" in capfd.readouterr().out
+
+
 def test_the_local_judge_scores_by_its_preference():
     """[D1] P = 1/2 is as good as the reference: 5 and yes; of two predictions the worse one counts."""
     import torch
@@ -137,8 +193,11 @@ def test_the_local_judge_scores_by_its_preference():
     replies = judge.judge(rows, False)
     assert [(r["pred"], r["score"]) for r in replies] == [("yes", 5), ("yes", 3), ("no", 2), ("yes", 5), ("no", 2)]
     judge.oracle.aspects = lambda videos, asks, groups: (
-        torch.tensor([[[len(b), 0, 0, 0]] for (b,) in groups]), None)  # fmt: skip
+        torch.tensor([[[len(b), 0, 0, 0]] for (b,) in groups]), torch.tensor([True, False])[: len(groups)])
     assert judge.judge(rows[:1], True)[0]["relevance"] == len("same")
+    assert judge.judge(rows[:2], True)[1] is None  # not scored: no zeros
+    judge.oracle.preferences = lambda videos, asks, groups: torch.full((len(groups), 2, 2), torch.nan)
+    assert judge.judge(rows, False) == [None] * 5
 
 
 def test_aspects_and_their_ratio():

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import benchmark_files
 import prediction_files
-from api_oracle import ASPECTS, ReplyError, parse_json, read_choice, read_ranking, read_scores
+from api_client import ReplyError, parse_json
+from api_oracle import ASPECTS, read_choice, read_ranking, read_scores
 from data import Clip, DataError, is_text, read_records, report_lines
 from metrics import qa_values, score_values
 from preferences import read_preferences, write_preferences

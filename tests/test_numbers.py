@@ -9,6 +9,7 @@ from inside import main_of
 from test_killed import SCRIPTS, rows, steps_done
 
 import harness
+from ranks import differ
 
 LOSSES = dict(sft="sft_loss", grpo_rank="kl_k3", ppo_rlaif="value_loss", reward_model="bradley_terry",
               dpo_iter_w2s="dpo_loss")  # fmt: skip
@@ -79,8 +80,8 @@ def test_a_step_without_a_ranking_moves_no_weights_and_three_end_the_run(world, 
              "    oracle = make(*args, **more)\n    score = oracle.score\n    def scored(*asked):\n"
              "        values, ok = score(*asked)\n        calls[0] += 1\n"
              "        return values, ok & (calls[0] in (1, 3, 4))\n    oracle.score = scored\n    return oracle\n"
-             "module.make_oracle = silent\nadd = module.harness.any_scored\ndef noted(log, ok, step):\n"
-             "    print('STEPS', step, did[0], flush=True)\n    did[0] = 0\n    return add(log, ok, step)\n"
+             "module.make_oracle = silent\nadd = module.harness.any_scored\ndef noted(log, ok, needed, step):\n"
+             "    print('STEPS', step, did[0], flush=True)\n    did[0] = 0\n    return add(log, ok, needed, step)\n"
              "module.harness.any_scored = noted\nreal = torch.optim.AdamW.step\n"
              "def counted(*args, **more):\n    did[0] += 1\n    return real(*args, **more)\n"
              "torch.optim.AdamW.step = counted")
@@ -90,3 +91,54 @@ def test_a_step_without_a_ranking_moves_no_weights_and_three_end_the_run(world, 
     assert moved == {0: False, 1: True, 2: False, 3: True, 4: True, 5: False, 6: False}
     said = [line for line in forked.said().splitlines() if "ranked nothing" in line]
     assert len(said) == 1 and said[0].startswith("step 6: ") and "--resume" in said[0]
+
+
+@pytest.mark.parametrize(
+    "groups, learns",
+    [  # of each step (ordered, asked in vain, all alike and ok, all alike and not)
+        (
+            [(3, 1, 0, 0), (0, 0, 4, 0), (1, 3, 0, 0)],
+            [True, True, True],
+        ),  # a live oracle; a step of equal answers
+        ([(0, 0, 4, 0)] * 9, [True] * 9),  # a policy that always says the same needs no order
+        (
+            [(0, 1, 3, 0)] * 3,
+            [False, False, "end"],
+        ),  # equal answers are tied unasked: they hide no dead oracle
+        (
+            [(0, 1, 3, 0), (0, 0, 4, 0), (0, 4, 0, 0), (0, 0, 4, 0), (0, 1, 0, 3)],
+            [False, False, False, False, "end"],
+        ),
+        (
+            [(0, 2, 2, 0), (0, 2, 2, 0), (1, 0, 3, 0), (0, 4, 0, 0), (0, 4, 0, 0)],
+            [False, False, True, False, False],
+        ),
+        ([(0, 0, 0, 4)] * 3, [False, False, "end"]),
+        ([(0, 0, 3, 1)] * 4, [True] * 4),
+    ],
+)
+def test_only_groups_that_need_an_order_show_that_an_oracle_lives(tmp_path, groups, learns):
+    log, answers = (
+        harness.Log(tmp_path, 50, 0, 0),
+        (["a", "b"], ["a", "c"], ["The a.", "a"], ["a", "a"]),
+    )
+    for step, (numbers, learn) in enumerate(zip(groups, learns)):
+        some = [answer for answer, n in zip(answers, numbers) for _ in range(n)]
+        ok = torch.tensor(
+            [good for good, n in zip((True, False, True, False), numbers) for _ in range(n)]
+        )
+        if learn == "end":
+            with pytest.raises(SystemExit, match=f"step {step}: .*ranked nothing"):
+                harness.any_scored(log, ok, differ(some), step)
+        else:
+            assert harness.any_scored(log, ok, differ(some), step) is learn
+
+
+def test_masked_groups_stand_on_the_progress_line(tmp_path, capsys):
+    log, needed = harness.Log(tmp_path, 3, 0, 0), torch.tensor([True] * 4)
+    for step, ok in enumerate(([1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1])):
+        harness.any_scored(log, torch.tensor(ok, dtype=torch.bool), needed, step)
+        log.add("rollout/len", 1.0)
+        log.step(step, ["rollout/len"])
+    said = capsys.readouterr().out.splitlines()
+    assert ["masked" in line for line in said] == [False, True, False] and "masked 2 |" in said[1]

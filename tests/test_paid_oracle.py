@@ -12,12 +12,13 @@ from inside import main_of
 from test_api_oracle import SECRET, server  # noqa: F401 - a fixture
 from test_scripts import GRPO, rows
 
+import api_client
 import api_oracle
 import oracle
 
 FAILURES = [dict(status=500, says=f"cannot serve {SECRET}"), dict(status=503), dict(status=408),
             dict(status=429, headers={"retry-after": "0"}), dict(status=400, says=f"Bearer {SECRET}?"),
-            dict(status=403, says=f"{SECRET} may not"), dict(status=413), "CUT", "HALF", "HALF JSON", "LIST", "EMPTY",
+            dict(status=422, says=f"{SECRET}, no"), dict(status=413), "CUT", "HALF", "HALF JSON", "LIST", "EMPTY",
             "the first answer is the best", '{"ranking": [1, 1, 1]}', '{"ranking": [7]}', '{"ranking": "1 2 3"}', "{}",
             '```json\n{"ranking": [', f"your key is {SECRET}", ""]  # fmt: skip
 random.Random(1).shuffle(FAILURES)
@@ -49,7 +50,7 @@ def failing(server, monkeypatch):  # noqa: F811
 
     server.act = act
     monkeypatch.setenv("ORACLE_API_KEY", SECRET)
-    monkeypatch.setattr(oracle, "ApiClient", partial(api_oracle.ApiClient, first_wait=0.001))
+    monkeypatch.setattr(oracle, "ApiClient", partial(api_client.ApiClient, first_wait=0.001))
     return server
 
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ import harness
 import ppo_rlaif
 from data import FeatureCache
 from flags import parse_args
-from oracle import RewardModelOracle
+from oracle import ReferenceOracle, RewardModelOracle, finite
 from ppo_rlaif import (
     Args,
     Validation,
@@ -181,6 +181,43 @@ def test_scores_are_normalised_once_over_what_could_be_scored():
     near((scores[ok] - mean) * gain, [[-3 / 5**0.5, -1 / 5**0.5], [1 / 5**0.5, 3 / 5**0.5]])
     assert normal_of(scores, ok, 10.0) == (0.0, 10.0)
     near(normal_of(torch.full((2, 2), 0.25), t([True, True]), 0.0), (0.25, 1.0))  # nothing to scale by
+    for bad in (
+        math.inf,
+        -math.inf,
+        math.nan,
+        3.4e38,
+    ):  # of a masked group, whose numbers are nobody's
+        scores[1] = bad
+        near(normal_of(scores, ok, 0.0), (mean, gain))
+
+
+def test_scores_that_are_no_numbers_are_zeros_of_masked_groups():
+    for bad in (math.inf, -math.inf, math.nan):
+        scores, ok = finite(t([[1.0, 2.0], [bad, 4.0], [5.0, 6.0]]))
+        assert scores.tolist() == [[1, 2], [0, 0], [5, 6]] and ok.tolist() == [True, False, True]
+        points, ok = finite(torch.full((2, 3, 4), 2.0).index_put((t([1]), t([2]), t([3])), t(bad)))
+        assert (points[0] == 2).all() and (points[1] == 0).all() and ok.tolist() == [True, False]
+
+
+def test_a_mini_batch_without_scored_answers_moves_no_weights(world, policy, monkeypatch):
+    """One of four questions is scored: of two mini-batches one has nothing to learn from."""
+    score, steps, real = ReferenceOracle.score, [], torch.optim.AdamW.step
+
+    def one_alone(self, *asked):
+        scores, ok = score(self, *asked)
+        return scores, ok & (torch.arange(len(ok)) == 2)
+
+    monkeypatch.setattr("oracle.ReferenceOracle.score", one_alone)
+    monkeypatch.setattr(
+        "ppo_rlaif.differ", lambda answers: torch.ones(len(answers), dtype=torch.bool)
+    )
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a, **k: steps.append(1) or real(self, *a, **k)
+    )
+    main_of(
+        monkeypatch, world, *SHORT, "--name", "sparse", "--ppo_epochs", "3", "--mini_batches", "2"
+    )
+    assert len(steps) == 2 * 3  # steps x epochs, one mini-batch each
 
 
 def test_micro_batches_hold_every_question_once():
@@ -239,7 +276,8 @@ BAD = ["--G 0", "--G 1", "--steps 0", "--oracle god", "--oracle reference,god", 
        "--prompts_per_step 7", "--mini_batches 5", "--ppo_epochs 0", "--clip_range 1", "--clip_range 0", "--lora_r -1",
        "--value_clip_range 0", "--kl_coef -1", "--target_kl 6 --kl_coef 0", "--schedule step", "--adam_eps 0",
        "--stop_oracle context --eval_questions 0", "--patience 0", "--temperature 0", "--missing_eos_penalty -1",
-       "--kl_coef nan", "--lr nan", "--beta 0.1", "--stop_oracle api", "--resume --unknown", "--random_reward maybe"]
+       "--kl_coef nan", "--lr nan", "--beta 0.1", "--stop_oracle api", "--resume --unknown", "--random_reward maybe",
+       "--G 1 --center_scores False --oracle judge"]
 
 
 @pytest.mark.parametrize("flags", BAD)
@@ -529,7 +567,7 @@ def test_the_best_policy_is_kept_and_patience_ends(tmp_path, monkeypatch):
         save_policy = lambda self, file: self.saved.append(file.name)
 
     margins = iter([0.0, 0.3, 0.2, 0.3, 0.1])
-    monkeypatch.setattr("evaluate.answer", lambda model, processor, cache, records: ["a"] * len(records))
+    monkeypatch.setattr("evaluate.answer", lambda *asked: ["a"] * len(asked[3]))
     # the second question cannot be scored and must not count
     fake = lambda clips, questions, answers: (t([[next(margins) + 1, 1.0], [9.0, 0.0]]), t([True, False]))
     monkeypatch.setattr(ppo_rlaif, "make_oracle", lambda *_: type("O", (), {"score": staticmethod(fake)}))
@@ -541,6 +579,51 @@ def test_the_best_policy_is_kept_and_patience_ends(tmp_path, monkeypatch):
     assert stops == [False, False, False, True, True]
     assert state["best_step"] == 10 and state["best"] == pytest.approx(0.3) and len(roles.saved) == 2
     assert log.sums["eval/accuracy"] == (5.0, 5.0)  # only what has a label
+
+
+def test_an_early_stop_whose_oracle_is_dead(tmp_path, monkeypatch):
+    """Pairs equal to the start's answers are tied unasked. An evaluation of these alone is no lack of
+    progress; three of them in a row, or one at the end, end the run. Answers are as long as in
+    training."""
+
+    class FakeRoles:
+        processor = None
+        as_ = lambda self, name: nullcontext()
+        reference = lambda self: nullcontext()
+        save_policy = lambda self, file: None
+
+    texts, lengths, alive = (
+        iter([["a", "b"], *[["a", "c"]] * 20]),
+        set(),
+        iter([1, 0, 0, 1, 0, 0, 0]),
+    )
+    monkeypatch.setattr("evaluate.answer", lambda *asked: lengths.add(asked[4]) or next(texts))
+
+    def score(clips, questions, answers):
+        ok, live = [len(set(pair)) == 1 for pair in answers], next(alive)
+        return t([[0.5 - 0.1 * (not same), 0.5] for same in ok]), t(
+            [same or bool(live) for same in ok]
+        )
+
+    monkeypatch.setattr(
+        ppo_rlaif, "make_oracle", lambda *_: type("O", (), {"score": staticmethod(score)})
+    )
+    args = Args(
+        oracle="reference", stop_oracle="context", patience=2, eval_steps=10, max_new_tokens=7
+    )
+    roles, state, log = FakeRoles(), dict(best=None, best_step=0), harness.Log(tmp_path, 100, 0, 0)
+    validate = Validation(
+        args, [dict(clip=None, question="q", answer=a) for a in "ab"], roles, None, "cpu"
+    )
+    assert [validate(log, roles, step, state, tmp_path, 0) for step in (0, 10, 20, 30, 40, 50)] == [
+        False
+    ] * 6
+    assert state["best_step"] == 0 and lengths == {7}
+    with pytest.raises(SystemExit, match="--stop_oracle has ranked nothing"):
+        validate(log, roles, 60, state, tmp_path, 0)
+    alive = iter([0])
+    with pytest.raises(SystemExit, match="--stop_oracle has ranked nothing"):
+        validate(harness.Log(tmp_path, 100, 0, 0), roles, 100, state, tmp_path, 0)
 
 
 def test_a_policy_that_only_gets_worse_ends_as_the_start(world, policy, monkeypatch):
