@@ -466,9 +466,11 @@ def test_seven_billion_parameters_have_their_published_names_and_shapes(tmp_path
     assert [len(x) for x in (llama, clip, qformer)] == [291, 391, 255]
     for name in ("llm", "clip", "qformer"):
         (tmp_path / name).mkdir()
-    tokenizer = write_tokenizer(tmp_path / "llm", "sentencepiece", "<s>", "</s>", [], None)
-    tokenizer.add_tokens([f"word{i}" for i in range(32000 - len(tokenizer))])
-    tokenizer.save_pretrained(tmp_path / "llm")
+    write_tokenizer(tmp_path / "llm", "sentencepiece", "<s>", "</s>", [], None)
+    tokenizer = json.loads((tmp_path / "llm/tokenizer.json").read_bytes())
+    words = tokenizer["model"]["vocab"]
+    words |= {f"word{i}": i for i in range(len(words), 32000)}
+    (tmp_path / "llm/tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     transformers.LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                              num_attention_heads=32, max_position_embeddings=4096,
                              architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "llm")
