@@ -287,16 +287,17 @@ class VideoLLMProcessor(ProcessorMixin):
         spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
         plain = r"\s*|<0x[0-9A-F]{2}>"  # runs of blanks, and the bytes of which unknown letters are made
         names = {t["content"] for t in spec["added_tokens"] if not re.fullmatch(plain, t["content"])}
+        model, vocab, pad = spec["model"], spec["model"]["vocab"], self.tokenizer.pad_token
+        whole = lambda merge: "".join(merge if isinstance(merge, list) else merge.split(" "))
+        if pad != self.tokenizer.eos_token and pad in map(whole, model.get("merges", ())):
+            names.discard(pad)  # an ordinary word serves as padding
         named = lambda name: MARK + name if name in names else name
         for token in spec["added_tokens"]:
             token["content"] = named(token["content"])
-        model, vocab = spec["model"], spec["model"]["vocab"]
         model["vocab"] = ({named(name): i for name, i in vocab.items()} if isinstance(vocab, dict)
                           else [[named(name), score] for name, score in vocab])
         if "merges" in model:  # none makes a control token out of letters
-            pieces = ((merge, "".join(merge if isinstance(merge, list) else merge.split(" ")))
-                      for merge in model["merges"])
-            model["merges"] = [merge for merge, whole in pieces if whole not in names]
+            model["merges"] = [merge for merge in model["merges"] if whole(merge) not in names]
         if isinstance(model.get("unk_token"), str):
             model["unk_token"] = named(model["unk_token"])
         spec |= dict(post_processor=None, truncation=None, padding=None)

@@ -403,7 +403,8 @@ def test_a_video_that_one_source_cannot_read_is_a_missing_answer(monkeypatch, ca
 
     args, records = Args(samples=2), [dict(clip=c, question="what?") for c in "aba"]
     checkpoint = object.__new__(Checkpoint)
-    checkpoint.cache, checkpoint.args, checkpoint.told = Cache(), args, False
+    checkpoint.cache, checkpoint.args, checkpoint.told, checkpoint.processor = Cache(), args, False, None
+    monkeypatch.setattr(preference_zoo, "fits", lambda *_: True)
     checkpoint.sample = lambda some, keys: [[(str(k), True)] * 2 for k in keys]
     assert checkpoint(records, [1, 2, 3]) == [[("1", True)] * 2, [MISSING] * 2, [("3", True)] * 2]
     assert checkpoint(records[1:2], [2]) == [[MISSING] * 2]
@@ -623,7 +624,7 @@ def clips_of(world, n):
 
 def test_the_gradient_of_a_step(world, policy, monkeypatch, tmp_path):
     """Against plain forward passes, one an answer, and the formula of the gradient; the reference is not the start."""
-    words = [("red", "blue blue"), ("moves left and turns", "up"), ("two", "two shapes"), ("yes", "no")]
+    words = [("red", "blue blue"), ("up", "moves left and turns"), ("two", "two shapes"), ("no", "yes")]
     pairs = [dict(id=str(i), clip=clip, question=f"what is it, {i}?", chosen=w, rejected=r)
              for i, (clip, (w, r)) in enumerate(zip(clips_of(world, 4), words))]
     write_preferences(tmp_path / "pairs.json", pairs, "trl")

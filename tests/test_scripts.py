@@ -314,7 +314,7 @@ def test_the_gradient_of_a_step(world, policy, monkeypatch, kind, A):
         torch.tensor([[3.0, 1, 2]] * 3), torch.tensor([True, False, True])))
     monkeypatch.setattr(grpo_rank, "reference_of", lambda model, place: lambda: nullcontext(other))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop_there)
-    flags = ["--prompts_per_step", "3", "--tokens_per_micro_batch", "1", "--temperature", "0.7", "--beta", "0.5",
+    flags = ["--prompts_per_step", "3", "--tokens_per_micro_batch", "1", "--temperature", "1.3", "--beta", "0.5",
              "--entropy_coef", "0.2", "--max_new_tokens", "6", "--advantage", kind,
              "--name", f"gradient_{kind}"]  # fmt: skip
     with pytest.raises(SystemExit, match="enough"):
@@ -322,9 +322,9 @@ def test_the_gradient_of_a_step(world, policy, monkeypatch, kind, A):
 
     (_, prefix, *_), (tokens, lengths, _) = seen["generate"]
     model, _ = load_model(policy)
-    logprobs, entropy = plain_logprobs(model, prefix, tokens, lengths, 0.7)
+    logprobs, entropy = plain_logprobs(model, prefix, tokens, lengths, 1.3)
     with torch.no_grad():
-        reference, _ = plain_logprobs(other, prefix, tokens, lengths, 0.7)
+        reference, _ = plain_logprobs(other, prefix, tokens, lengths, 1.3)
     if kind == "oracle_rank":
         (_, oracle_ranks, policy_ranks), _ = seen["rank_advantages"]
         assert oracle_ranks.tolist() == [[0, 2, 1]] * 3

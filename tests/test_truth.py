@@ -139,7 +139,7 @@ def test_no_line_over_120_columns(path):
 
 @pytest.mark.parametrize("name", LIMITED)
 def test_no_file_is_too_long(name):
-    assert len((REPO / f"{name}.py").read_text().splitlines()) <= 640
+    assert len((REPO / f"{name}.py").read_text().splitlines()) <= 660
 
 
 def test_nothing_about_this_machine():
