@@ -401,13 +401,19 @@ def test_a_video_that_one_source_cannot_read_is_a_missing_answer(monkeypatch, ca
         def prepare(self, clips, progress):
             return {c: f"{c}: damaged behind frame 900" for c in clips if c == "b"}
 
+    def prompt_ids(question, video, most):
+        if question == "long?":
+            raise ValueError("a prompt of 900 tokens cannot be cut")
+
     args, records = Args(samples=2), [dict(clip=c, question="what?") for c in "aba"]
     checkpoint = object.__new__(Checkpoint)
-    checkpoint.cache, checkpoint.args, checkpoint.told, checkpoint.processor = Cache(), args, False, None
-    monkeypatch.setattr(preference_zoo, "fits", lambda *_: True)
+    checkpoint.cache, checkpoint.args, checkpoint.told = Cache(), args, False
+    checkpoint.processor = type("Processor", (), dict(prompt_ids=prompt_ids))
     checkpoint.sample = lambda some, keys: [[(str(k), True)] * 2 for k in keys]
     assert checkpoint(records, [1, 2, 3]) == [[("1", True)] * 2, [MISSING] * 2, [("3", True)] * 2]
     assert checkpoint(records[1:2], [2]) == [[MISSING] * 2]
+    long = dict(records[0], question="long?")  # for this source's video, not for the policy's
+    assert checkpoint([long, records[0]], [4, 5]) == [[MISSING] * 2, [("5", True)] * 2]
     monkeypatch.setattr(preference_zoo, "frames_as_urls", read)
     server = object.__new__(Server)
     server.args, server.told, server.client = args, False, type("Client", (), dict(concurrency=1))
