@@ -71,12 +71,14 @@ grpo("grpo_temperature_loss", "tokens[i, :, :T], lengths[i], args.temperature)",
      GRPO_GRADIENT)
 grpo("grpo_temperature_sampling", "args.temperature, args.cuda_graphs)", "1.0, args.cuda_graphs)",
      "no temperature in the call that samples", GRPO_STEP)
-grpo("grpo_same_draws_steps", "np.random.default_rng([args.seed, step, i])",
-     "np.random.default_rng([args.seed, i])", "the same random numbers in every step",
+grpo("grpo_same_draws_steps", "np.random.default_rng([args.seed, step, i, n])",
+     "np.random.default_rng([args.seed, i, n])", "the same random numbers in every step", GRPO_STEP)
+grpo("grpo_same_draws_questions", "np.random.default_rng([args.seed, step, i, n])",
+     "np.random.default_rng([args.seed, step, n])", "the same random numbers for every question",
      GRPO_STEP)
-grpo("grpo_same_draws_questions", "np.random.default_rng([args.seed, step, i])",
-     "np.random.default_rng([args.seed, step])", "the same random numbers for every question",
-     GRPO_STEP)
+grpo("grpo_same_draws_again", "np.random.default_rng([args.seed, step, i, n])",
+     "np.random.default_rng([args.seed, step, i])",
+     "a question that comes twice in a step has the same random numbers", GRPO_STEP)
 grpo("grpo_lr", 'g["lr"] = lr_at(step, args)', "pass",
      "the learning rate of the schedule never applied", GRPO_STEP)
 grpo("grpo_zero_grad", "            optimizer.zero_grad()\n            log.add",
@@ -97,12 +99,12 @@ grpo("grpo_world", "(loss.sum() / n_tokens * world).backward()",
      "(loss.sum() / n_tokens).backward()", "loss not scaled for DDP's mean", GRPO_RANKS)
 grpo("grpo_no_sync", "when=k < len(micros) - 1", "when=k < len(micros)",
      "gradients of processes never meet", GRPO_RANKS)
-grpo("grpo_shared_out", "question_indices(len(records), step, args)[rank::world]",
-     "question_indices(len(records), step, args)[::world]", "all processes ask the same questions",
-     GRPO_RANKS)
+grpo("grpo_shared_out", "mine, again = indices[rank::world],", "mine, again = indices[::world],",
+     "all processes ask the same questions", GRPO_RANKS)
 
 # --- sft.py ---------------------------------------------------------------------------------------
 sft = partial(plant, "sft.py")
+SFT_STEP = "test_whole_steps.py::test_sft"
 SFT_RUN = "test_scripts.py::test_sft"
 SFT_RESUME = "test_resume.py::test_killed_and_resumed_equals_uninterrupted[sft]"
 SFT_RANKS = "test_ranks.py::test_two_processes_equal_one[sft]"
@@ -122,19 +124,18 @@ sft("sft_world", "(nll.sum() * world / n_examples)", "(nll.sum() / n_examples)",
 sft("sft_no_sync", "when=i < len(micros) - 1", "when=i < len(micros)",
     "gradients of processes never meet", SFT_RANKS)
 sft("sft_lr", 'g["lr"] = lr_at(step, args)', "pass",
-    "the learning rate of the schedule never applied", SFT_RUN, SFT_RESUME)
+    "the learning rate of the schedule never applied", SFT_STEP)
 sft("sft_zero_grad", "        optimizer.zero_grad()\n", "", "gradients add up from step to step",
-    SFT_RESUME)
+    SFT_STEP)
 sft("sft_same_batch", 'random.Random(f"{args.seed} {step}")', 'random.Random(f"{args.seed}")',
-    "the same examples in every step", SFT_RUN,
-    "test_scripts.py::test_sft_sees_the_labels_of_the_chosen_clips_only")
+    "the same examples in every step", SFT_STEP)
 sft("sft_curriculum", "step < args.easy_steps * args.steps", "step >= args.easy_steps * args.steps",
-    "the easy answers come last", SFT_RUN)
+    "the easy answers come last", SFT_STEP)
 sft("sft_easy", "return lengths <= np.quantile", "return lengths >= np.quantile",
     "the long answers are the easy ones", "test_sft.py")
 sft("sft_videos", "videos = [clip for *_, clip, _ in rows if clip is not None]",
     "videos = [clip for *_, clip, _ in rows[1:] + rows[:1] if clip is not None]",
-    "each row sees the next row's video", SFT_RUN, "test_sft.py")
+    "each row sees the next row's video", SFT_STEP)
 sft("sft_one_order", "rng.shuffle(pair)", "pass", "the right answer always stands first", SFT_PAIR)
 sft("sft_learns_wrong", '"question": question, "answer": record["answer"]}',
     '"question": question, "answer": pair[0]}', "the first answer is learned, whichever it is",
@@ -142,13 +143,14 @@ sft("sft_learns_wrong", '"question": question, "answer": record["answer"]}',
 
 # --- reward_model.py ------------------------------------------------------------------------------
 rm = partial(plant, "reward_model.py")
+RM_STEP = "test_whole_steps.py::test_reward_model"
 RM_HAND = ("test_reward_model.py::test_bradley_terry_by_hand",
            "test_reward_model.py::test_only_the_difference_counts_but_for_the_centring",
            "test_reward_model.py::test_the_reward_stands_at_the_last_token")
 RM_PAIRS = "test_reward_model.py::test_choose_pairs"
 RM_PACKED = "test_reward_model.py::test_packed_pairs_are_rewarded_as_if_alone"
-RM_COLLECT = "test_reward_model.py::test_collect"
-RM_OWN = "test_reward_model.py::test_preferences_of_ones_own"
+RM_TELL = "test_own_rows.py::test_what_the_judge_tells_belongs_to_its_pair"
+RM_ASK = "test_own_rows.py::test_every_question_is_asked_with_numbers_of_its_own"
 RM_TWO = "test_reward_model.py::test_two_processes_collect_and_train_as_one"
 
 rm("rm_sign", "-F.logsigmoid(rewards[:, 0] - rewards[:, 1])",
@@ -156,7 +158,7 @@ rm("rm_sign", "-F.logsigmoid(rewards[:, 0] - rewards[:, 1])",
 rm("rm_centring", "return rewards.sum(-1).square()", "return rewards.square().sum(-1)",
    "centring pulls at the difference", *RM_HAND)
 rm("rm_centring_sign", "((bt + centring).sum()", "((bt - centring).sum()",
-   "the mean of the rewards is driven away", RM_OWN)
+   "the mean of the rewards is driven away", RM_STEP)
 rm("rm_last_token", "lengths.reshape(-1, 1) - 1)", "lengths.reshape(-1, 1) - 2)",
    "the reward is read a token early", *RM_HAND)
 rm("rm_normalise", "head.bias.sub_(mean).div_(std)", "head.bias.sub_(mean)",
@@ -176,32 +178,32 @@ rm("rm_places", "places[:, :1] * lengths.shape[1] + places[:, 1:]",
 rm("rm_measure", "torch.where(truth > 0, won, 1 - won)", "torch.where(truth > 0, won, won)",
    "agreement with the oracle is called truth", "test_reward_model.py::test_measures_by_hand")
 rm("rm_measured_on_training", "some = held_groups[rank::world]", "some = groups[rank::world]",
-   "eval/* measured on training pairs", RM_OWN)
+   "eval/* measured on training pairs", RM_STEP)
 rm("rm_narratives_shifted", "stories = dict(zip(clips, judge.narratives(clips)))",
    "stories = dict(zip(clips, judge.narratives(clips[1:] + clips[:1])))",
-   "narratives shifted by one video", RM_PACKED, RM_COLLECT)
+   "narratives shifted by one video", RM_TELL)
 rm("rm_owns_shifted", "harness.all_gather(dict(zip(mine, said)))",
    "harness.all_gather(dict(zip(mine, said[1:] + said)))",
-   "the judge's own answers shifted by one question", RM_PACKED, RM_COLLECT)
+   "the judge's own answers shifted by one question", RM_TELL)
 rm("rm_rates", "(args.lr, args.head_lr)", "(args.head_lr, args.lr)",
-   "the two learning rates exchanged", RM_OWN)
+   "the two learning rates exchanged", RM_STEP)
 rm("rm_clip", "torch.nn.utils.clip_grad_norm_(params, 1.0)",
-   "torch.nn.utils.clip_grad_norm_(params, 10.0)", "gradients clipped at norm 10", RM_OWN)
+   "torch.nn.utils.clip_grad_norm_(params, 10.0)", "gradients clipped at norm 10", RM_STEP)
 rm("rm_zero_grad", "        optimizer.zero_grad()\n", "", "gradients add up from step to step",
-   "test_reward_model.py::test_killed_and_resumed_equals_uninterrupted")
+   RM_STEP)
 rm("rm_same_draws", "np.random.default_rng([args.seed, i])", "np.random.default_rng([args.seed])",
-   "the same random numbers for every question", RM_COLLECT)
+   "the same random numbers for every question", RM_ASK)
 rm("rm_temperature", "generate(policy, prefix, uniforms, eos, args.temperature)",
-   "generate(policy, prefix, uniforms, eos)", "--temperature ignored in sampling", RM_COLLECT)
+   "generate(policy, prefix, uniforms, eos)", "--temperature ignored in sampling", RM_ASK)
 rm("rm_world", "* world / n_pairs).backward()", "/ n_pairs).backward()",
    "loss not scaled for DDP's mean", RM_TWO)
 
 # --- ppo_rlaif.py ---------------------------------------------------------------------------------
 ppo = partial(plant, "ppo_rlaif.py")
+PPO_STEP = "test_whole_steps.py::test_ppo"
 PPO_KL = "test_ppo.py::test_the_score_stands_at_the_last_real_token_and_the_kl_at_each"
 PPO_GAE = ("test_ppo.py::test_gae_by_hand", "test_ppo.py::test_gae_equals_the_double_sum")
 PPO_GRADIENT = "test_ppo.py::test_the_gradient_of_a_step"
-PPO_RUN = "test_ppo.py::test_end_to_end"
 PPO_RESUME = "test_ppo.py::test_killed_and_resumed_equals_uninterrupted[lora]"
 PPO_TWO = "test_ppo.py::test_two_processes_equal_one"
 
@@ -235,52 +237,47 @@ ppo("ppo_centred", "return scores - scores.mean(-1, keepdim=True)", "return scor
     "scores centred over the batch, not in their group",
     "test_ppo.py::test_centred_scores_compare_the_answers_to_one_question")
 ppo("ppo_centring_sign", "relative = centered(scores) if", "relative = -centered(scores) if",
-    "the sign of centring in the loop", PPO_GRADIENT)
+    "the sign of centring in the loop", PPO_STEP)
 ppo("ppo_masked", "answer_mask(lengths * ok.unsqueeze(-1), T)", "answer_mask(lengths, T)",
     "answers without a score are learned from", PPO_GRADIENT)
 ppo("ppo_temperature_loss", "tokens[i, :, :T_i], lengths[i], args.temperature)",
     "tokens[i, :, :T_i], lengths[i])", "no temperature in the log-probabilities", PPO_GRADIENT)
 ppo("ppo_temperature_sampling", "eos, args.temperature, args.cuda_graphs)",
-    "eos, 1.0, args.cuda_graphs)", "no temperature in the call that samples", PPO_GRADIENT)
+    "eos, 1.0, args.cuda_graphs)", "no temperature in the call that samples", PPO_STEP)
 ppo("ppo_value_after", "lengths[i], before=True)", "lengths[i], before=False)",
     "a value has seen its token", PPO_GRADIENT)
-ppo("ppo_same_draws", "np.random.default_rng([args.seed, step, i])",
-    "np.random.default_rng([args.seed, i])", "the same random numbers in every step", PPO_RUN,
-    PPO_RESUME)
+ppo("ppo_same_draws", "np.random.default_rng([args.seed, step, i, n])",
+    "np.random.default_rng([args.seed, i, n])", "the same random numbers in every step", PPO_STEP)
 ppo("ppo_same_shuffle", "np.random.default_rng([args.seed, step, epoch, 1])",
-    "np.random.default_rng([args.seed, step, 1])", "the same mini-batches in every epoch", PPO_RUN,
-    PPO_RESUME)
+    "np.random.default_rng([args.seed, step, 1])", "the same mini-batches in every epoch", PPO_STEP)
 ppo("ppo_policy_range", "at(whitened), args.clip_range)\n                            (",
     "at(whitened), args.value_clip_range)\n                            (",
-    "the policy is clipped in the value's range", PPO_RUN, PPO_RESUME)
+    "the policy is clipped in the value's range", PPO_STEP)
 ppo("ppo_value_range", "at(returns.view(B, G, T)), args.value_clip_range)",
     "at(returns.view(B, G, T)), args.clip_range)", "values are clipped in the policy's range",
-    PPO_RUN, PPO_RESUME)
+    PPO_STEP)
 ppo("ppo_old_values", "value_loss(values, at(old_values),", "value_loss(values, values.detach(),",
-    "a value is never clipped", PPO_GRADIENT, PPO_RUN)
+    "a value is never clipped", PPO_STEP)
 ppo("ppo_old_logprobs", "policy_loss(logprobs, at(old_logprobs),",
-    "policy_loss(logprobs, logprobs.detach(),", "the ratio is always 1", PPO_GRADIENT, PPO_RUN)
+    "policy_loss(logprobs, logprobs.detach(),", "the ratio is always 1", PPO_STEP)
 ppo("ppo_rates", "(args.lr, args.value_lr)):", "(args.value_lr, args.lr)):",
-    "the two learning rates exchanged", PPO_RUN, PPO_RESUME)
+    "the two learning rates exchanged", PPO_STEP)
 ppo("ppo_lr", 'group["lr"] = lr_at(step, args, peak)', "pass", "the learning rates never applied",
-    PPO_RUN, PPO_RESUME)
+    PPO_STEP)
 ppo("ppo_mini_batch_mean", "harness.all_sum(mask.view(B, G, T)[ours].sum().double())",
     "harness.all_sum(mask.sum().double())", "a mini-batch's mean divides by the whole batch",
-    PPO_RUN, PPO_RESUME)
-ppo("ppo_zero_grad", "                optimizer.zero_grad()\n", "", "gradients add up", PPO_RUN,
-    PPO_RESUME)
+    PPO_STEP)
+ppo("ppo_zero_grad", "                optimizer.zero_grad()\n", "", "gradients add up", PPO_STEP)
 ppo("ppo_clip_norm", "torch.nn.utils.clip_grad_norm_(params, 1.0)",
-    "torch.nn.utils.clip_grad_norm_(params, 10.0)", "gradients clipped at norm 10", PPO_GRADIENT,
-    PPO_RUN)
+    "torch.nn.utils.clip_grad_norm_(params, 10.0)", "gradients clipped at norm 10", PPO_STEP)
 ppo("ppo_value_warmup", "if step < args.value_warmup else", "if step <= args.value_warmup else",
-    "the policy starts a step late", "test_ppo.py::test_first_steps_teach_the_value_model_alone",
-    PPO_RUN)
+    "the policy starts a step late", PPO_STEP)
 ppo("ppo_normal_each_batch", 'if state["normal"] is None and scored:', "if scored:",
-    "scores normalised anew on every batch", PPO_RUN, PPO_RESUME)
+    "scores normalised anew on every batch", PPO_STEP)
 ppo("ppo_unscored_step", "                if scored:\n", "                if args.lr:\n",
     "momentum moves weights where nothing was scored", UNSCORED + "[ppo_rlaif]")
 ppo("ppo_controller_off", "if args.target_kl and scored:", "if args.target_kl < 0:",
-    "--target_kl ignored", PPO_RESUME)
+    "--target_kl ignored", PPO_STEP)
 ppo("ppo_state_lost", 'json.loads((checkpoint / "ppo.json").read_text()) if checkpoint else dict(',
     'json.loads((checkpoint / "ppo.json").read_text()) if checkpoint == 0 else dict(',
     "a resumed run normalises and steers anew", PPO_RESUME)
@@ -292,14 +289,13 @@ ppo("ppo_not_summed", "harness.sum_gradients(params)", "pass", "gradients of pro
 
 # --- roles.py -------------------------------------------------------------------------------------
 roles = partial(plant, "roles.py")
+VALUE_STORY = "test_own_rows.py::test_the_value_model_reads_the_narrative_of_its_own_video"
 roles("roles_value_without_narrative",
       "stories = teller.narratives(clips) if teller else [None] * len(clips)",
-      "stories = [None] * len(clips)", "the value model does not read the narrative", PPO_GRADIENT,
-      "test_ppo.py::test_the_value_model_starts_from_the_reward_model")
+      "stories = [None] * len(clips)", "the value model does not read the narrative", VALUE_STORY)
 roles("roles_narratives_shifted", "for q, story in zip(questions, stories)]",
       "for q, story in zip(questions, stories[1:] + stories[:1])]",
-      "the value model reads another video's narrative", PPO_GRADIENT,
-      "test_ppo.py::test_the_value_model_starts_from_the_reward_model")
+      "the value model reads another video's narrative", VALUE_STORY)
 roles("roles_head_not_scaled", ".mul_(gain)", ".mul_(1.0)",
       "the value's head is not scaled with the scores",
       "test_ppo.py::test_the_value_model_starts_from_the_reward_model")
@@ -312,15 +308,13 @@ roles("roles_resumed_reference", "reference_of(load(args.model)[0] if checkpoint
 
 # --- dpo_iter_w2s.py, preference_zoo.py -----------------------------------------------------------
 dpo = partial(plant, "dpo_iter_w2s.py")
+DPO_STEP = "test_whole_steps.py::test_dpo"
 DPO_HAND = "test_dpo.py::test_dpo_loss_and_gradient_by_hand"
 DPO_GRADIENT = "test_dpo.py::test_the_gradient_of_a_step"
-DPO_FILES = ("test_dpo.py::test_the_files_of_a_run",
-             "test_dpo.py::test_the_result_is_the_extrapolated_model")
 DPO_BEST = "test_dpo.py::test_best_and_worst"
 DPO_LORA = "test_dpo.py::test_for_lora_scaling_the_delta_is_extrapolating_the_merged_weights"
 DPO_SHARE = "test_dpo.py::test_no_source_gives_more_than_its_share"
 DPO_LORA_RUN = "test_dpo.py::test_lora_is_merged_after_each_iteration[none]"
-DPO_KILLED = "test_dpo.py::test_killed_at_any_stage_and_resumed_equals_uninterrupted"
 
 dpo("dpo_sign", "-F.logsigmoid(rewards[:, 0] - rewards[:, 1])",
     "-F.logsigmoid(rewards[:, 1] - rewards[:, 0])", "the rejected answer is learned", DPO_HAND)
@@ -345,49 +339,51 @@ dpo("dpo_gap", "if high - low < min_gap:", "if high - low <= min_gap:",
 dpo("dpo_share_order", 'key=lambda i: (-pairs[i]["margin"], i)',
     'key=lambda i: (pairs[i]["margin"], i)', "the surest pairs go first", DPO_SHARE)
 dpo("dpo_share_off", "pairs = cap_share(found, args.max_share) if len(sources) > 1 else found",
-    "pairs = found", "--max_share ignored", *DPO_FILES)
+    "pairs = found", "--max_share ignored",
+    "test_own_rows.py::test_the_share_of_a_source_is_limited_in_the_pairs_that_are_written")
 dpo("dpo_cut_eos", "return ids if ended or ids[-1]", "return ids if ids or ids[-1]",
     "cut answers learn to end", "test_dpo.py::test_a_cut_answer_is_trained_without_eos")
 dpo("dpo_alpha_ties", "(-pair[1], abs(pair[0]))", "(-pair[1], -abs(pair[0]))",
     "of equal alphas the farthest", "test_dpo.py::test_choice_of_alpha")
 dpo("dpo_alpha_by_labels", 'row.get("score", 0.0) for row in curve',
-    'row.get("accuracy", 0.0) for row in curve', "alpha is chosen by labels", *DPO_FILES)
+    'row.get("accuracy", 0.0) for row in curve', "alpha is chosen by labels", DPO_STEP)
 dpo("dpo_not_extrapolated", "for row in curve])\n        go_to(line, alpha)",
-    "for row in curve])\n        go_to(line, 0.0)", "the result is plain DPO", *DPO_FILES)
+    "for row in curve])\n        go_to(line, 0.0)", "the result is plain DPO", DPO_STEP)
 dpo("dpo_next_start", 'start_of = lambda k: str(stage(k - 1) / "final")',
     'start_of = lambda k: str(stage(k - 1) / "theta")', "the next iteration starts from plain DPO",
-    *DPO_FILES)
+    DPO_STEP)
 dpo("dpo_lr", 'g["lr"] = lr_at(local, args)', "pass",
-    "the learning rate of the schedule never applied", *DPO_FILES)
+    "the learning rate of the schedule never applied", DPO_STEP)
 dpo("dpo_lr_iterations", "local = time.time(), step - (k - 1) * args.steps",
-    "local = time.time(), step", "the second iteration's rate goes on falling", *DPO_FILES)
+    "local = time.time(), step", "the second iteration's rate goes on falling", DPO_STEP)
 dpo("dpo_same_questions", "for i in range((k - 1) * n, k * n)]", "for i in range(n)]",
     "every iteration asks the same questions",
     "test_dpo.py::test_questions_of_the_iterations_are_new_ones")
 dpo("dpo_clip", "torch.nn.utils.clip_grad_norm_(params, 1.0)",
-    "torch.nn.utils.clip_grad_norm_(params, 10.0)", "gradients clipped at norm 10", DPO_GRADIENT,
-    *DPO_FILES)
+    "torch.nn.utils.clip_grad_norm_(params, 10.0)", "gradients clipped at norm 10", DPO_STEP)
 dpo("dpo_zero_grad", "            optimizer.zero_grad()\n", "",
-    "gradients add up from step to step", *DPO_FILES, DPO_KILLED + "[training]")
+    "gradients add up from step to step", DPO_STEP)
 dpo("dpo_optimizer_lost", "harness.load_trainer(at, optimizer)", "pass",
     "a resumed iteration has no momentum", DPO_LORA_RUN)
 dpo("dpo_one_step_pairs", "question_indices(len(pairs), step, args)[rank::world]",
     "question_indices(len(pairs), 0, args)[rank::world]", "every step trains on the same pairs",
-    *DPO_FILES)
+    DPO_STEP)
 
 zoo = partial(plant, "preference_zoo.py")
+ZOO_SAMPLE = "test_own_rows.py::test_a_checkpoint_samples_as_it_is_asked_to"
+ZOO_COLLECT = "test_own_rows.py::test_answers_are_drawn_and_scored_for_their_own_question"
 zoo("zoo_temperature", "torch.from_numpy(uniforms), eos, args.temperature)",
-    "torch.from_numpy(uniforms), eos)", "--temperature ignored in sampling", *DPO_FILES)
+    "torch.from_numpy(uniforms), eos)", "--temperature ignored in sampling", ZOO_SAMPLE)
 zoo("zoo_same_draws", "keys = [[args.seed, k, list(sources).index(name), i]",
-    "keys = [[args.seed, k, i]", "all sources draw the same random numbers", *DPO_FILES)
+    "keys = [[args.seed, k, i]", "all sources draw the same random numbers", ZOO_COLLECT)
 zoo("zoo_ended", "== eos).squeeze(-1).tolist()  # (B,G)", "> -1).squeeze(-1).tolist()  # (B,G)",
-    "cut answers count as ended", *DPO_FILES)
+    "cut answers count as ended", ZOO_SAMPLE)
 zoo("zoo_empty_wins", "if a else [0.0] * len(ASPECTS)",
     "if a is not None else [0.0] * len(ASPECTS)", "silence can be chosen",
     "test_dpo.py::test_an_empty_answer_can_lose_and_never_win")
 zoo("zoo_scores_shifted", "for i, s in zip(items, scores)]",
     "for i, s in zip(items, scores[1:] + scores[:1])]", "each question has the next one's scores",
-    *DPO_FILES)
+    ZOO_COLLECT)
 zoo("zoo_half_part", 'if not lines[more - 1].endswith("\\n"):', "if not lines:",
     "half a line counts as a row",
     "test_dpo.py::test_parts_are_continued_behind_the_last_whole_one")
@@ -397,23 +393,23 @@ judge = partial(plant, "oracle.py")
 JUDGE_PAIRS = "test_oracle.py::test_preferences_are_those_of_single_comparisons_in_both_orders"
 JUDGE_COPIES = "test_oracle.py::test_copies_of_an_answer_are_tied_and_inherit_its_comparisons"
 JUDGE_ASPECTS = "test_oracle.py::test_aspects_are_what_they_are_said_to_be"
-JUDGE_STORY = ("test_oracle.py::test_narratives_are_told_once",
-               "test_oracle.py::test_the_narrative_stands_before_the_question")
 REWARDS = "test_oracle.py::test_rewards_are_read_at_the_end_of_the_text"
 
 judge("oracle_one_order", "prefers[b, i, j] = (p[b, f, g] + 1 - p[b, g, f]) / 2",
       "prefers[b, i, j] = p[b, f, g]", "one order only", JUDGE_PAIRS)
-judge("oracle_reply_sign", "torch.sigmoid(reply[2 * k] - reply[2 * k + 1])",
-      "torch.sigmoid(reply[2 * k + 1] - reply[2 * k])", "the worse reply wins", JUDGE_PAIRS)
-judge("oracle_reply_eos", "lengths[r, k] - c : lengths[r, k]]",
-      "lengths[r, k] - c : lengths[r, k] - 1]", "a reply's EOS does not count", JUDGE_PAIRS)
-judge("oracle_videos_shifted", "self.cache([videos[row[0][0]] for row in rows])",
-      "self.cache([videos[row[0][0] - 1] for row in rows])",
-      "comparisons see another group's video", JUDGE_PAIRS)
+judge("oracle_reply_sign", "torch.sigmoid(logprobs[0::2] - logprobs[1::2])",
+      "torch.sigmoid(logprobs[1::2] - logprobs[0::2])", "the worse reply wins", JUDGE_PAIRS)
+judge("oracle_reply_eos", "iter([part.sum().item() for part",
+      "iter([part[:-1].sum().item() for part", "a reply's EOS does not count", JUDGE_PAIRS)
+judge("oracle_videos_shifted", "groups.append((videos[b], head, texts))",
+      "groups.append((videos[b - 1], head, texts))", "comparisons see another group's video",
+      JUDGE_PAIRS)
 judge("oracle_narratives_shifted", "answers[b][j], stories[b])", "answers[b][j], stories[b - 1])",
-      "comparisons read another video's narrative", *JUDGE_STORY)
+      "comparisons read another video's narrative",
+      "test_own_rows.py::test_every_comparison_reads_the_narrative_of_its_own_video")
 judge("oracle_narrative_of_first", "texts[k * self.clips : (k + 1) * self.clips]",
-      "texts[: self.clips]", "all videos have the first one's narrative", *JUDGE_STORY)
+      "texts[: self.clips]", "all videos have the first one's narrative",
+      "test_own_rows.py::test_every_narrative_tells_of_its_own_video")
 judge("oracle_tie", "prefers = torch.full((B, G, G), 0.5)", "prefers = torch.full((B, G, G), 1.0)",
       "an answer beats itself and its copies", JUDGE_COPIES)
 judge("oracle_ties_broken", "prefers.mean(-1).mul(1e5).round().div(1e5)", "prefers.mean(-1)",
@@ -430,7 +426,8 @@ judge("oracle_rm_owns", "for q, story, own, group in zip(questions, stories, own
       "for q, story, own, group in zip(questions, stories, owns[1:] + owns[:1], answers)]",
       "the reward model reads the judge's answer to another question", REWARDS)
 judge("oracle_rm_limits", "self.answer_first, *self.limits)", "self.answer_first)",
-      "the reward model's limits of training are ignored", REWARDS)
+      "the reward model's limits of training are ignored",
+      "test_own_rows.py::test_rewards_are_read_within_the_limits_of_training")
 judge("oracle_rm_copies",
       ".gather(1, torch.tensor(one_of_equals(answers)))\n        return rewards.nan_to_num()",
       "\n        return rewards.nan_to_num()", "equal answers have different rewards", REWARDS)
@@ -481,7 +478,7 @@ model("model_temperature", "(logits.float() / (temperature or 1)).log_softmax",
       "logits.float().log_softmax", "sampled without temperature", SAMPLED)
 model("model_float32_cdf", "cdf = all_logprobs.double().exp().cumsum(-1)",
       "cdf = all_logprobs.float().exp().cumsum(-1).double()", "probabilities added up in float32",
-      SAMPLED, EDGE)
+      "test_own_rows.py::test_the_edges_between_tokens_are_those_of_float64")
 model("model_edge", "torch.searchsorted(cdf, u, right=True)", "torch.searchsorted(cdf, u)",
       "tokens of probability 0 can be hit", EDGE)
 model("model_behind_eos", "token = torch.where(runs, token, eos_id)", "pass",
@@ -491,9 +488,9 @@ model("model_sampled_logprobs", "[..., 0] * runs\n", "[..., 0]\n",
       "what stands behind an answer adds to its probability",
       "test_video_llm.py::test_sampled_answers_come_with_their_log_probability",
       "test_video_llm.py::test_with_room_from_the_start_answers_are_the_same")
-model("model_cut_eos", "return ids[:max_length]",
-      "return ids if max_length is None or len(ids) <= max_length else ids[: max_length - 1] + "
-      "ids[-1:]", "cut answers learn to end", "test_sft.py::test_a_cut_answer_does_not_end")
+model("model_cut_eos", "self.tokenizer.eos_token_id][:max_length]",
+      "self.tokenizer.eos_token_id][-(max_length or 0) :]", "cut answers learn to end",
+      "test_sft.py::test_a_cut_answer_does_not_end")
 model("model_reference_moves", "place(copy.deepcopy(model).requires_grad_(False).eval())",
       "place(model)", "the reference is the policy", REFERENCE)
 model("model_adapter_on", "with nullcontext() if frozen else model.disable_adapter():",
@@ -574,6 +571,6 @@ prefs("preferences_narrative",
       'return "\\n".join([*[narrative] * bool(narrative), *said, question])',
       'return "\\n".join([*said, question])', "the narrative is not read", RM_PACKED,
       "test_preferences.py::test_earlier_turns_belong_to_the_question")
-prefs("preferences_limit", "ids = processor.answer_ids(answer, max_answer_tokens)",
-      "ids = processor.answer_ids(answer)", "--max_answer_tokens ignored",
+prefs("preferences_limit", "as_read(processor, answer, answer_first, max_answer_tokens)",
+      "as_read(processor, answer, answer_first)", "--max_answer_tokens ignored",
       "test_reward_model.py::test_a_batch_of_texts_with_and_without_answers_cut")
