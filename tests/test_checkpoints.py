@@ -15,6 +15,7 @@ from test_video_llm import assert_capturable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compose import check_decoder, compose, load_qformer
+from packing import Tree, tree_rows
 from video_llm import (
     VICUNA_TEMPLATE,
     Prefix,
@@ -22,6 +23,7 @@ from video_llm import (
     add_lora,
     generate,
     load_model,
+    mask_kind,
     merged,
     save_model,
     token_logprobs,
@@ -105,6 +107,29 @@ def test_packed_answers_score_as_the_decoders_own_class_scores_them(start):
         wide = token_logprobs(model, prefix, tokens, lengths)[0].view(2, 3, 8)
         model.config.text_config.sliding_window = 9
         assert (wide - found).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_texts_of_a_tree_score_as_the_decoders_own_class_scores_them(start):
+    """What two texts share is computed once: the numbers of one pass a text, with any decoder (Mistral's window)."""
+    _, folder, _, model, processor = start
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prefix, (tokens, _) = prefix_of(processor), answers_of(processor)
+    heads = [ids[mask.bool()].tolist() for ids, mask in zip(prefix.input_ids, prefix.attention_mask)]
+    one, two, three = tokens[0].tolist()
+    texts = [(one[:4], two[:3]), (one[:4], three[:2]), (one[:2] + two[4:], three), ([], three[:2] + one)]
+    inputs, read = tree_rows(heads, [Tree(texts), Tree(texts[1:])], processor.tokenizer.pad_token_id,
+                             *mask_kind(model), "cpu")
+    logits = model(**inputs, **prefix.model_inputs()).logits.log_softmax(-1)
+    found = iter(logits[read[0], read[1], read[2]].split([len(reply) for _, reply in texts + texts[1:]]))
+    for b, group in enumerate((texts, texts[1:])):
+        prompt = embedded(model, prefix, b)
+        for text, reply in group:
+            words = torch.cat([prompt, plain.get_input_embeddings()(torch.tensor(text + reply))])[None]
+            logits = plain(inputs_embeds=words, use_cache=False).logits[0, -len(reply) - 1 : -1]
+            logits[:, model.config.video_token_id :][:, :1] = -torch.inf
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(reply)[:, None])[:, 0]
+            torch.testing.assert_close(next(found), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
