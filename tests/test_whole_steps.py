@@ -258,8 +258,8 @@ def test_ppo(world, start, five, monkeypatch, descent):
     flags = (f"--model {start} --oracle reference --G 3 --prompts_per_step 4 --micro_batch_size 1 "
              "--steps 3 --ppo_epochs 2 --mini_batches 2 --temperature 0.7 --kl_coef 0.3 "
              "--target_kl 0.4 --kl_horizon 20 --clip_range 0.05 --value_clip_range 0.02 "
-             "--gamma 0.9 --lam 0.8 --lr 0.06 --value_lr 0.15 --missing_eos_penalty 2 --length_penalty 0.5 "
-             "--warmup_steps 2 --value_warmup 1 --max_new_tokens 5 --name step")
+             "--gamma 0.9 --lam 0.8 --lr 0.06 --value_lr 0.15 --missing_eos_penalty 2 "
+             "--length_penalty 0.5 --warmup_steps 2 --value_warmup 1 --max_new_tokens 5 --name step")
     main_of(monkeypatch, world, "ppo_rlaif.py", *FIVE, *flags.split())
 
     (model, processor), value = load_model(start), first_value[0]
