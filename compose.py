@@ -25,6 +25,7 @@ from transformers import (
     LlamaConfig,
 )
 
+from packing import whole_rows
 from video_llm import (
     TINY_LLAMA,
     VIDEO_TOKEN,
@@ -86,6 +87,7 @@ def compose(clip, qformer, llm, num_frames=8, seed=0, dtype=torch.float32):
     with torch.device("meta"):  # no memory for weights that the parts replace
         model = VideoLLM(config)
     model.vision_tower, model.qformer, model.language_model = vision, parts, decoder
+    model.get_output_embeddings().register_forward_pre_hook(whole_rows)
     model.projection = nn.Linear(parts.config.hidden_size, decoder.config.hidden_size)
     init_from_nothing(model.projection, seed)
     model.generation_config = copy.deepcopy(decoder.generation_config)

@@ -52,7 +52,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
-from packing import FixedRow, GrowingRow, block_mask, positions
+from packing import FixedRow, GrowingRow, block_mask, positions, whole_rows
 
 transformers.logging.set_verbosity_error()  # no load report, no bar: a CLIP checkpoint has a text tower we do not need
 transformers.logging.disable_progress_bar()
@@ -166,6 +166,7 @@ class VideoLLM(PreTrainedModel, GenerationMixin):
         self.qformer = VideoQFormer._from_config(config.qformer_config)
         self.projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.get_output_embeddings().register_forward_pre_hook(whole_rows)
         if config.scalar_head:
             self.score_head = ScalarHead(config.text_config.hidden_size, 1)
         self.post_init()

@@ -539,15 +539,17 @@ def test_kl_is_exactly_zero_at_step_zero(policy, prefix, tokens, lora):
     model, _ = load_model(policy)
     if lora:
         model = add_lora(model, 4, 8)
-    reference = reference_of(model)
+    reference, seen = reference_of(model), []
     start = token_logprobs(model, prefix, tokens, LENGTHS)[0].detach()
     with reference() as frozen:
+        head = unwrap(frozen).get_output_embeddings()
+        head.register_forward_hook(lambda head, inputs, out: seen.append(inputs[0].is_contiguous()))
         assert torch.equal(token_logprobs(frozen, prefix, tokens, LENGTHS)[0], start)
     lively(model)
     assert (token_logprobs(model, prefix, tokens, LENGTHS)[0] - start).abs().max() > 1e-2
     with reference() as frozen:  # and it stays what it was; shaking touches the base of a LoRA model as well
         same = torch.equal(token_logprobs(frozen, prefix, tokens, LENGTHS)[0], start)
-    assert same != lora
+    assert same != lora and seen and all(seen)  # else it is zero on some processors only
     if not lora:
         with reference() as frozen:
             assert not any(p.requires_grad for p in frozen.parameters())
