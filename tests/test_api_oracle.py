@@ -360,6 +360,7 @@ def test_what_never_passes_is_final(server, client, act):
     "says",
     [
         "This model's maximum context length is 4096 tokens, 5000 were requested (max_tokens: 512)",
+        "max_tokens must be less than 300, which the context length leaves",
         "'max_tokens' or 'max_completion_tokens' is too large: 512",
         "Invalid image",
         "temperatures are high in the kitchen",
