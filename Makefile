@@ -22,10 +22,10 @@ POLICY = --data $(WORLD)/train.json --num_clips 40 --batch_size 16
 	touch $@
 
 test: .venv/done
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/done
-	$(PY) -m pytest -n 2 --dist loadfile -m slow -o faulthandler_timeout=7200
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow -o faulthandler_timeout=7200
 
 mutants: .venv/done
 	$(PY) tests/mutants.py --out runs/mutants.json

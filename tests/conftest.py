@@ -29,7 +29,10 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 # Nothing here imports torch: the process of pytest-xdist that hands the tests out need not wait for it.
 # Seconds on one core. The slowest files begin, so that at the end no core waits long for another.
-SECONDS = {}  # fmt: skip
+SECONDS = dict(killed=60, distributed=55, machines=50, dpo=45, reward_model=42, ppo=42, checkpoints=28,
+               command_line=28, numbers=26, scripts=26, malformed=24, video_llm=22, evaluate=21, whole_steps=20,
+               resume=20, frames=18, api_oracle=15, ranks=13, moving_shapes=10, memory=10, worked_example=9,
+               oracle=9, weights=8, paid_oracle=6, untrusted=4, videos=4, forks=3)
 
 
 def pytest_collection_modifyitems(items):
