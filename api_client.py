@@ -230,7 +230,7 @@ class Chat(InferenceClient):
         headers = {"authorization": f"Bearer {key}" if key else None}
         if key and "api-version=" in url:  # Azure's name for it
             headers["api-key"] = key
-        super().__init__(base_url=url, api_key="unused", headers=headers)
+        super().__init__(base_url=url, api_key="unused", headers=headers, timeout=timeout)
         # to another host a redirect takes no `authorization`, but it would take `api-key`
         self.session = open_session(url, timeout, follow_redirects="api-key" not in headers)
         self.extra = extra

@@ -44,7 +44,8 @@ class DataError(Exception):
     """One line that names the annotation file, and the record where there is one, and says what is wrong with it."""
 
     def __init__(self, line):  # keys and names out of a file may hold breaks and halves of letters
-        super().__init__(" ".join(str(line).splitlines()).encode("utf-8", "backslashreplace").decode())
+        line = " ".join(str(line).splitlines()).encode("utf-8", "backslashreplace").decode()
+        super().__init__(line if len(line) <= 1000 else f"{line[:1000]} ...")
 
 
 def read_records(files, video_root=None, labelled=True):

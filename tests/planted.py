@@ -165,7 +165,7 @@ rm("rm_normalise", "head.bias.sub_(mean).div_(std)", "head.bias.sub_(mean)",
    "the head's shift is not scaled", "test_reward_model.py::test_normalised_rewards")
 rm("rm_choice", "(a, b) if p > 0.5 else (b, a)", "(a, b) if p < 0.5 else (b, a)",
    "the judge's choice turned round", RM_PAIRS)
-rm("rm_near_tie", "abs(p - 0.5) < max(min_margin, 1e-6)", "abs(p - 0.5) < 1e-6",
+rm("rm_near_tie", "abs(p - 0.5) >= max(min_margin, 1e-6)", "abs(p - 0.5) >= 1e-6",
    "--min_margin ignored", RM_PAIRS)
 rm("rm_empty_chosen", "if not drop and not chosen:", "if not drop and chosen is None:",
    "silence can be preferred", RM_PAIRS)
@@ -274,7 +274,7 @@ ppo("ppo_value_warmup", "if step < args.value_warmup else", "if step <= args.val
     "the policy starts a step late", PPO_STEP)
 ppo("ppo_normal_each_batch", 'if state["normal"] is None and scored:', "if scored:",
     "scores normalised anew on every batch", PPO_STEP)
-ppo("ppo_unscored_step", "                if scored:\n", "                if args.lr:\n",
+ppo("ppo_unscored_step", "if scored and n_tokens:", "if args.lr:",
     "momentum moves weights where nothing was scored", UNSCORED + "[ppo_rlaif]")
 ppo("ppo_controller_off", "if args.target_kl and scored:", "if args.target_kl < 0:",
     "--target_kl ignored", PPO_STEP)
@@ -429,9 +429,9 @@ judge("oracle_rm_limits", "self.answer_first, *self.limits)", "self.answer_first
       "the reward model's limits of training are ignored",
       "test_own_rows.py::test_rewards_are_read_within_the_limits_of_training")
 judge("oracle_rm_copies",
-      ".gather(1, torch.tensor(one_of_equals(answers)))\n        return rewards.nan_to_num()",
-      "\n        return rewards.nan_to_num()", "equal answers have different rewards", REWARDS)
-judge("oracle_nan", "rewards.isfinite().all(-1)", "rewards.isfinite().any(-1)",
+      "finite(rewards.gather(1, torch.tensor(one_of_equals(answers))))", "finite(rewards)",
+      "equal answers have different rewards", REWARDS)
+judge("oracle_nan", "scores.flatten(1).isfinite().all(-1)", "scores.flatten(1).isfinite().any(-1)",
       "a reward that is no number is ranked",
       "test_oracle.py::test_a_reward_that_is_no_number_is_not_ranked")
 plant("ranks.py", "ranks_sign", "(scores.unsqueeze(1) > scores.unsqueeze(2)).sum(-1)",
