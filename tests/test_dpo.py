@@ -601,6 +601,13 @@ def test_two_processes_equal_one(world, whole, forked):
     codes = forked.run(world, "dpo_iter_w2s.py", *flags, "--name", "two", world=2)
     assert codes == [0, 0], forked.said() + forked.said(1)
     two = world / "runs/dpo_iter_w2s/two_s0"
+    # A draw that falls within rounding of the border between two tokens gives another answer where the rows of a batch
+    # are others. That is one in many; draws with another key would change nearly all.
+    ours, theirs = (rows(f / "iteration_1_s0/answers.jsonl") for f in (whole, two))
+    different = sum(a != b for a, b in zip(ours, theirs))
+    assert len(ours) == len(theirs) > 50 and different <= len(ours) / 50
+    if different:
+        return  # from there on they are other runs
     for k in (1, 2):
         one, other = whole / f"iteration_{k}_s0", two / f"iteration_{k}_s0"
         if k == 1:  # later answers are those of policies that differ by rounding
