@@ -289,7 +289,8 @@ def main(args):
         clips, questions = [r["clip"] for r in batch], [r["question"] for r in batch]
 
         # 1. Rollout: o_1..o_G ~ pi_old(. | video, question), one prefill per group              [G Alg. 1, line 7]
-        #    Every draw is keyed by (seed, step, question): world size and interruptions do not change it.
+        #    A draw is keyed by (seed, step, question, how often it came in this step before): world size and
+        #    interruptions do not change it.
         prefix = Prefix.build(processor, cache, questions, clips, device)
         draw = lambda i, n: np.random.default_rng([args.seed, step, i, n]).random((args.G, args.max_new_tokens))
         uniforms = np.stack([draw(i, n) for i, n in zip(mine, again)])  # (B,G,T)
