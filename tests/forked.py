@@ -208,7 +208,7 @@ class Forked:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         if self.fresh:
-            self.fresh.kill()
+            self.fresh.stdin.close()  # it ends by itself, once it has taken up those who have asked meanwhile
             self.fresh.wait()
 
 
