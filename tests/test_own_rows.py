@@ -5,6 +5,7 @@ the limits of its training. A shift by one row changes no shape and raises nothi
 # ruff: noqa: F811 - fixtures of other files
 
 import json
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -158,10 +159,10 @@ def test_the_share_of_a_source_is_limited_in_the_pairs_that_are_written(world, s
                 for n, i in enumerate(which)], {}
 
     monkeypatch.setattr(dpo_iter_w2s, "collect", collected)
-    flags = (f"--model {start} --zoo policy runs/sft/other/final --oracle reference --stage build "
+    flags = (f"--model '{start}' --zoo policy runs/sft/other/final --oracle reference --stage build "
              "--questions 6 --prompts_per_step 2 --micro_batch_size 2 --max_share 0.5 --eval_data= "
              "--alphas 0 --name share")
-    main_of(monkeypatch, world, "dpo_iter_w2s.py", *flags.split())
+    main_of(monkeypatch, world, "dpo_iter_w2s.py", *shlex.split(flags))
     made = world / "runs/dpo_iter_w2s/share_s0/iteration_1_s0/preferences.json"
     pairs, _ = read_preferences([str(made)])
     assert [p["sources"]["chosen"] for p in pairs] == ["other", "policy"]

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import sys
 import unicodedata
 
 import pytest
@@ -164,6 +165,7 @@ def test_names_are_found(tmp_path, given, there):
     ("été/café.mp4", "été/café.mp4"), ("a/été/ñ/x", "a/été/ñ/x.mp4"), ("été", "été/1.png"), ("Å.x", "Å.x.avi"),
     ("가나.mp4", "가나.mp4"), ("ệ.gif", "ệ.gif")])
 @pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.skipif("utf" not in sys.getfilesystemencoding(), reason="no such file names here")
 def test_letters_that_can_be_written_in_two_ways(tmp_path, given, there, on_disk):
     """A Mac decomposes é into e and an accent, most others compose it."""
     other = {"NFC": "NFD", "NFD": "NFC"}[on_disk]

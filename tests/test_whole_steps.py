@@ -6,6 +6,7 @@ gradient as it is: Adam would hide its size and blow up its rounding.
 import copy
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -182,11 +183,11 @@ def test_grpo_rank(world, start, five, monkeypatch, descent, kind, scaled):
     scores = torch.tensor([[3.0, 1, 2, 1], [2, 2, 2, 2], [9, 8, 7, 6], [10, 30, 20, 30]])
     seen = listen(monkeypatch, grpo_rank, copies)
     monkeypatch.setattr("oracle.ReferenceOracle.score", score)
-    flags = (f"--model {start} --oracle reference --advantage {kind} --scale_advantages {scaled} "
+    flags = (f"--model '{start}' --oracle reference --advantage {kind} --scale_advantages {scaled} "
              "--G 4 --prompts_per_step 4 --steps 2 --inner_epochs 2 --temperature 0.7 --beta 0.3 "
              "--lr 0.5 --entropy_coef 0.1 --clip_range 0.05 --max_new_tokens 5 "
              "--tokens_per_micro_batch 150")
-    main_of(monkeypatch, world, "grpo_rank.py", *FIVE, *flags.split(), "--name", f"step_{kind}")
+    main_of(monkeypatch, world, "grpo_rank.py", *FIVE, *shlex.split(flags), "--name", f"step_{kind}")
 
     model, processor = load_model(start)
     frozen, params = load_model(start)[0], trained(model)
@@ -255,12 +256,12 @@ def test_ppo(world, start, five, monkeypatch, descent):
     monkeypatch.setattr("oracle.ReferenceOracle.score", score)
     monkeypatch.setattr(ppo_rlaif, "Roles", Watched)
     monkeypatch.setattr(ppo_rlaif, "by_length", in_batches)
-    flags = (f"--model {start} --oracle reference --G 3 --prompts_per_step 4 --micro_batch_size 1 "
+    flags = (f"--model '{start}' --oracle reference --G 3 --prompts_per_step 4 --micro_batch_size 1 "
              "--steps 3 --ppo_epochs 2 --mini_batches 2 --temperature 0.7 --kl_coef 0.3 "
              "--target_kl 0.4 --kl_horizon 20 --clip_range 0.05 --value_clip_range 0.02 "
              "--gamma 0.9 --lam 0.8 --lr 0.06 --value_lr 0.15 --missing_eos_penalty 2 "
              "--length_penalty 0.5 --warmup_steps 2 --value_warmup 1 --max_new_tokens 5 --name step")
-    main_of(monkeypatch, world, "ppo_rlaif.py", *FIVE, *flags.split())
+    main_of(monkeypatch, world, "ppo_rlaif.py", *FIVE, *shlex.split(flags))
 
     (model, processor), value = load_model(start), first_value[0]
     before = copy.deepcopy(value)
@@ -345,11 +346,11 @@ def test_dpo(world, start, monkeypatch, descent, tmp_path):
     monkeypatch.setattr(dpo_iter_w2s, "answer_logps", noted)
     monkeypatch.setattr(dpo_iter_w2s, "score", lambda oracle, clips, questions, answers: (
         [[[float(g)] * 4 for g in range(len(group))] for group in answers]))
-    flags = (f"--model {start} --preferences {tmp_path}/pairs.json --fresh_pairs False "
+    flags = (f"--model '{start}' --preferences '{tmp_path}/pairs.json' --fresh_pairs False "
              f"--oracle reference --eval_data {SHAPES}/val.json --eval_questions 3 --alphas 0.5 "
              "--iterations 2 --steps 2 --prompts_per_step 2 --micro_batch_size 1 "
              "--beta 0.7 --lr 0.5 --name step")
-    main_of(monkeypatch, world, "dpo_iter_w2s.py", *flags.split())
+    main_of(monkeypatch, world, "dpo_iter_w2s.py", *shlex.split(flags))
 
     model, processor = load_model(start)
     first, params = copy.deepcopy(model), trained(model)
@@ -408,10 +409,10 @@ def test_reward_model(world, start, monkeypatch, descent):
 
     monkeypatch.setattr(reward_model, "collate", noted)
     monkeypatch.setattr(reward_model, "normalise_head", lambda head, *rest: normal.append(rest))
-    flags = (f"--preferences pairs/step.json --base {start} --oracle_model {start} "
+    flags = (f"--preferences pairs/step.json --base '{start}' --oracle_model '{start}' "
              "--prompts_per_step 2 --micro_batch_size 1 --pack 2 --epochs 0.5 --eval_share 0.3 "
              "--eval_steps 1 --max_answer_tokens 4 --centring 0.5 --lr 0.4 --head_lr 1 --name step")
-    main_of(monkeypatch, world, "reward_model.py", *flags.split())
+    main_of(monkeypatch, world, "reward_model.py", *shlex.split(flags))
 
     model, processor = load_model(start)
     add_scalar_head(model)
@@ -475,10 +476,10 @@ def test_sft(world, start, monkeypatch, descent):
         return encode(group, *rest)
 
     monkeypatch.setattr(sft, "encode", noted)
-    flags = (f"--data {SHAPES}/train.json --model {start} --steps 4 --batch_size 4 "
+    flags = (f"--data {SHAPES}/train.json --model '{start}' --steps 4 --batch_size 4 "
              "--micro_batch_size 2 --pack 3 --easy_steps 0.5 --judge_share 0.5 --lr 0.2 "
              "--warmup 0.25 --weight_decay 0.04 --max_answer_tokens 20 --name step")
-    main_of(monkeypatch, world, "sft.py", *flags.split())
+    main_of(monkeypatch, world, "sft.py", *shlex.split(flags))
 
     model, processor = load_model(start)
     before, params = copy.deepcopy(model), trained(model)
