@@ -83,14 +83,14 @@ def a_process():
         sys.modules["harness"].unlock()
 
 
-def run(cwd, *command, check=True, env=None):
+def run(cwd, *command, check=True, env=None, timeout=600):
     """Run one of the repository's scripts (or `torchrun ...`) in `cwd` -> CompletedProcess with text output."""
     head = [sys.executable]
     if command[0] == "torchrun":
         head, command = [sys.executable, "-m", "torch.distributed.run", "--standalone"], command[1:]
     command = [str(REPO / c) if c.endswith(".py") and "/" not in c else c for c in map(str, command)]
     env = {**os.environ, **(env or {})}
-    done = subprocess.run(head + command, cwd=cwd, capture_output=True, text=True, env=env, timeout=600)
+    done = subprocess.run(head + command, cwd=cwd, capture_output=True, text=True, env=env, timeout=timeout)
     if check and done.returncode:
         printed = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{printed}")
