@@ -32,20 +32,20 @@ mutants: .venv/done
 
 demo: export OMP_NUM_THREADS = 1
 demo: .venv/done
-	$(PY) moving_shapes.py
-	$(DIST) sft.py --name policy_s0 $(POLICY) --steps 200 --lr 1e-3 --resume
+	$(PY) -m embedded_world.moving_shapes
+	$(DIST) sft.py --name policy $(POLICY) --steps 200 --lr 1e-3 --resume
 	$(PY) evaluate.py --watch runs/grpo_rank/context_s0 --out runs/demo & watch=$$!; \
 	    $(DIST) grpo_rank.py --G 5 --resume; done=$$?; kill $$watch 2>/dev/null; exit $$done
-	$(DIST) sft.py --name continued_s0 $(POLICY) --model runs/sft/policy_s0/final --steps 150 --lr 3e-4 --resume
+	$(DIST) sft.py --name continued $(POLICY) --model runs/sft/policy_s0/final --steps 150 --lr 3e-4 --resume
 	$(DIST) evaluate.py --runs runs/sft/policy_s0 runs/sft/continued_s0 runs/grpo_rank/context_s0 \
 	    --labels "SFT,SFT continued,GRPO_rank" --out runs/demo
 
 world: export OMP_NUM_THREADS = 1
 world: .venv/done
-	$(PY) moving_shapes.py
-	OMP_NUM_THREADS=$(PROCS) $(PY) pretrain_tiny.py
+	$(PY) -m embedded_world.moving_shapes
+	OMP_NUM_THREADS=$(PROCS) $(PY) -m embedded_world.pretrain_tiny
 	$(DIST) sft.py --name oracle --clip $(WORLD)/hub/clip --qformer $(WORLD)/hub/qformer --llm $(WORLD)/hub/llm --resume
 	$(PY) -m embedded_world.ship
 
 results: .venv/done
-	bash benchmarks/results.sh
+	bash experiments/results.sh

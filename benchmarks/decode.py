@@ -1,4 +1,4 @@
-"""Seconds to read 8 and 50 frames out of a video file, taking turns: `read_frames` of frames.py, the video loader of
+"""Seconds to read 8 and 50 frames out of a video file, taking turns: `read_frames` of inputs/frames.py, the video loader of
 `transformers` with every backend that is installed, and a decoding of the whole file.
 
 Run      pip install decord opencv-python-headless torchcodec==0.12.0         (this needs ffmpeg's own libraries)
@@ -26,9 +26,9 @@ import av
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import harness  # noqa: E402
-from data import EXTENSIONS  # noqa: E402
-from frames import read_frames  # noqa: E402
+import plumbing.run  # noqa: E402
+from inputs.frames import read_frames  # noqa: E402
+from inputs.records import EXTENSIONS  # noqa: E402
 
 BACKENDS = ("pyav", "decord", "opencv", "torchcodec")
 LEAST = 0.25  # seconds of a measurement
@@ -161,7 +161,7 @@ def main():
             for n in args.frames:
                 rows.append(dict(file=path.stem, **measure(str(path), n, args.rounds)))
                 print(markdown(rows[-1:], dict(rounds=args.rounds, git_commit="-")), flush=True)
-    about = dict(command=" ".join(["python", *sys.argv]), git_commit=harness.git_commit(), rounds=args.rounds)
+    about = dict(command=" ".join(["python", *sys.argv]), git_commit=plumbing.run.git_commit(), rounds=args.rounds)
     print(markdown(rows, about))
     if args.out:
         Path(f"{args.out}.json").write_text(json.dumps(dict(about, rows=rows), indent=1) + "\n")

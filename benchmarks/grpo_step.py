@@ -75,17 +75,16 @@ def ours(args, P, R, G, B):
     import torch
 
     import grpo_rank
-    import harness
     from oracle import ranks_of
-    from rollouts import unpacked
-    from video_llm import generate, reference_of
+    from plumbing import processes
+    from video_llm import generate, reference_of, unpacked
 
-    rank, world, _ = harness.setup_dist() if "RANK" in os.environ else (0, 1, None)
+    rank, world, _ = processes.setup_dist() if "RANK" in os.environ else (0, 1, None)
     torch.set_num_threads(args.threads)
     model = turns.video_llm_around(turns.decoder(args))
     params = [p for p in model.parameters() if p.requires_grad]
     reference, optimizer = reference_of(model), torch.optim.AdamW(params, lr=LR)
-    ddp = harness.distribute(model, torch.device(args.device))
+    ddp = processes.distribute(model, torch.device(args.device))
     yield
     for step in range(10**9):
         began, seed = now(args), step * world + rank

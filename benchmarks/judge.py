@@ -25,8 +25,8 @@ WORLD = "data/moving_shapes/train.json"
 
 def step_of(seed, questions, G=5):
     """-> videos, questions, answers: half of the groups are sure of one answer, half draw each anew."""
-    from data import read_records
-    from oracle import DESCRIBE
+    from inputs.records import read_records
+    from plumbing.text import DESCRIBE
 
     draw, said = random.Random(seed), {}
     records = [r for r in read_records([WORLD])[0] if r["question"] != DESCRIBE]
@@ -80,7 +80,7 @@ def main():
     args = parser.parse_args()
     import torch
 
-    import harness
+    import plumbing.run
     from oracle import JudgeOracle
 
     torch.set_num_threads(args.threads)
@@ -106,7 +106,7 @@ def main():
         found.append(dict(judge=name, apart=apart, sides=rows))
         lines += [f"| {name} | {way} | {1e3 * r['seconds'] / args.questions:.1f} | {r['ratio']:.2f} "
                   f"[{r['ratio_low']:.2f}, {r['ratio_high']:.2f}] |" for way, r in rows.items()]
-    about = dict(command=" ".join(["python", *sys.argv]), git_commit=harness.git_commit(),
+    about = dict(command=" ".join(["python", *sys.argv]), git_commit=plumbing.run.git_commit(),
                  threads=args.threads, rounds=args.rounds, when=time.strftime("%Y-%m-%d"),
                  different_answers=sum(len(set(group)) for group in asked[2]) / args.questions)
     text = "\n".join([f"cpu, {args.threads} threads, {args.rounds} rounds, commit {about['git_commit']}; "

@@ -22,9 +22,9 @@ import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import CLIPVisionConfig, LlamaConfig
-from transformers.hf_argparser import HfArgumentParser
 
 import video_llm
+from plumbing.flags import Parser  # noqa: E402
 from video_llm import Prefix, VideoLLM, VideoLLMConfig, VideoQFormerConfig, add_lora, generate, token_logprobs
 
 # vision tower, Q-Former, decoder; frames
@@ -131,7 +131,7 @@ def table(script, args, shape, processes, prompt, answer, rows=None):
     crossing = len(range(0, q.num_hidden_layers, q.cross_attention_frequency))
     if bridge:
         out["activations"] += b * frames * S * eq * (v.hidden_size + 2 * q.hidden_size * (1 if recompute else crossing))
-    out["logits"] = 0 if about.get("scores") else 20 * b * (G * T) * V
+    out["logits"] = 0 if about.get("scores") else 12 * b * (G * T) * V
 
     static = out["weights"] + out["adapters"] + out["optimizer"] + out["DDP's buckets"]
     prefill = B * reading if about.get("samples") else 0
@@ -234,7 +234,7 @@ def measure(args, shape, prompt, answer, rows):
 def flags_of(script, shape, flags):
     """The flags of a script; at 7B the paper's where it has such a preset, else QLoRA alone."""
     cls = importlib.import_module(script).Args
-    parser = HfArgumentParser(cls, allow_abbrev=False)
+    parser = Parser(cls, allow_abbrev=False)
     if shape == "7b":
         qlora = dict(lora_r=64, lora_alpha=16, quantize="nf4", dtype="bfloat16", gradient_checkpointing=True)
         parser.set_defaults(**getattr(cls, "PRESETS", {}).get("paper", qlora))

@@ -30,8 +30,7 @@ def rollouts(args, P, R, G, B):
     """{side: (what to do, tokens)}"""
     import torch
 
-    from rollouts import unpacked
-    from video_llm import generate
+    from video_llm import generate, unpacked
 
     def sampler(base, unpack, graphs=False):
         model = turns.video_llm_around(turns.decoder(argparse.Namespace(**{**vars(args), "base": base})))
@@ -98,7 +97,7 @@ def main():
     args = parser.parse_args()
     import torch
 
-    import harness
+    import plumbing.run
 
     torch.set_num_threads(args.threads)
     lines = ["| P, R, G, B | what | seconds | times faster than the first [min, max] |", "|---|---|---:|---:|"]
@@ -110,7 +109,7 @@ def main():
             found.append(dict(point=point, kind=kind.__name__, sides=rows))
             lines += [f"| {point} | {kind.__name__}: {side} | {r['seconds']:.3f} | {r['ratio']:.2f} "
                       f"[{r['ratio_low']:.2f}, {r['ratio_high']:.2f}] |" for side, r in rows.items()]
-    about = dict(command=" ".join(["python", *sys.argv]), git_commit=harness.git_commit(), device=args.device,
+    about = dict(command=" ".join(["python", *sys.argv]), git_commit=plumbing.run.git_commit(), device=args.device,
                  shape=args.shape, threads=args.threads, when=time.strftime("%Y-%m-%d"))
     head = f"{args.device}, {args.shape}, {args.threads} threads, commit {about['git_commit']}"
     text = "\n".join([head, "", *lines, ""])

@@ -306,9 +306,9 @@ def summary(rows, floor, arithmetic, tokens):
 
 
 def about_machine(args, flops, bandwidth):
-    import harness
+    import plumbing.run
 
-    return dict(command=" ".join(["python", *sys.argv]), git_commit=harness.git_commit(), device=args.device,
+    return dict(command=" ".join(["python", *sys.argv]), git_commit=plumbing.run.git_commit(), device=args.device,
                 threads=args.threads, shape=args.shape, base=args.base, rounds=args.rounds, gflops=flops / 1e9,
                 gbytes=bandwidth / 1e9)
 

@@ -14,7 +14,7 @@ from matplotlib.patches import FancyBboxPatch  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from moving_shapes import make_scene, render  # noqa: E402
+from embedded_world.moving_shapes import make_scene, render  # noqa: E402
 
 INK, SOFT, LINE = "#1f2933", "#5b6672", "#55606c"
 GREY, BLUE = ("#f1f3f5", "#c3cad1"), ("#e3eefb", "#2f6fb5")  # face, edge

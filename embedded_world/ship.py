@@ -12,18 +12,16 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.hf_argparser import HfArg
-
-from flags import WORLD, answer_help, parse_args
+from plumbing.flags import WORLD, Flags, answer_help, flag, parse_args
 
 
 @dataclass
-class Args:
-    hub: str = HfArg(default=f"{WORLD}/hub", help="what pretrain_tiny.py made")
-    judge: str = HfArg(default="runs/sft/oracle", help="the run of sft.py that trained the judge on all labels")
-    data: str = HfArg(default=WORLD, help="the embedded world; its test split is measured on")
-    out: str = HfArg(default="runs/weights", help="folder to make")
-    cache: str = HfArg(default="cache", help="folder of cached CLIP features")
+class Args(Flags):
+    hub: str = flag(f"{WORLD}/hub", "what embedded_world/pretrain_tiny.py made")
+    judge: str = flag("runs/sft/oracle_s0", "the run of sft.py that trained the judge on all labels")
+    data: str = flag(WORLD, "the embedded world; its test split is measured on")
+    out: str = flag("runs/weights", "folder to make")
+    cache: str = flag("cache", "folder of cached CLIP features")
 
 
 if __name__ == "__main__":
@@ -34,9 +32,9 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 import evaluate
-from data import FeatureCache
-from frames import read_frames
-from questions import count_correct
+from inputs.features import FeatureCache
+from inputs.frames import read_frames
+from plumbing.questions import count_correct
 from video_llm import VideoQFormer, load_model
 
 CARD = """---
@@ -51,7 +49,7 @@ library_name: transformers
 |---|---|
 | made by | `{command}` |
 | commit | {commit} |
-| data | `python moving_shapes.py`: seed 0, 4,000 clips; the 2,400 of the split `pretrain` |
+| data | `python -m embedded_world.moving_shapes`: seed 0, 4,000 clips; the 2,400 of the split `pretrain` |
 | parameters | {parameters:,}, stored in float16 |
 | measured | {measured} |
 
@@ -100,11 +98,12 @@ def main(args):
     judge = json.loads(Path(args.judge, "args.json").read_text(encoding="utf-8"))
     cards = dict(
         clip=("The tiny CLIP of the embedded world", "A `CLIPModel`: vision tower, text tower and projections. It "
-              "stands where `openai/clip-vit-large-patch14-336` stands at 7B.", "python pretrain_tiny.py", commit,
+              "stands where `openai/clip-vit-large-patch14-336` stands at 7B.",
+              "python -m embedded_world.pretrain_tiny", commit,
               f"the own narrative is the nearest for {found:.1%} of {clips} test clips"),
         qformer=("The tiny Q-Former of the embedded world", "A `VideoQFormer` of video_llm.py; it reads features of "
                  "the CLIP beside it, layer -2. It stands where a BLIP-2 checkpoint stands at 7B.",
-                 "python pretrain_tiny.py", commit, "with the judge beside it, which grew from it"),
+                 "python -m embedded_world.pretrain_tiny", commit, "with the judge beside it, which grew from it"),
         judge=("The judge of the embedded world", "A `VideoLLM` trained on all labels of 2,400 clips that no policy "
                "sees. It judges policies that had the labels of 40.", f"python {judge['command']}", judge["git_commit"],
                f"{right / asked:.1%} of {asked} questions about the test clips answered right"))

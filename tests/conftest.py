@@ -17,6 +17,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
 if "UTF" not in locale.nl_langinfo(locale.CODESET):  # tests read pages and sources
     locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
 THREADS = os.environ.get("TEST_THREADS", "1")  # one each: several small processes on two cores
@@ -79,8 +80,8 @@ def a_process():
     for number, handler in before.items():
         signal.signal(number, handler)
     sys.excepthook = sys.__excepthook__
-    if "harness" in sys.modules:
-        sys.modules["harness"].unlock()
+    if "plumbing.processes" in sys.modules:
+        sys.modules["plumbing.processes"].unlock()
 
 
 def run(cwd, *command, check=True, env=None, timeout=600):
@@ -88,7 +89,7 @@ def run(cwd, *command, check=True, env=None, timeout=600):
     head = [sys.executable]
     if command[0] == "torchrun":
         head, command = [sys.executable, "-m", "torch.distributed.run", "--standalone"], command[1:]
-    command = [str(REPO / c) if c.endswith(".py") and "/" not in c else c for c in map(str, command)]
+    command = [str(REPO / c) if (REPO / c).suffix == ".py" and (REPO / c).exists() else c for c in map(str, command)]
     env = {**os.environ, **(env or {})}
     done = subprocess.run(head + command, cwd=cwd, capture_output=True, text=True, env=env, timeout=timeout)
     if check and done.returncode:
@@ -126,7 +127,7 @@ def make_in(folder, script, *flags):
 def world(tmp_path_factory):
     """A folder with data/moving_shapes (videos, annotations), in which every script's defaults work."""
     def make(folder):
-        make_in(folder, "moving_shapes.py", "--clips", "60", "--workers", "1")
+        make_in(folder, "embedded_world/moving_shapes.py", "--clips", "60", "--workers", "1")
 
     return made_once(tmp_path_factory, "world", make)
 
@@ -137,7 +138,7 @@ def policy(world, tmp_path_factory):
     def make(folder):
         folder.mkdir()
         (folder / "data").symlink_to(world / "data")
-        make_in(folder, "sft.py", "--name", "policy_s0", "--data", "data/moving_shapes/train.json", "--num_clips", "6",
+        make_in(folder, "sft.py", "--name", "policy", "--data", "data/moving_shapes/train.json", "--num_clips", "6",
                 "--steps", "4", "--batch_size", "8", "--micro_batch_size", "8")
 
     made = made_once(tmp_path_factory, "policy", make)

@@ -76,8 +76,11 @@ def serve(jobs, told):
 
     import numpy
 
-    import harness
-    from flags import parse_args
+    import plumbing.run
+    from plumbing import embedded, files, processes
+    from plumbing.flags import parse_args
+
+    PLANTS = dict(plumbing=plumbing, embedded=embedded, files=files, processes=processes)
 
     def one(job, rank):
         os.chdir(job["cwd"])
@@ -98,10 +101,10 @@ def serve(jobs, told):
                 torchrun(sys.argv[1:])
             elif job["plant"] and "/" not in sys.argv[0]:
                 module = importlib.import_module(sys.argv[0].removesuffix(".py"))
-                exec(job["plant"], dict(harness=harness, module=module, rank=rank))
+                exec(job["plant"], dict(PLANTS, module=module, rank=rank))
                 module.main(parse_args(module.Args))
             else:
-                exec(job["plant"], dict(harness=harness, rank=rank))
+                exec(job["plant"], dict(PLANTS, rank=rank))
                 as_main(*sys.argv)
         except SystemExit as stop:  # as the interpreter does
             code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
@@ -173,8 +176,8 @@ class Forked:
         return int(told.readline())
 
     def start(self, cwd, *argv, world=1, plant="", **env):
-        """-> process ids, one per rank. plant: Python run first, with `harness`, `rank`, and the script as `module`,
-        unless it is named by its path; it then runs as `__main__`, as it does where nothing is planted."""
+        """-> process ids, one per rank. plant: Python run first, with `plumbing`, `processes`, `rank`, and the script
+        as `module`, unless it is named by its path; it then runs as `__main__`, as it does where nothing is planted."""
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]

@@ -6,8 +6,8 @@ import sys
 import torch
 from safetensors.torch import load_file
 
-import harness
-from flags import parse_args
+from plumbing import processes
+from plumbing.flags import parse_args
 
 
 def main_of(monkeypatch, cwd, script, *flags):
@@ -18,7 +18,7 @@ def main_of(monkeypatch, cwd, script, *flags):
     try:
         module.main(parse_args(module.Args))
     finally:  # conftest.py undoes the rest
-        harness.unlock()
+        processes.unlock()
 
 
 def flags_of(monkeypatch, script, *flags):

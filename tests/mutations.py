@@ -1,4 +1,5 @@
-"""Damage as it comes over the net and off old disks, seeded: what `check_videos.py` and the decoder are tried on."""
+"""Damage as it comes over the net and off old disks, seeded: what `inputs/check_videos.py` and the decoder are tried
+on."""
 
 import random
 

@@ -9,12 +9,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.distributed.tensor import DTensor
 
-import harness
+import plumbing.run
+from plumbing import processes
 from video_llm import Prefix, add_lora, generate, load_model, token_logprobs, unwrap
 
 policy, folder = sys.argv[1], Path(sys.argv[2])
-harness.STEP = harness.PATIENCE = timedelta(minutes=2)  # who waits for ever says so, and at which line
-rank, world, device = harness.setup_dist()
+processes.STEP = processes.PATIENCE = timedelta(minutes=2)  # who waits for ever says so, and at which line
+rank, world, device = processes.setup_dist()
 
 
 def prefix_of(processor, rank):
@@ -41,7 +42,7 @@ def step(model, optimizer, processor, ranks):
         logprobs, _ = token_logprobs(model, prefix_of(processor, r), tokens, torch.full((2, 3), 5))
         losses.append(-logprobs.mean())
         (losses[-1] / len(ranks)).backward()
-    norm = harness.clip_gradients(optimizer.param_groups[0]["params"])
+    norm = processes.clip_gradients(optimizer.param_groups[0]["params"])
     optimizer.step()
     optimizer.zero_grad()
     return torch.stack(losses).mean().detach(), norm
@@ -55,7 +56,7 @@ def same(a, b, what, within):
 for lora in (False, True):  # LoRA: a frozen bfloat16 base beside float32 adapters, layers computed again
     within = 2e-2 if lora else 1e-5
     (whole, processor), (model, _) = fresh(lora), fresh(lora)
-    model = harness.distribute(model, device, sharded=True)
+    model = processes.distribute(model, device, sharded=True)
     layer = unwrap(model).language_model.model.layers[0].self_attn.q_proj.weight if not lora else \
         unwrap(model).language_model.model.layers[0].self_attn.q_proj.base_layer.weight
     assert isinstance(layer, DTensor) and layer.to_local().shape[0] * 2 == layer.shape[0]  # half of it lies here
@@ -68,7 +69,7 @@ for lora in (False, True):  # LoRA: a frozen bfloat16 base beside float32 adapte
     found = generate(model, prefix_of(processor, rank), uniforms, eos)
     with torch.no_grad():
         expected = generate(whole, prefix_of(processor, rank), uniforms, eos)
-    assert harness.all_gather(expected[1].tolist()) == [[[1, 2], [3, 3]], [[5, 6], [7, 7]]]
+    assert processes.all_gather(expected[1].tolist()) == [[[1, 2], [3, 3]], [[5, 6], [7, 7]]]
     assert found[0].shape[-1] == 7
     if not lora:  # bfloat16 may turn a tie
         assert torch.equal(found[1], expected[1])
@@ -78,25 +79,25 @@ for lora in (False, True):  # LoRA: a frozen bfloat16 base beside float32 adapte
     for _ in range(2):
         loss, norm = step(model, ours, processor, [rank])
         expected_loss, expected_norm = step(whole, theirs, processor, range(world))
-        same(harness.all_sum(loss) / world, expected_loss, "loss", within)
+        same(processes.all_sum(loss) / world, expected_loss, "loss", within)
         same(norm, expected_norm, "gradient norm", within)
 
     # 3. Saved as a whole by rank 0, loaded, sharded again: the third step is that of the run that went on
-    harness.save_checkpoint(folder, f"checkpoint-{int(lora)}", model, processor, ours, 2)
-    harness.barrier()
+    plumbing.run.save_checkpoint(folder, f"checkpoint-{int(lora)}", model, processor, ours, 2)
+    processes.barrier()
     saved, _ = load_model(folder / f"checkpoint-{int(lora)}", dtype=torch.bfloat16 if lora else torch.float32,
                           gradient_checkpointing=lora)
     state = whole.state_dict()
     assert saved.state_dict().keys() == state.keys()
     for name, p in saved.state_dict().items():
         same(p, state[name], name, 5e-3 if lora else 1e-4)
-    again = harness.distribute(saved, device, sharded=True)
+    again = processes.distribute(saved, device, sharded=True)
     resumed = optimizer_of(again)
-    assert harness.load_trainer(folder / f"checkpoint-{int(lora)}", resumed, again) == 2
+    assert plumbing.run.load_trainer(folder / f"checkpoint-{int(lora)}", resumed, again) == 2
     went_on, continued = (step(m, o, processor, [rank]) for m, o in ((model, ours), (again, resumed)))
     assert torch.equal(went_on[0], continued[0]) and torch.equal(went_on[1], continued[1])
     last = (step(m, o, processor, [rank])[0] for m, o in ((model, ours), (again, resumed)))
     assert torch.equal(*last)  # the optimizer's state as well
-    harness.barrier()
+    processes.barrier()
     print("equal", "LoRA" if lora else "all weights") if rank == 0 else None
 torch.distributed.destroy_process_group()

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-import benchmark_files as bf
-import prediction_files as pf
-from data import DataError
-from flags import parse_args
-from judges import ExactJudge, score_rows
-from report import group_tables, summarise
+from evaluation import benchmark_files as bf
+from evaluation import prediction_files as pf
+from evaluation.judges import ExactJudge, score_rows
+from evaluation.report import group_tables, summarise
+from inputs.records import DataError
+from plumbing.flags import parse_args
 
 
 def put(folder, name, content):

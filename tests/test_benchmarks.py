@@ -1,4 +1,5 @@
-"""The sides of benchmarks/ that need no TRL take their steps, in this process; and what their tables are made of."""
+"""The sides of benchmarks/ that need no TRL take their steps, in this process; and what the tables of benchmarks/ and
+experiments/ are made of."""
 
 import json
 import sys
@@ -6,7 +7,7 @@ import sys
 import pytest
 from conftest import REPO
 
-sys.path.insert(0, str(REPO / "benchmarks"))
+sys.path[:0] = [str(REPO / "benchmarks"), str(REPO / "experiments")]
 import distortions  # noqa: E402
 import dpo_step  # noqa: E402
 import grpo_step  # noqa: E402

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from test_video_llm import assert_capturable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compose import check_decoder, compose, load_qformer
-from packing import Tree, tree_rows
+from inputs.features import encode_frames
+from model.compose import check_decoder, compose, load_qformer
+from model.packing import Tree, tree_rows
+from model.processor import VICUNA_TEMPLATE
 from video_llm import (
-    VICUNA_TEMPLATE,
     Prefix,
     VideoLLMProcessor,
     add_lora,
@@ -357,7 +358,7 @@ def test_features_are_the_second_last_layer_of_the_published_tower(tmp_path, qfo
     assert pixels.shape == (2, 3, image, image)
     with torch.no_grad():
         expected = whole.vision_model(pixels, output_hidden_states=True).hidden_states[-2]
-    found = model.encode_frames(pixels)
+    found = encode_frames(model.vision_tower, pixels, model.config.vision_layer)
     assert found.shape == (2, (image // patch) ** 2 + 1, 48) and torch.equal(found, expected)
 
 
@@ -549,7 +550,7 @@ def test_hub_names_and_the_papers_flags_from_parts_to_rl(world, tmp_path, monkey
     few = ["--data", "data/moving_shapes/train.json", "--preset", "paper", "--steps", "3"]
     main_of(monkeypatch, world, "sft.py", *few, *parts, "--batch_size", "4", "--micro_batch_size", "2", "--name",
             "published", "--lr", "1e-2")
-    start = world / "runs/sft/published"
+    start = world / "runs/sft/published_s0"
     settings = json.loads((start / "final/processor_config.json").read_text())
     assert (settings["num_frames"], settings["num_query_tokens"]) == (50, 6)  # the small Q-Former has six
     as_hub_cache(tmp_path / "cache", "lab/start", start / "final")

@@ -1,4 +1,4 @@
-"""The distortions of benchmarks/distorted_rewards.py do to an order what their page says, and no more."""
+"""The distortions of experiments/distorted_rewards.py do to an order what their page says, and no more."""
 
 import sys
 
@@ -8,9 +8,9 @@ import torch
 from conftest import REPO
 
 from grpo_rank import scale_by_std
-from ranks import ranks_of
+from oracle import ranks_of
 
-sys.path.insert(0, str(REPO / "benchmarks"))
+sys.path.insert(0, str(REPO / "experiments"))
 from distorted_rewards import distort  # noqa: E402
 
 ONE = [0, 1, 2, 2, 4]  # the fourth answer is a copy of the third

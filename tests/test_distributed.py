@@ -40,7 +40,7 @@ def test_one_rank_dies(world, policy, forked, tmp_path, fault, words):
 
 def test_one_rank_hangs_in_a_video(world, policy, forked, tmp_path):
     place = a_world(world, tmp_path / "hangs")
-    plant = ("import frames, time\nframes.STALL = 1.0\nscan = frames._scan\n"
+    plant = ("import time\nfrom inputs import frames\nframes.STALL = 1.0\nscan = frames._scan\n"
              "frames._scan = lambda path: time.sleep(600) if rank == 1 else scan(path)")
     codes = forked.run(place, *GRPO, "--cache", "fresh", world=2, plant=plant)
     assert codes == [1, 1]
@@ -51,7 +51,7 @@ def test_one_rank_hangs_in_a_video(world, policy, forked, tmp_path):
 def test_one_rank_hangs_in_sampling(world, policy, forked, tmp_path):
     """It is given up after STEP; only what may take long on one process (videos, narratives) is waited for longer."""
     place = a_world(world, tmp_path / "hangs")
-    plant = "from datetime import timedelta\nharness.STEP = timedelta(seconds=5)\n" + at_step_2(
+    plant = "from datetime import timedelta\nprocesses.STEP = timedelta(seconds=5)\n" + at_step_2(
         "import time; time.sleep(12)")
     codes = forked.run(place, *GRPO, world=2, plant=plant)
     assert codes == [1, 1] and steps_done(place / FOLDER) == 2
@@ -60,7 +60,8 @@ def test_one_rank_hangs_in_sampling(world, policy, forked, tmp_path):
 def test_ranks_that_see_different_checkpoints_do_not_begin(world, policy, forked, tmp_path):
     """As on two machines with disks of their own: rank 1 finds no checkpoint, and would begin anew with other data."""
     place = a_world(world, tmp_path / "apart")
-    forked.run(place, *GRPO, world=2, plant="harness.Log.step = lambda log, step, show, old=harness.Log.step: "
+    forked.run(place, *GRPO, world=2,
+               plant="plumbing.run.Log.step = lambda log, step, show, old=plumbing.run.Log.step: "
                "os.kill(os.getpid(), 9) if step == 4 else old(log, step, show)\nimport os")
     plant = ("from pathlib import Path\nseen = Path.glob\n"
              "Path.glob = lambda path, what: [] if rank == 1 and what.startswith('checkpoint') else seen(path, what)")
@@ -71,8 +72,9 @@ def test_ranks_that_see_different_checkpoints_do_not_begin(world, policy, forked
 
 def test_ranks_that_read_different_records_do_not_begin(world, policy, forked, tmp_path):
     place = a_world(world, tmp_path / "records")
-    plant = ("read = module.read_records\ndef fewer(*args, **more):\n    records, report = read(*args, **more)\n"
-             "    return records[:: 1 + rank], report\nmodule.read_records = fewer")
+    plant = ("from plumbing import questions\nread = questions.read_records\ndef fewer(*args, **more):\n    records, "
+             "report = read(*args, **more)\n"
+             "    return records[:: 1 + rank], report\nquestions.read_records = fewer")
     codes = forked.run(place, *GRPO, world=2, plant=plant)
     assert codes == [1, 1] and "its records: not the same on all processes" in forked.said()
 
@@ -155,7 +157,7 @@ def test_a_tenth_of_the_videos_broken_on_two_ranks(world, policy, forked, tmp_pa
 def test_torchrun_of_a_dead_rank_ends_with_an_error(world, policy, forked, tmp_path):
     place = a_world(world, tmp_path / "torchrun")
     (place / "fault.py").write_text(
-        "import os, sys\nimport grpo_rank\nfrom flags import parse_args\nsample = grpo_rank.generate\n"
+        "import os, sys\nimport grpo_rank\nfrom plumbing.flags import parse_args\nsample = grpo_rank.generate\n"
         "def wrong(*args):\n    if os.environ['RANK'] == '1':\n        sys.exit('rank 1 gives up')\n"
         "    return sample(*args)\ngrpo_rank.generate = wrong\ngrpo_rank.main(parse_args(grpo_rank.Args))")
     command = ["torchrun", "--standalone", "--nproc_per_node=2", place / "fault.py", *GRPO[1:]]

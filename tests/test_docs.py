@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import HfArgumentParser
 
-from api_oracle import COUNTERS
-from data import read_records
+from inputs.records import read_records
+from oracle import COUNTERS
+from plumbing.flags import Parser
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = [p for p in [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))] if p.exists()]
@@ -50,11 +50,13 @@ def logged_keys(source):
                 keys.update(eval(compile(ast.Expression(key), "", "eval"), {name: v}) for v in values[name])
             else:
                 keys.add(ast.literal_eval(key))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "log.mark" and node.args:
+            keys.add(f"time/{ast.literal_eval(node.args[0])}_s")
         for child in ast.iter_child_nodes(node):
             walk(child, values)
 
     walk(tree, {})
-    assert '"time/step_s"' in (REPO / "harness.py").read_text()
+    assert '"time/step_s"' in (REPO / "plumbing/run.py").read_text()
     return keys | {"time/step_s"}  # which Log.step adds for everyone
 
 
@@ -75,8 +77,9 @@ for step in range(3):
     for key, s, e in zip(("p", "q"), clock, clock[1:]):
         log.add(f"time/{key}_s", e - s)
     log.add("plain", 1)
+    log.mark("rollout")
 """
-    assert logged_keys(source) == {"x/a", "x/b", "time/p_s", "time/q_s", "plain", "time/step_s"}
+    assert logged_keys(source) == {"x/a", "x/b", "time/p_s", "time/q_s", "plain", "time/rollout_s", "time/step_s"}
 
 
 @pytest.mark.parametrize("script", ["sft", "grpo_rank", "reward_model", "ppo_rlaif", "dpo_iter_w2s"])
@@ -85,6 +88,8 @@ def test_metrics_of_the_page_are_those_of_the_script(script):
     if not page.exists():
         pytest.skip(f"{page.name} is not there")
     source = (REPO / f"{script}.py").read_text()
+    if "Validation(" in source:
+        source += (REPO / "plumbing/validation.py").read_text()
     assert documented_keys(page.read_text()) == logged_keys(source)
     if "log_counts(" in source:  # what a server costs is explained once
         assert "(oracle.md#logged-metrics)" in page.read_text()
@@ -102,9 +107,9 @@ SCRIPTS = ["sft", "grpo_rank", "reward_model", "ppo_rlaif", "dpo_iter_w2s", "ora
 def test_every_equation_names_a_function_and_a_test_that_knows_it(script):
     """| equation | function | test (tests/test_x.py) |: functions are defined here, the test file speaks of each."""
     section = (REPO / "docs" / f"{script}.md").read_text().split("\n## Equations\n")[1].split("\n## ")[0]
-    (tests,) = re.findall(r"\| test \((tests/\w+\.py)\) \|", section)
-    tested = (REPO / tests).read_text()
-    modules = "\n".join(path.read_text() for path in REPO.glob("*.py"))
+    (tests,) = re.findall(r"\| tests? \((tests/\w+\.py(?:, tests/\w+\.py)*)\) \|", section)
+    tested = "\n".join((REPO / file).read_text() for file in tests.split(", "))
+    modules = "\n".join(path.read_text() for path in [*REPO.glob("*.py"), *REPO.glob("*/*.py")])
     rows = [row.strip("|").split(" | ") for row in re.findall(r"^\|.*\|$", section, re.M)[2:]]
     assert len(rows) >= 3 and all(len(row) == 3 for row in rows)
     for _, functions, _ in rows:
@@ -135,7 +140,7 @@ def command_lines(text):
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"(?<!`)`((?:python|torchrun) [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     for line in map(str.strip, lines):
-        if re.match(r"(\.venv/bin/)?python3? [\w/]+\.py\b|torchrun ", line):
+        if re.match(r"(\.venv/bin/)?python3? (?!-c|-m pytest)|torchrun ", line):
             yield shlex.split(line, comments=True)
 
 
@@ -144,15 +149,20 @@ COMMANDS = [(page.name, words) for page in PAGES for words in command_lines(page
 
 @pytest.mark.parametrize("page, words", COMMANDS, ids=[f"{page}: {' '.join(words)}" for page, words in COMMANDS])
 def test_command_lines_are_valid(page, words, tmp_path, monkeypatch):
+    if words[1] == "-m":  # a module of a folder
+        words = [words[0], words[2].replace(".", "/") + ".py", *words[3:]]
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     script, flags = words[at], words[at + 1 :]
+    copied = re.match(r"grpo_rank_\w+\.py", script)  # a fork of docs/ablations.md has the flags of what it is a copy of
+    script = "grpo_rank.py" if copied else script
     assert (REPO / script).exists()
     processes = [word.partition("=")[2] for word in words[:at] if word.startswith("--nproc_per_node=")]
     monkeypatch.setenv("WORLD_SIZE", processes[0] if processes else "1")
-    cls = None if "/" in script else getattr(importlib.import_module(script[:-3]), "Args", None)
+    other = script.split("/")[0] in ("benchmarks", "experiments", "docs", "tests")
+    cls = None if other else getattr(importlib.import_module(script[:-3].replace("/", ".")), "Args", None)
     if cls is None or flags == ["--help"]:
         return
-    parser = HfArgumentParser(cls, allow_abbrev=False)
+    parser = Parser(cls, allow_abbrev=False)
     parser.error = lambda message: pytest.fail(f"{page}: {' '.join(words)}: {message}")
     if script == "evaluate.py":  # it looks for its runs: here they are, a glob matches two seeds
         given = parser.parse_args(flags)

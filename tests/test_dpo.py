@@ -1,14 +1,17 @@
-"""dpo_iter_w2s.py and preference_zoo.py: pairs and equations by hand, every stage killed and resumed, two ranks."""
+"""dpo_iter_w2s.py and plumbing/zoo.py: pairs and equations by hand, every stage killed and resumed, two ranks."""
 
 import copy
+import gc
 import json
 import math
 import shutil
 import sys
 import threading
+import weakref
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +20,7 @@ from safetensors.torch import load_file
 from test_video_llm import lively, plain_logprobs
 
 import dpo_iter_w2s
-import harness
-import preference_zoo
-from data import Clip, FeatureCache
+import plumbing.run
 from dpo_iter_w2s import (
     Args,
     best_and_worst,
@@ -33,14 +34,20 @@ from dpo_iter_w2s import (
     lr_at,
     make_pairs,
     questions_of,
-    write_card,
+    sample,
+    score,
 )
-from flags import parse_args
-from frames import VideoError
-from preference_zoo import MISSING, Checkpoint, Server, collect, in_parts, score
-from preferences import read_preferences, write_preferences
-from video_llm import Prefix, VideoLLM, add_lora, load_model, merged, reference_of, token_logprobs
+from inputs.features import FeatureCache
+from inputs.frames import VideoError
+from inputs.preferences import read_preferences, write_preferences
+from inputs.records import Clip
+from plumbing import embedded, zoo
+from plumbing.files import collect_rows
+from plumbing.flags import parse_args
+from plumbing.zoo import MISSING, Checkpoint, Server, collect_answers, collect_scores, write_card
+from video_llm import Prefix, VideoLLM, add_lora, answer, load_model, merged, reference_of, token_logprobs
 
+ONE = SimpleNamespace(rank=0, world=1)  # process
 JUDGE = ["--oracle", "judge", "--oracle_model", "runs/sft/policy_s0/final"]  # its scores differ where answers differ
 SMALL = [*JUDGE, "--samples", "3", "--questions", "12", "--steps", "4", "--prompts_per_step", "4",
          "--micro_batch_size", "2", "--max_new_tokens", "6", "--eval_questions", "5", "--eval_steps", "3",
@@ -92,8 +99,7 @@ def test_dpo_loss_far_away_is_finite():
 
 
 def test_learning_rate_starts_again_in_each_iteration():
-    args = Args(steps=100, lr=2.0)
-    near([lr_at(s, args) for s in (0, 4, 9, 50, 99)], [0.2, 1.0, 1.82, 1.0, 0.02], 1e-12)
+    near([lr_at(s, 100, 2.0) for s in (0, 4, 9, 50, 99)], [0.2, 1.0, 1.82, 1.0, 0.02], 1e-12)
 
 
 # --- extrapolation ---------------------------------------------------------------------------------------------------
@@ -290,7 +296,8 @@ def test_the_data_card_of_questions_without_labels(tmp_path):
     for g in groups[1:]:
         g["record"]["answer"] = None
     pairs, dropped = make_pairs(groups, 0.5)
-    write_card(tmp_path, 1, pairs, dropped, groups, Words(), dict(requests=4.0))
+    lengths = {s: [len(ids_of(p, s, Words())) for p in pairs] for s in ("chosen", "rejected")}
+    write_card(tmp_path, 1, pairs, dropped, groups, lengths, dict(requests=4.0))
     card = json.loads((tmp_path / "data_card.json").read_text())
     assert (card["questions"], card["labelled"], card["missing"]) == (3, 1, {"s": 3})
     assert (card["chosen"]["right"], card["rejected"]["right"]) == (1.0, 0.0)
@@ -298,7 +305,7 @@ def test_the_data_card_of_questions_without_labels(tmp_path):
     assert card["rejected"]["cut"] == 1 and card["rejected"]["tokens"] == pytest.approx(8 / 3, abs=1e-4)
     for g in groups:
         g["record"]["answer"] = None
-    write_card(tmp_path, 1, pairs, dropped, groups, Words(), {})
+    write_card(tmp_path, 1, pairs, dropped, groups, lengths, {})
     assert "right" not in json.loads((tmp_path / "data_card.json").read_text())["chosen"]
     said = (tmp_path / "data_card.md").read_text()
     assert "3 (0 with a label)" in said and "the label" not in said and "| missing | s 3 |" in said
@@ -345,7 +352,7 @@ def test_parts_are_continued_behind_the_last_whole_one(tmp_path):
         asked.append((what, list(items)))
         return [[dict(what=what, item=i, n=n) for n in range(2 if what == "a" else 1)] for i in items]
 
-    whole = in_parts(file, parts, rows_of, 0, 1)
+    whole = collect_rows(ONE, file, parts, rows_of)
     text = file.read_text()
     assert [(r["what"], r["item"], r["n"]) for r in whole] == [
         ("a", 1, 0), ("a", 1, 1), ("a", 2, 0), ("a", 2, 1), ("a", 3, 0), ("a", 3, 1), ("b", 1, 0), ("b", 2, 0),
@@ -354,10 +361,10 @@ def test_parts_are_continued_behind_the_last_whole_one(tmp_path):
                          ("b", [4])]), (0, [("a", [1, 2, 3]), ("b", [1, 2, 3]), ("b", [4])])):  # fmt: skip
         file.write_text("".join(text.splitlines(keepends=True)[:lines]))
         asked.clear()
-        assert in_parts(file, parts, rows_of, 0, 1) == whole and asked == again and file.read_text() == text
+        assert collect_rows(ONE, file, parts, rows_of) == whole and asked == again and file.read_text() == text
     file.write_text(text[:-5])  # half a line
     asked.clear()
-    assert in_parts(file, parts, rows_of, 0, 1) == whole and asked == [("b", [4])] and file.read_text() == text
+    assert collect_rows(ONE, file, parts, rows_of) == whole and asked == [("b", [4])] and file.read_text() == text
 
 
 @pytest.mark.parametrize("silent, asked, kept", [
@@ -381,13 +388,13 @@ def test_whoever_answers_nothing_ends_the_run_and_is_asked_again(
     )
     dead, file = set(range(8)), tmp_path / "answers.jsonl"
     if kept is None:
-        assert len(in_parts(file, parts, rows_of, 0, 1, answered)) == 8
+        assert len(collect_rows(ONE, file, parts, rows_of, answered)) == 8
         return
     with pytest.raises(SystemExit, match="answered nothing in .* rows"):
-        in_parts(file, parts, rows_of, 0, 1, answered)
+        collect_rows(ONE, file, parts, rows_of, answered)
     assert seen == list(range(asked)) and len(rows(file)) == kept
     dead = set()  # it is back
-    assert [row["said"] for row in in_parts(file, parts, rows_of, 0, 1, answered)] == [
+    assert [row["said"] for row in collect_rows(ONE, file, parts, rows_of, answered)] == [
         f"{'a' if k < 6 else 'b'}{k}" for k in range(8)
     ]
     assert seen == [*range(asked), *range(kept, 8)]
@@ -407,16 +414,16 @@ def test_a_video_that_one_source_cannot_read_is_a_missing_answer(monkeypatch, ca
 
     args, records = Args(samples=2), [dict(clip=c, question="what?") for c in "aba"]
     checkpoint = object.__new__(Checkpoint)
-    checkpoint.cache, checkpoint.args, checkpoint.told = Cache(), args, False
+    checkpoint.cache, checkpoint.args, checkpoint.warned, checkpoint.model = Cache(), args, False, None
     checkpoint.processor = type("Processor", (), dict(prompt_ids=prompt_ids))
-    checkpoint.sample = lambda some, keys: [[(str(k), True)] * 2 for k in keys]
+    checkpoint.sample = lambda model, processor, cache, some, keys, args: [[(str(k), True)] * 2 for k in keys]
     assert checkpoint(records, [1, 2, 3]) == [[("1", True)] * 2, [MISSING] * 2, [("3", True)] * 2]
     assert checkpoint(records[1:2], [2]) == [[MISSING] * 2]
     long = dict(records[0], question="long?")  # for this source's video, not for the policy's
     assert checkpoint([long, records[0]], [4, 5]) == [[MISSING] * 2, [("5", True)] * 2]
-    monkeypatch.setattr(preference_zoo, "frames_as_urls", read)
+    monkeypatch.setattr(zoo, "frames_as_urls", read)
     server = object.__new__(Server)
-    server.args, server.told, server.client = args, False, type("Client", (), dict(concurrency=1))
+    server.args, server.warned, server.client = args, False, type("Client", (), dict(concurrency=1))
     assert server(records, [1, 2, 3]) == [[MISSING]] * 3
     assert capfd.readouterr().err.count("damaged behind frame 900; more of the kind") == 2  # once a source
 
@@ -434,8 +441,9 @@ def test_the_cost_of_the_scores_outlives_a_resume(tmp_path):
     (tmp_path / "answers.jsonl").write_text("".join(  # of an earlier version: without `ended`
         json.dumps(dict(record=i, id=str(i), answer="red", source="policy")) + "\n" for i in range(3)))
     for asked in (10, 0):  # the second time all scores are there
-        groups, cost = collect(tmp_path, 1, dict(policy="x"), records, [0, 1, 2], Oracle(asked), Args(samples=1,
-                               zoo=["policy", "y"]), "cpu", 0, 1)  # fmt: skip
+        run = SimpleNamespace(rank=0, world=1, args=Args(samples=1, zoo=["policy", "y"]))
+        groups = collect_answers(run, tmp_path, 1, dict(policy="x"), records, [0, 1, 2], sample)
+        cost = collect_scores(run, tmp_path, groups, Oracle(asked), score)
         assert cost == dict(requests=3.0) and [g["ended"] for g in groups] == [[True]] * 3
 
 
@@ -458,10 +466,10 @@ def test_the_embedded_zoo_sees_the_policys_labels_and_no_others(world, policy, m
     shutil.copytree(policy.parent, tmp_path / "runs/sft/policy_s0")
     monkeypatch.chdir(tmp_path)
     built = []
-    monkeypatch.setattr(harness, "build_if_missing", lambda path, command, *rest: built.append((path, command)))
+    monkeypatch.setattr(embedded, "build_if_missing", lambda path, command, *rest: built.append((path, command)))
     args = Args()
     assert len(args.zoo) == 5 and args.zoo[0] == "policy"
-    preference_zoo.build_zoo(args, 0)
+    zoo.build_zoo(args, 0)
     assert [path for path, _ in built] == args.zoo[1:]
     labelled = json.loads((policy.parent / "labelled_clips.json").read_text())
     for path, command in built:
@@ -470,7 +478,7 @@ def test_the_embedded_zoo_sees_the_policys_labels_and_no_others(world, policy, m
         assert {f"data/moving_shapes/{r['video']}" for r in json.loads(file.read_text())} == set(labelled)
         monkeypatch.setattr(sys, "argv", command)
         parsed = parse_args(sft.Args)
-        assert f"runs/sft/{parsed.name}/final" == path and parsed.resume
+        assert f"runs/sft/{parsed.name}_s{parsed.seed}/final" == path and parsed.resume
         assert parsed.seed != 0 and parsed.num_clips == 6
     assert Args(model="elsewhere").zoo == ["policy"]
 
@@ -488,7 +496,7 @@ def whole(world, policy):
     model, processor = load_model(policy)
     lively(model, seed=9).save_pretrained(second / "final")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(preference_zoo, "PART", 5)
+        monkeypatch.setattr(zoo, "PART", 5)
         main_of(monkeypatch, world, "dpo_iter_w2s.py", *ZOO, "--name", "whole")
     return world / "runs/dpo_iter_w2s/whole_s0"
 
@@ -520,6 +528,10 @@ def test_the_files_of_a_run(whole, world):
         assert sum(card["chosen"]["sources"].values()) == sum(card["rejected"]["sources"].values()) == len(pairs)
         assert max(card["chosen"]["sources"].values()) <= 0.8 * len(pairs)
         assert (folder / "data_card.md").read_text().count("\n| ") > 10
+        processor = load_model(whole / "final")[1]
+        for side in ("chosen", "rejected"):
+            tokens = sum(len(ids_of(p, side, processor)) for p in pairs) / len(pairs)
+            assert card[side]["tokens"] == pytest.approx(tokens, abs=1e-4)
         told = {(r["id"], r["answer"]): s for i, r in enumerate(answers)
                 for s in [next(q["scores"] for q in scores if q["id"] == r["id"])]}
         for p in pairs:
@@ -565,18 +577,19 @@ def kill_at(monkeypatch, place):
 
 
 STAGES = {  # module, function, which of its calls in a run that comes this far alone, or after the stages before
-    "sampling": (preference_zoo, "generate", (3, 3), False), "scoring": (preference_zoo, "score", (2, 2), True),
-    "training": (harness, "stop_if_not_finite", (4, 4), True), "theta": (harness, "save_checkpoint", (2, 1), True),
+    "sampling": (dpo_iter_w2s, "generate", (3, 3), False), "scoring": (dpo_iter_w2s, "score", (2, 2), True),
+    "training": (plumbing.run.Run, "check_finite", (4, 4), True),
+    "theta": (plumbing.run, "save_checkpoint", (2, 1), True),
     "choice of alpha": (dpo_iter_w2s, "choose_alpha", (1, 1), False),
-    "result": (dpo_iter_w2s, "save_result", (1, 1), True),
-    "second sampling": (preference_zoo, "generate", (8, 2), False),
-    "finish": (harness, "finish", (1, 1), True)}  # fmt: skip
+    "result": (plumbing.run.Run, "write_final", (1, 1), True),
+    "second sampling": (dpo_iter_w2s, "generate", (8, 2), False),
+    "finish": (plumbing.run.Run, "finish", (1, 1), True)}  # fmt: skip
 
 
 @pytest.mark.parametrize("stages", [pytest.param([*STAGES], id="all, one after the other"), *(
     pytest.param([stage], id=stage, marks=pytest.mark.slow) for stage in STAGES)])
 def test_killed_at_any_stage_and_resumed_equals_uninterrupted(world, whole, stages, monkeypatch):
-    monkeypatch.setattr(preference_zoo, "PART", 5)
+    monkeypatch.setattr(zoo, "PART", 5)
     name = stages[0].replace(" ", "_") + str(len(stages))
     ours = world / f"runs/dpo_iter_w2s/{name}_s0"
     for stage in stages:
@@ -715,15 +728,23 @@ def test_preferences_of_which_none_can_be_used_are_not_replaced(world, policy, m
     assert "text.jsonl: none of 1 pairs can be used (1 without video" in stop.value.code
 
 
-def test_memory_holds_no_second_decoder_and_greedy_answers_have_the_length_of_sampled_ones(world, policy, monkeypatch):
+def test_memory_holds_no_second_decoder_and_greedy_answers_have_the_length_of_sampled_ones(
+        world, policy, monkeypatch, tmp_path):
     monkeypatch.chdir(world)
-    cache = dpo_iter_w2s.features_alone(Args(model=str(policy)), "cpu")
-    assert {name.split(".")[0] for name, _ in cache.model.named_parameters()} == {"vision_tower"}
+    args = Args(model=str(policy))
+    loaded = [load_model(policy)]
+    watched = [weakref.ref(getattr(loaded[0][0], part)) for part in ("language_model", "qformer", "projection")]
+    run = SimpleNamespace(args=args, load=lambda path: loaded.pop(), rank=0, world=1, folder=tmp_path, sharded=False,
+                          device="cpu")
+    monkeypatch.setattr(dpo_iter_w2s, "make_oracle", lambda *_: None)
+    cache = dpo_iter_w2s.open_data(run)[-1]
+    gc.collect()
+    assert [part() for part in watched] == [None] * 3 and cache.tower is not None
     model, processor = load_model(policy)
     lively(model, seed=2)  # it does not end soon
     asked = [dict(clip=clip, question="what moves?", answer=None) for clip in clips_of(world, 3)]
     near(cache([c["clip"] for c in asked])[0], FeatureCache(model, processor, "cache")([c["clip"] for c in asked])[0])
-    long, short = (dpo_iter_w2s.evaluate.answer(model, processor, cache, asked, n) for n in (48, 2))
+    long, short = (answer(model, processor, cache, asked, n) for n in (48, 2))
     texts, sums = dpo_iter_w2s.greedy(asked, model, processor, cache, Args(max_new_tokens=2))
     assert texts == short != long and sums["accuracy"] == (0, 0)
 
@@ -734,7 +755,7 @@ def test_lora_is_merged_after_each_iteration(world, policy, monkeypatch, quantiz
     flags = [*SELF, "--steps", "3", "--lora_r", "4", "--quantize", quantize, "--lr", "1e-2", "--name", name]
     ours = world / f"runs/dpo_iter_w2s/{name}_s0"
     with monkeypatch.context() as patch, pytest.raises(Killed):  # in the second iteration, behind a checkpoint
-        kill_at(patch, (harness, "stop_if_not_finite", 6, True))
+        kill_at(patch, (plumbing.run.Run, "check_finite", 6, True))
         main_of(patch, world, "dpo_iter_w2s.py", *flags)
     main_of(monkeypatch, world, "dpo_iter_w2s.py", *flags, "--resume")
     metrics = rows(ours / "metrics.jsonl")

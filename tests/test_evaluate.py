@@ -16,38 +16,45 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 import evaluate as ev  # noqa: E402
-from answers import fits  # noqa: E402
-from compose import compose  # noqa: E402
-from data import Clip  # noqa: E402
-from flags import parse_args  # noqa: E402
-from moving_shapes import TASK_TYPES, write_video  # noqa: E402
-from pretrain_tiny import make_tokenizer  # noqa: E402
-from video_llm import TINY_VISION, Prefix, save_model  # noqa: E402
+import evaluation.runs  # noqa: E402
+from embedded_world.moving_shapes import TASK_TYPES, write_video  # noqa: E402
+from embedded_world.pretrain_tiny import make_tokenizer  # noqa: E402
+from evaluation import metrics  # noqa: E402
+from inputs.records import Clip  # noqa: E402
+from model.compose import compose  # noqa: E402
+from plumbing.flags import parse_args  # noqa: E402
+from video_llm import (  # noqa: E402
+    TINY_VISION,
+    Prefix,
+    fits,  # noqa: E402
+    save_model,
+)
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 def test_identical_predictions_differ_by_nothing():
     a = np.random.default_rng(0).integers(0, 2, (3, 60))
-    assert ev.paired_bootstrap(a, a, np.arange(60) // 6) == (0, 0, 0)
+    assert metrics.paired_bootstrap(a, a, np.arange(60) // 6) == (0, 0, 0)
 
 
 def test_a_constant_improvement_has_no_uncertainty():
     a = np.zeros((1, 40))
-    assert ev.paired_bootstrap(a, a + 1, np.arange(40) // 4) == (1, 1, 1)
-    assert ev.paired_bootstrap(a + 1, a, np.arange(40) // 4) == (-1, -1, -1)
+    assert metrics.paired_bootstrap(a, a + 1, np.arange(40) // 4) == (1, 1, 1)
+    assert metrics.paired_bootstrap(a + 1, a, np.arange(40) // 4) == (-1, -1, -1)
 
 
 def test_seeds_are_averaged_before_clips_are_drawn():
     """Two seeds that err on opposite questions: the mean over seeds is better by 1/2 on every question, exactly."""
     a, b = np.zeros((2, 10)), np.stack([np.arange(10) % 2, 1 - np.arange(10) % 2])
-    assert ev.paired_bootstrap(a, b, np.arange(10)) == (0.5, 0.5, 0.5)
-    assert ev.paired_bootstrap(a[:1], b, np.arange(10)) == (0.5, 0.5, 0.5)  # a column of one seed against one of two
+    assert metrics.paired_bootstrap(a, b, np.arange(10)) == (0.5, 0.5, 0.5)
+    # a column of one seed against one of two
+    assert metrics.paired_bootstrap(a[:1], b, np.arange(10)) == (0.5, 0.5, 0.5)
 
 
 def test_the_interval_is_the_binomial_one_where_it_is_known():
     """100 clips of one question, better on 30: the share of a resample is Binomial(100, 0.3) / 100."""
     b = (np.arange(100) < 30)[None]
-    mean, low, high = ev.paired_bootstrap(np.zeros((1, 100)), b, np.arange(100))
+    mean, low, high = metrics.paired_bootstrap(np.zeros((1, 100)), b, np.arange(100))
     exact = np.quantile(np.random.default_rng(1).binomial(100, 0.3, 200_000) / 100, [0.025, 0.975])
     assert mean == pytest.approx(0.3) and np.allclose([low, high], exact, atol=0.011)  # a step of the grid is 0.01
 
@@ -57,34 +64,34 @@ def test_questions_of_one_clip_are_not_independent():
     b = np.repeat(np.arange(20) % 2, 20)[None]
     width = [
         high - low
-        for _, low, high in (ev.paired_bootstrap(0 * b, b, c) for c in (np.arange(400), np.arange(400) // 20))
+        for _, low, high in (metrics.paired_bootstrap(0 * b, b, c) for c in (np.arange(400), np.arange(400) // 20))
     ]
     assert 3.5 < width[1] / width[0] < 5.5
 
 
 def test_the_mean_is_over_questions_when_clips_differ_in_size():
     b, clips = np.array([[1, 0, 0, 0]]), ["x", "y", "y", "y"]
-    mean, low, high = ev.paired_bootstrap(np.zeros((1, 4)), b, clips)
+    mean, low, high = metrics.paired_bootstrap(np.zeros((1, 4)), b, clips)
     assert (mean, low, high) == (0.25, 0, 1)  # resamples: x x (1), x y (1/4), y y (0), a quarter of them at each end
 
 
 def test_bootstrap_is_seeded():
     rng = np.random.default_rng(0)
     a, b, clips = rng.integers(0, 2, (2, 500)), rng.integers(0, 2, (2, 500)), rng.integers(0, 300, 500)
-    assert ev.paired_bootstrap(a, b, clips) == ev.paired_bootstrap(a, b, clips)
-    assert ev.paired_bootstrap(a, b, clips) != ev.paired_bootstrap(a, b, clips, seed=1)
+    assert metrics.paired_bootstrap(a, b, clips) == metrics.paired_bootstrap(a, b, clips)
+    assert metrics.paired_bootstrap(a, b, clips) != metrics.paired_bootstrap(a, b, clips, seed=1)
 
 
 def test_by_task_type_keeps_the_usual_order_and_averages_over_questions():
     types = ["own type", TASK_TYPES[3], TASK_TYPES[0], TASK_TYPES[3], TASK_TYPES[3]]
-    got = ev.by_task_type([1, 1, 0, 0, 1], types)
+    got = evaluation.runs.by_task_type([1, 1, 0, 0, 1], types)
     assert list(got) == [TASK_TYPES[0], TASK_TYPES[3], "own type", "all"]
     assert got == {TASK_TYPES[0]: 0, TASK_TYPES[3]: pytest.approx(2 / 3), "own type": 1, "all": pytest.approx(3 / 5)}
 
 
 def test_spread_is_the_sample_standard_deviation():
-    assert ev.spread([0.5, 0.7]) == pytest.approx(0.2 / 2**0.5)
-    assert ev.spread([0.5]) is None
+    assert metrics.spread([0.5, 0.7]) == pytest.approx(0.2 / 2**0.5)
+    assert metrics.spread([0.5]) is None
 
 
 def test_chance_knows_the_question_then_the_type_then_nothing():

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import frames
-from data import Clip
-from frames import VideoError, clip_seconds, read_frames, video_files
+from inputs import frames
+from inputs.frames import VideoError, clip_seconds, read_frames, video_files
+from inputs.records import Clip
 
 
 def write(path, numbers, codec="libx264", stamps=None, rotation=None, pix_fmt="yuv420p", size=(88, 48), last=1,

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import judges
-from benchmark_files import row_of
-from data import DataError
+from evaluation import judges
+from evaluation.benchmark_files import row_of
+from inputs.records import DataError
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from forked import a_world, until
 from safetensors.torch import load_file
 from test_dpo import SELF
 
-import flags
-import harness
+import plumbing.run
+from plumbing import embedded, flags, processes
 
 TRAIN = ["--data", "data/moving_shapes/train.json"]
 RL = [*TRAIN, "--oracle", "reference", "--G", "3", "--max_new_tokens", "6", "--eval_questions", "4",
@@ -29,7 +29,7 @@ RL = [*TRAIN, "--oracle", "reference", "--G", "3", "--max_new_tokens", "6", "--e
 START = "runs/sft/policy_s0/final"
 SCRIPTS = {  # flags, run folder
     "sft": (["sft.py", *TRAIN, "--steps", "11", "--save_steps", "3", "--batch_size", "4", "--micro_batch_size", "4",
-             "--name", "x"], "runs/sft/x"),
+             "--name", "x"], "runs/sft/x_s0"),
     "grpo_rank": (["grpo_rank.py", *RL, "--advantage", "random", "--steps", "11", "--save_steps", "3", "--name", "x",
                    "--prompts_per_step", "4"], "runs/grpo_rank/x_s0"),
     "ppo_rlaif": (["ppo_rlaif.py", *RL, "--random_reward", "--steps", "11", "--save_steps", "3", "--name", "x",
@@ -136,7 +136,7 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(world, policy, fo
 
 def test_a_signal_during_set_up_ends_at_once(world, policy, forked, tmp_path):
     place = a_world(world, tmp_path / "early")
-    wait = "import data, time\ndata.FeatureCache.prepare = lambda *_, **__: time.sleep(600)"
+    wait = "import time\nfrom inputs import features\nfeatures.FeatureCache.prepare = lambda *_, **__: time.sleep(600)"
     (pid,) = forked.start(place, *SCRIPTS["grpo_rank"][0], plant=wait)
     assert until(lambda: (place / "runs/grpo_rank/x_s0/args.json").exists())
     os.kill(pid, signal.SIGTERM)
@@ -145,8 +145,8 @@ def test_a_signal_during_set_up_ends_at_once(world, policy, forked, tmp_path):
 
 
 def test_a_process_forked_in_training_still_ends_by_a_signal(monkeypatch):
-    harness.Stop.watch()
-    monkeypatch.setattr(harness.Stop, "training", True)
+    processes.Stop.watch()
+    monkeypatch.setattr(processes.Stop, "training", True)
     fork, runs = multiprocessing.get_context("fork"), multiprocessing.Event()
     child = fork.Process(target=lambda: (runs.set(), time.sleep(600)), daemon=True)
     child.start()
@@ -155,7 +155,7 @@ def test_a_process_forked_in_training_still_ends_by_a_signal(monkeypatch):
     child.join(120)
     ended = child.exitcode
     child.kill()
-    assert ended in (143, -signal.SIGTERM) and not harness.Stop.asked
+    assert ended in (143, -signal.SIGTERM) and not processes.Stop.asked
 
 
 def test_the_command_that_continues(monkeypatch):
@@ -165,11 +165,11 @@ def test_the_command_that_continues(monkeypatch):
                         (["x.py", "--resume", "false", "--G", "3"], "python x.py --G 3 --resume"),
                         (["x.py", "--resume=no"], "python x.py --resume")):
         monkeypatch.setattr("sys.argv", given)
-        assert harness.resume_command() == said
+        assert processes.resume_command() == said
     monkeypatch.setattr(flags, "RESUMES", False)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert harness.resume_command() == "torchrun --nproc_per_node=2 x.py"
+    assert processes.resume_command() == "torchrun --nproc_per_node=2 x.py"
 
 
 # --- a full disk -----------------------------------------------------------------------------------------------------
@@ -191,11 +191,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(world, policy, forked, whole, sm
     folder = place / SCRIPTS[name][1]
     folder.parent.symlink_to(small_disk)
     # behind the first checkpoint somebody else takes the room that is left
-    fill = ("import os, shutil\nsave = harness.save_checkpoint\ndef full(folder, name, *rest, **more):\n"
+    fill = ("import os, shutil\nsave = plumbing.run.save_checkpoint\ndef full(folder, name, *rest, **more):\n"
             "    if name != 'checkpoint-3':\n"
             f"        with open('{small_disk}/filler', 'wb') as f:\n"
             f"            os.posix_fallocate(f.fileno(), 0, shutil.disk_usage('{small_disk}').free - 200_000)\n"
-            "    save(folder, name, *rest, **more)\nharness.save_checkpoint = full")
+            "    save(folder, name, *rest, **more)\nplumbing.run.save_checkpoint = full")
     assert forked.run(place, *SCRIPTS[name][0], plant=fill) == [1]
     assert forked.line("no room on the disk").endswith("--resume") and "Traceback" not in forked.said()
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-3"]
@@ -210,13 +210,14 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(policy, tmp_path, monkeyp
 
     model, processor = load_model(policy)
     optimizer = torch.optim.AdamW(model.parameters())
-    harness.save_checkpoint(tmp_path, "checkpoint-3", model, processor, optimizer, 3)
+    plumbing.run.save_checkpoint(tmp_path, "checkpoint-3", model, processor, optimizer, 3)
     before = {f: f.read_bytes() for f in (tmp_path / "checkpoint-3").iterdir()}
     for place in ("save_model", "save_trainer"):
         with monkeypatch.context() as patched:
-            patched.setattr(harness, place, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            patched.setattr(plumbing.run, place,
+                            lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             with pytest.raises(OSError):
-                harness.save_checkpoint(tmp_path, "checkpoint-6", model, processor, optimizer, 6)
+                plumbing.run.save_checkpoint(tmp_path, "checkpoint-6", model, processor, optimizer, 6)
         assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
@@ -225,10 +226,10 @@ def test_errors_of_a_full_disk_are_one_line(capfd, monkeypatch):
 
     for error in (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left (os error 28)"),
                   Exception("Disk quota exceeded (os error 122)")):
-        harness.one_line_if_full(type(error), error, None)
+        processes.one_line_if_full(type(error), error, None)
         said = capfd.readouterr().err
         assert said.count("\n") == 1 and "no room on the disk" in said
-    harness.one_line_if_full(ValueError, ValueError("x"), None)
+    processes.one_line_if_full(ValueError, ValueError("x"), None)
     assert "no room" not in capfd.readouterr().err
 
 
@@ -236,47 +237,47 @@ def test_errors_of_a_full_disk_are_one_line(capfd, monkeypatch):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_second_run_into_the_folder_is_refused(world, policy, forked, tmp_path, name):
     place, command = a_world(world, tmp_path / "twice"), SCRIPTS[name][0]
-    again = ("import os, sys\nfirst = harness.open_run\ndef twice(*args):\n    first(*args)\n    pid = os.fork()\n"
-             "    if pid == 0:\n        harness.HELD.clear()\n        first(*args)\n        os._exit(0)\n"
+    again = ("import os, sys\nfirst = plumbing.run.open_run\ndef twice(*args):\n    first(*args)\n    pid = os.fork()\n"
+             "    if pid == 0:\n        processes.HELD.clear()\n        first(*args)\n        os._exit(0)\n"
              "    print('code', os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)\n    sys.exit(0)\n"
-             "harness.open_run = twice")
+             "plumbing.run.open_run = twice")
     assert forked.run(place, *command, "--resume", plant=again) == [0], forked.said()
     said = forked.said().splitlines()
     assert said.count("code 1") == 1 and sum("another run is writing there now" in line for line in said) == 1
 
 
 def test_a_lock_ends_with_its_process(forked, tmp_path):
-    hold = "import time\nprint(harness.lock('lock'), flush=True)\ntime.sleep(600)"
+    hold = "import time\nprint(processes.lock('lock'), flush=True)\ntime.sleep(600)"
     (holder,) = forked.start(tmp_path, "sft.py", plant=hold)
     assert until(lambda: (tmp_path / "said.0").exists() and forked.said() == "True\n")
-    assert not harness.lock(tmp_path / "lock")
+    assert not processes.lock(tmp_path / "lock")
     with pytest.raises(SystemExit):
-        harness.own(tmp_path / "lock")
+        processes.own(tmp_path / "lock")
     os.kill(holder, signal.SIGKILL)
     assert forked.wait() == [-signal.SIGKILL]
-    assert harness.lock(tmp_path / "lock") and harness.lock(tmp_path / "lock")  # once ours, ours
-    harness.unlock()
+    assert processes.lock(tmp_path / "lock") and processes.lock(tmp_path / "lock")  # once ours, ours
+    processes.unlock()
 
 
 def test_a_missing_piece_is_built_once_by_two_runs(tmp_path, monkeypatch):
     """The second one waits, and finds it."""
     monkeypatch.chdir(tmp_path)
     built = []
-    monkeypatch.setattr(harness, "run_script", lambda path, command: built.append(path) or open(path, "w").close())
-    first = harness.lock
+    monkeypatch.setattr(embedded, "run_script", lambda path, command: built.append(path) or open(path, "w").close())
+    first = processes.lock
 
     def slow(path, wait=False):  # the other run holds the lock, and makes the piece while we wait
         if wait:
             open("piece", "w").close()
         return first(path) if wait else False
 
-    monkeypatch.setattr(harness, "lock", slow)
-    harness.build_if_missing("piece", ["x.py"], "a while", 0)
+    monkeypatch.setattr(processes, "lock", slow)
+    embedded.build_if_missing("piece", ["x.py"], "a while", 0)
     assert not built
-    monkeypatch.setattr(harness, "lock", first)
+    monkeypatch.setattr(processes, "lock", first)
     os.remove("piece")
-    harness.build_if_missing("piece", ["x.py"], "a while", 0)
-    assert built == ["piece"] and not harness.HELD
+    embedded.build_if_missing("piece", ["x.py"], "a while", 0)
+    assert built == ["piece"] and not processes.HELD
 
 
 # --- what a kill must not lose ---------------------------------------------------------------------------------------
@@ -287,10 +288,10 @@ def test_metrics_survive_a_kill_while_they_are_cut(tmp_path, monkeypatch):
     before = file.read_text()
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        harness.Log(tmp_path, 20, 6, 0)
+        plumbing.run.Log(tmp_path, 20, 6, 0)
     assert file.read_text() == before
     monkeypatch.undo()
-    harness.Log(tmp_path, 20, 6, 0)
+    plumbing.run.Log(tmp_path, 20, 6, 0)
     assert file.read_text().count("\n") == 6
 
 

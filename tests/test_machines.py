@@ -14,7 +14,7 @@ from inside import apart, main_of
 from safetensors.torch import load_file
 from test_ranks import rows
 
-from compose import compose
+from model.compose import compose
 from video_llm import load_model, save_model
 
 TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "3"]
@@ -59,7 +59,7 @@ def test_two_agents_on_loopback_equal_one_agent_of_two_processes(world, policy, 
 
 @pytest.mark.parametrize("command, folder", [
     pytest.param([*GRPO, "--lora_r", "4", "--gradient_checkpointing"], "runs/grpo_rank/{}_s0", id="grpo_rank, LoRA"),
-    pytest.param(GRPO, "runs/grpo_rank/{}_s0", id="grpo_rank"), pytest.param(SFT, "runs/sft/{}", id="sft")])
+    pytest.param(GRPO, "runs/grpo_rank/{}_s0", id="grpo_rank"), pytest.param(SFT, "runs/sft/{}_s0", id="sft")])
 def test_sharded_equals_whole(world, policy, forked, monkeypatch, command, folder):
     """Losses, sampled answers, evaluations, weights; the checkpoints are those of an unsharded run."""
     kind = "lora" if "--lora_r" in command else "full"
@@ -87,10 +87,10 @@ def test_shares_of_a_model_train_sample_save_and_load_as_the_whole(forked, tmp_p
 @pytest.mark.parametrize("flags, told", [
     (["--shard"], "--shard: one process"),
     (["--shard", "--quantize", "nf4", "--lora_r", "4"], "--shard: bitsandbytes' 4-bit weights cannot be sharded"),
-    (["--dtype", "bfloat16"], "--dtype bfloat16: choose float32, or bfloat16 with --lora_r"),
+    (["--dtype", "bfloat16"], "--dtype bfloat16: only with --lora_r"),
     (["--dtype", "half", "--lora_r", "4"], "--dtype half: choose"),
-    (["--attn_implementation", "flash_attention_2"], "--attn_implementation flash_attention_2: choose sdpa or eager"),
-    (["--preset", "best"], "--preset best: choose paper")])  # fmt: skip
+    (["--attn_implementation", "flash_attention_2"], "flash_attention_2: choose one of sdpa, eager"),
+    (["--preset", "best"], "--preset best: choose one of nothing, paper")])  # fmt: skip
 @pytest.mark.parametrize("script", ["sft.py", "grpo_rank.py"])
 def test_what_cannot_be_combined_is_refused_in_one_line(monkeypatch, tmp_path, capsys, script, flags, told):
     with pytest.raises(SystemExit) as stop:

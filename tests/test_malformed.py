@@ -9,13 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import benchmark_files
-import prediction_files
-from api_client import ReplyError, parse_json
-from api_oracle import ASPECTS, read_choice, read_ranking, read_scores
-from data import Clip, DataError, is_text, read_records, report_lines
-from metrics import qa_values, score_values
-from preferences import read_preferences, write_preferences
+from evaluation import benchmark_files, prediction_files
+from evaluation.metrics import qa_values, score_values
+from inputs.preferences import read_preferences, write_preferences
+from inputs.records import Clip, DataError, is_text, read_records, report_lines
+from oracle import ASPECTS
+from plumbing.api_client import ReplyError, parse_json
+from plumbing.replies import read_choice, read_ranking, read_scores
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True, database=None,
                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-import metrics as m
+from evaluation import metrics as m
 
 
 # --- judge replies ---------------------------------------------------------------------------------------------------

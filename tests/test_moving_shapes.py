@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import moving_shapes as ms  # noqa: E402
+from embedded_world import moving_shapes as ms  # noqa: E402
 
 CLIPS = 60
 

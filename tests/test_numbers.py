@@ -8,8 +8,8 @@ from forked import a_world
 from inside import main_of
 from test_killed import SCRIPTS, rows, steps_done
 
-import harness
-from ranks import differ
+import plumbing.run
+from oracle import differ
 
 LOSSES = dict(sft="sft_loss", grpo_rank="kl_k3", ppo_rlaif="value_loss", reward_model="bradley_terry",
               dpo_iter_w2s="dpo_loss")  # fmt: skip
@@ -39,14 +39,16 @@ def test_pretraining_stops_as_well(world, tmp_path, monkeypatch):
     (tmp_path / "small").mkdir()
     for name in ("clips.json", "pretrain.json", "videos"):
         (tmp_path / "small" / name).symlink_to(world / "data/moving_shapes" / name)
-    monkeypatch.setattr("pretrain_tiny.attribute_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr("embedded_world.pretrain_tiny.attribute_loss",
+                        lambda *_: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(SystemExit, match="stage 1: attributes, step 0: the loss is nan"):
-        main_of(monkeypatch, tmp_path, "pretrain_tiny.py", "--data", "small", "--steps", "2", "--batch_size", "4")
+        main_of(monkeypatch, tmp_path, "embedded_world/pretrain_tiny.py", "--data", "small", "--steps", "2",
+                "--batch_size", "4")
     assert not (tmp_path / "small/hub").exists()
 
 
 def test_an_exploding_kl_is_warned_of_once(tmp_path, capfd):
-    log = harness.Log(tmp_path, 5, 0, 0)
+    log = plumbing.run.Log(tmp_path, 5, 0, 0)
     for step, kl in enumerate((0.1, 9.0, 50.0, 1e9, 1e3)):
         log.add("objective/kl", kl)
         log.step(step, show=[])
@@ -80,9 +82,9 @@ def test_a_step_without_a_ranking_moves_no_weights_and_three_end_the_run(world, 
              "    oracle = make(*args, **more)\n    score = oracle.score\n    def scored(*asked):\n"
              "        values, ok = score(*asked)\n        calls[0] += 1\n"
              "        return values, ok & (calls[0] in (1, 3, 4))\n    oracle.score = scored\n    return oracle\n"
-             "module.make_oracle = silent\nadd = module.harness.any_scored\ndef noted(log, ok, needed, step):\n"
-             "    print('STEPS', step, did[0], flush=True)\n    did[0] = 0\n    return add(log, ok, needed, step)\n"
-             "module.harness.any_scored = noted\nreal = torch.optim.AdamW.step\n"
+             "module.make_oracle = silent\nadd = module.Run.scored_or_stop\ndef noted(run, step, *rest):\n"
+             "    print('STEPS', step, did[0], flush=True)\n    did[0] = 0\n    return add(run, step, *rest)\n"
+             "module.Run.scored_or_stop = noted\nreal = torch.optim.AdamW.step\n"
              "def counted(*args, **more):\n    did[0] += 1\n    return real(*args, **more)\n"
              "torch.optim.AdamW.step = counted")
     assert forked.run(place, *SCRIPTS[name][0], plant=plant) == [1], forked.said()
@@ -91,6 +93,13 @@ def test_a_step_without_a_ranking_moves_no_weights_and_three_end_the_run(world, 
     assert moved == {0: False, 1: True, 2: False, 3: True, 4: True, 5: False, 6: False}
     said = [line for line in forked.said().splitlines() if "ranked nothing" in line]
     assert len(said) == 1 and said[0].startswith("step 6: ") and "--resume" in said[0]
+
+
+def run_of(folder, steps):
+    """A run of so many steps, of which there is but its log."""
+    run = object.__new__(plumbing.run.Run)
+    run.log = plumbing.run.Log(folder, steps, 0, 0)
+    return run
 
 
 @pytest.mark.parametrize(
@@ -118,10 +127,7 @@ def test_a_step_without_a_ranking_moves_no_weights_and_three_end_the_run(world, 
     ],
 )
 def test_only_groups_that_need_an_order_show_that_an_oracle_lives(tmp_path, groups, learns):
-    log, answers = (
-        harness.Log(tmp_path, 50, 0, 0),
-        (["a", "b"], ["a", "c"], ["The a.", "a"], ["a", "a"]),
-    )
+    run, answers = run_of(tmp_path, 50), (["a", "b"], ["a", "c"], ["The a.", "a"], ["a", "a"])
     for step, (numbers, learn) in enumerate(zip(groups, learns)):
         some = [answer for answer, n in zip(answers, numbers) for _ in range(n)]
         ok = torch.tensor(
@@ -129,16 +135,16 @@ def test_only_groups_that_need_an_order_show_that_an_oracle_lives(tmp_path, grou
         )
         if learn == "end":
             with pytest.raises(SystemExit, match=f"step {step}: .*ranked nothing"):
-                harness.any_scored(log, ok, differ(some), step)
+                run.scored_or_stop(step, ok, differ(some))
         else:
-            assert harness.any_scored(log, ok, differ(some), step) is learn
+            assert run.scored_or_stop(step, ok, differ(some)) is learn
 
 
 def test_masked_groups_stand_on_the_progress_line(tmp_path, capsys):
-    log, needed = harness.Log(tmp_path, 3, 0, 0), torch.tensor([True] * 4)
+    run, needed = run_of(tmp_path, 3), torch.tensor([True] * 4)
     for step, ok in enumerate(([1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1])):
-        harness.any_scored(log, torch.tensor(ok, dtype=torch.bool), needed, step)
-        log.add("rollout/len", 1.0)
-        log.step(step, ["rollout/len"])
+        run.scored_or_stop(step, torch.tensor(ok, dtype=torch.bool), needed)
+        run.log.add("rollout/len", 1.0)
+        run.log.step(step, ["rollout/len"])
     said = capsys.readouterr().out.splitlines()
     assert ["masked" in line for line in said] == [False, True, False] and "masked 2 |" in said[1]

@@ -15,12 +15,14 @@ from test_oracle import ANSWERS, QUESTIONS, clips, judge, rewarding  # noqa: F40
 from test_whole_steps import assert_new_numbers, assert_sampled, listen, start  # noqa: F401
 
 import dpo_iter_w2s
-import preference_zoo
 import reward_model
-from data import Clip, FeatureCache
-from oracle import JudgeOracle, ReferenceOracle, RewardModelOracle
-from preferences import read_preferences, reward_prompt
-from roles import value_prompts
+from inputs.features import FeatureCache
+from inputs.preferences import read_preferences
+from inputs.records import Clip
+from oracle import JudgeOracle, ReferenceOracle, RewardModelOracle, reward_prompt
+from plumbing import zoo
+from plumbing.pairs import Reading, key_of
+from ppo_rlaif import value_prompts
 from video_llm import Prefix, generate, load_model
 
 
@@ -28,11 +30,11 @@ from video_llm import Prefix, generate, load_model
 def test_every_comparison_reads_the_narrative_of_its_own_video(judge, clips, monkeypatch):
     stories = ["a red circle moves left .", "a blue square stays .", "two shapes turn and turn ."]
     monkeypatch.setattr(judge, "narrative", True)
-    monkeypatch.setattr(judge, "told", dict(zip(clips, stories)))
+    monkeypatch.setattr(judge, "known", dict(zip(clips, stories)))
     together = judge.preferences(clips, QUESTIONS, ANSWERS)
     alone = [judge.preferences(*([x[b]] for x in (clips, QUESTIONS, ANSWERS))) for b in range(3)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
-    monkeypatch.setattr(judge, "told", dict(zip(clips, stories[1:] + stories[:1])))
+    monkeypatch.setattr(judge, "known", dict(zip(clips, stories[1:] + stories[:1])))
     assert (judge.preferences(clips, QUESTIONS, ANSWERS) - together).abs().max() > 1e-3
 
 
@@ -66,9 +68,11 @@ def test_what_the_judge_tells_belongs_to_its_pair():
     fake = SimpleNamespace(narratives=lambda some: [f"of {c.path}" for c in some],
                            answer=lambda *asked: [f"{c.path} {q}" for c, q in zip(*asked)])
     args = SimpleNamespace(narrative=True, guided=True)
-    stories, owns = reward_model.tell(args, fake, pairs, 0, 1)
+    reading = Reading(args, None, None, None)
+    reading.tell(SimpleNamespace(rank=0, world=1), fake, pairs)
+    stories, owns = reading.narratives, reading.own_answers
     assert stories == {p["clip"]: f"of {p['clip'].path}" for p in pairs}
-    assert owns == {reward_model.about(p): f"{p['clip'].path} {p['question']}" for p in pairs}
+    assert owns == {key_of(p): f"{p['clip'].path} {p['question']}" for p in pairs}
 
 
 def test_every_question_is_asked_with_numbers_of_its_own(start, clips, tmp_path, monkeypatch):
@@ -79,7 +83,10 @@ def test_every_question_is_asked_with_numbers_of_its_own(start, clips, tmp_path,
                            max_prompt_tokens=200)
     cache = FeatureCache(model, processor, tmp_path)
     oracle = ReferenceOracle(batch)
-    rows = reward_model.ask(batch, [4, 5, 6], model, processor, cache, oracle, "cpu", args)
+    job = SimpleNamespace(args=args, device="cpu")
+    records = [None] * 4 + batch
+    rows = reward_model.ask([4, 5, 6], records, model, processor, cache, oracle, job)
+    rows = [row for (row,) in rows]
     assert_new_numbers(seen)
     assert_sampled(model, seen[0], processor, 0.7)
     said = processor.decode_answers(seen[0]["tokens"], seen[0]["lengths"])
@@ -97,7 +104,7 @@ def test_the_value_model_reads_the_narrative_of_its_own_video(start, clips, tmp_
     args = SimpleNamespace(value_model=str(tmp_path), cache=str(tmp_path / "cache"),
                            oracle_dtype="float32")
     build = value_prompts(args, SimpleNamespace(value=model, value_processor=processor),
-                          SimpleNamespace(told_by=("m", 2), teller=teller), "cpu")
+                          SimpleNamespace(narrated_by=("m", 2), narrator=teller), "cpu")
     prefix = build(QUESTIONS, clips, None)
     for ids, mask, clip, question in zip(prefix.input_ids, prefix.attention_mask, clips, QUESTIONS):
         assert ids[mask.bool()].tolist() == processor.prompt_ids(f"{story[clip]}\n{question}")
@@ -107,8 +114,9 @@ def test_the_value_model_reads_the_narrative_of_its_own_video(start, clips, tmp_
 def test_a_checkpoint_samples_as_it_is_asked_to(start, clips, tmp_path, monkeypatch):
     args = dpo_iter_w2s.Args(model=str(start), temperature=0.7, samples=6, max_new_tokens=2,
                              cache=str(tmp_path))
-    source = preference_zoo.Checkpoint(start, args, "cpu")
-    seen = listen(monkeypatch, preference_zoo)
+    run = SimpleNamespace(args=args, load=load_model, device="cpu")
+    source = zoo.Checkpoint(run, start, dpo_iter_w2s.sample)
+    seen = listen(monkeypatch, dpo_iter_w2s)
     records = [dict(clip=clip, question=q) for clip, q in zip(clips, QUESTIONS)]
     keys = [[0, 1, 0, n] for n in range(3)]
     said = source(records, keys)
@@ -123,7 +131,7 @@ def test_a_checkpoint_samples_as_it_is_asked_to(start, clips, tmp_path, monkeypa
 
 def test_answers_are_drawn_and_scored_for_their_own_question(tmp_path, monkeypatch):
     class Source:
-        def __init__(self, name, args, device):
+        def __init__(self, run, name, sample):
             self.name = name
 
         def __call__(self, records, keys):
@@ -137,12 +145,12 @@ def test_answers_are_drawn_and_scored_for_their_own_question(tmp_path, monkeypat
 
     drawn, which = [], [5, 0, 3, 2, 6]
     records = [dict(id=str(n), clip=Clip(f"{n}.mp4"), question=str(n / 4)) for n in range(7)]
-    monkeypatch.setattr(preference_zoo, "Checkpoint", Source)
-    monkeypatch.setattr(preference_zoo, "PART", 3)
+    monkeypatch.setattr(zoo, "Checkpoint", Source)
+    monkeypatch.setattr(zoo, "PART", 3)
     for k in (1, 2):
-        groups, _ = preference_zoo.collect(
-            tmp_path / str(k), k, dict(a="x", b="y"), records, which, Oracle(),
-            SimpleNamespace(seed=0, samples=2), "cpu", 0, 1)
+        run = SimpleNamespace(rank=0, world=1, args=SimpleNamespace(seed=0, samples=2))
+        groups = zoo.collect_answers(run, tmp_path / str(k), k, dict(a="x", b="y"), records, which, None)
+        zoo.collect_scores(run, tmp_path / str(k), groups, Oracle(), dpo_iter_w2s.score)
         assert [g["record"]["id"] for g in groups] == [str(n) for n in which]
         for g in groups:
             number = g["record"]["id"]
@@ -152,13 +160,18 @@ def test_answers_are_drawn_and_scored_for_their_own_question(tmp_path, monkeypat
 
 
 def test_the_share_of_a_source_is_limited_in_the_pairs_that_are_written(world, start, monkeypatch):
-    def collected(folder, k, sources, records, which, *rest):
+    def answered(run, folder, k, sources, records, which, sample):
         folder.mkdir(parents=True)
-        return [dict(record=records[i], answers=["red", "blue"], ended=[True] * 2,
-                     sources=list(sources), scores=[[4.0 - n / 10] * 4, [1.0 if n else 5.0] * 4])
-                for n, i in enumerate(which)], {}
+        return [dict(record=records[i], answers=["red", "blue"], ended=[True] * 2, sources=list(sources))
+                for i in which]
 
-    monkeypatch.setattr(dpo_iter_w2s, "collect", collected)
+    def scored(run, folder, groups, oracle, score):
+        for n, group in enumerate(groups):
+            group["scores"] = [[4.0 - n / 10] * 4, [1.0 if n else 5.0] * 4]
+        return {}
+
+    monkeypatch.setattr(zoo, "collect_answers", answered)
+    monkeypatch.setattr(zoo, "collect_scores", scored)
     flags = (f"--model '{start}' --zoo policy runs/sft/other/final --oracle reference --stage build "
              "--questions 6 --prompts_per_step 2 --micro_batch_size 2 --max_share 0.5 --eval_data= "
              "--alphas 0 --name share")

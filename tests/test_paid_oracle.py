@@ -12,9 +12,8 @@ from inside import main_of
 from test_api_oracle import SECRET, server  # noqa: F401 - a fixture
 from test_scripts import GRPO, rows
 
-import api_client
-import api_oracle
 import oracle
+from plumbing import api_client, replies
 
 FAILURES = [dict(status=500, says=f"cannot serve {SECRET}"), dict(status=503), dict(status=408),
             dict(status=429, headers={"retry-after": "0"}), dict(status=400, says=f"Bearer {SECRET}?"),
@@ -72,7 +71,7 @@ def test_a_run_with_a_failing_server(world, policy, failing, monkeypatch, capfd)
     assert len(metrics) == 12 and (folder / "final/model.safetensors").exists()
     assert len(failing.failed) > 8, failing.failed  # most ways to fail were met
     total = lambda key: round(sum(row.get(f"oracle/{key}", 0) for row in metrics))
-    masked = {reason: total(f"masked_{reason}") for reason in api_oracle.REASONS}
+    masked = {reason: total(f"masked_{reason}") for reason in replies.REASONS}
     groups = round(sum(row["rank/masked_groups"] for row in metrics) * 4)
     assert groups == sum(masked.values()) > 0 and groups < 24, masked  # masked, reported by reason; most groups are not
     assert total("retries") > 0 and total("repairs") > 0
@@ -98,7 +97,7 @@ def test_the_key_is_in_no_traceback(world, policy, failing, monkeypatch, capfd):
     assert "401" in str(stop.value) and "\n" not in str(stop.value)
     assert SECRET not in "".join(traceback.format_exception(stop.value))
     failing.act = usable
-    monkeypatch.setattr(api_oracle, "read_ranking", lambda reply, n: 1 / 0)
+    monkeypatch.setattr(replies, "read_ranking", lambda reply, n: 1 / 0)
     with pytest.raises(ZeroDivisionError) as stop:
         main_of(monkeypatch, world, "grpo_rank.py", *flags, "--name", "broken_in_the_middle")
     shown = "".join(traceback.TracebackException.from_exception(stop.value, capture_locals=False).format())

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,15 +18,17 @@ from inside import apart, main_of
 from safetensors.torch import load_file
 from test_video_llm import lively, plain_logprobs, plain_scores
 
-import harness
+import plumbing.run
 import ppo_rlaif
-from data import FeatureCache
-from flags import parse_args
+from inputs.features import FeatureCache
 from oracle import ReferenceOracle, RewardModelOracle, finite
+from plumbing.batches import by_length
+from plumbing.flags import parse_args
+from plumbing.validation import Validation
 from ppo_rlaif import (
     Args,
-    Validation,
-    by_length,
+    Roles,
+    adapter_of,
     centered,
     gae,
     lr_at,
@@ -38,7 +41,6 @@ from ppo_rlaif import (
     value_loss,
     whiten,
 )
-from roles import Roles, adapter_of
 from video_llm import Prefix, add_lora, add_scalar_head, answer_mask, load_model, save_model, token_scores
 
 t = torch.tensor
@@ -164,10 +166,9 @@ def test_kl_controller():
 
 
 def test_schedules():
-    args = Args(oracle="reference", steps=100, warmup_steps=4)
-    near([lr_at(s, args, 1.0) for s in (0, 1, 4, 50, 99)], [0.2, 0.4, 0.96, 0.5, 0.01])
-    args.schedule = "cosine"
-    near([lr_at(s, args, 2.0) for s in (0, 50, 75)], [0.4, 1.0, 2 * 0.5 * (1 - math.cos(math.pi / 4))])
+    linear = [lr_at(s, 100, 1.0, 4, "linear") for s in (0, 1, 4, 50, 99)]
+    near(linear, [0.2, 0.4, 0.96, 0.5, 0.01])
+    near([lr_at(s, 100, 2.0, 4, "cosine") for s in (0, 50, 75)], [0.4, 1.0, 2 * 0.5 * (1 - math.cos(math.pi / 4))])
 
 
 def test_centred_scores_compare_the_answers_to_one_question():
@@ -177,10 +178,9 @@ def test_centred_scores_compare_the_answers_to_one_question():
 
 def test_scores_are_normalised_once_over_what_could_be_scored():
     scores, ok = t([[1.0, 3.0], [100.0, 100.0], [5.0, 7.0]]), t([True, False, True])
-    mean, gain = normal_of(scores, ok, 0.0)
+    mean, gain = normal_of(scores, ok)
     near((scores[ok] - mean) * gain, [[-3 / 5**0.5, -1 / 5**0.5], [1 / 5**0.5, 3 / 5**0.5]])
-    assert normal_of(scores, ok, 10.0) == (0.0, 10.0)
-    near(normal_of(torch.full((2, 2), 0.25), t([True, True]), 0.0), (0.25, 1.0))  # nothing to scale by
+    near(normal_of(torch.full((2, 2), 0.25), t([True, True])), (0.25, 1.0))  # nothing to scale by
     for bad in (
         math.inf,
         -math.inf,
@@ -188,7 +188,7 @@ def test_scores_are_normalised_once_over_what_could_be_scored():
         3.4e38,
     ):  # of a masked group, whose numbers are nobody's
         scores[1] = bad
-        near(normal_of(scores, ok, 0.0), (mean, gain))
+        near(normal_of(scores, ok), (mean, gain))
 
 
 def test_scores_that_are_no_numbers_are_zeros_of_masked_groups():
@@ -238,7 +238,7 @@ def test_every_implementation_detail_is_where_the_header_says():
     assert used == set(range(1, len(listed) + 1)), f"not in the file: {set(range(1, len(listed) + 1)) - used}"
     functions = {n.name: ast.get_source_segment(text, n) for n in ast.walk(ast.parse(text))
                  if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-    elsewhere = [(REPO / f"{name}.py").read_text() for name in ("video_llm", "roles")]
+    elsewhere = [(REPO / f"{name}.py").read_text() for name in ("video_llm",)]
     steps = re.split(r"^        # (\d)\. ", body, flags=re.M)
     steps = dict(zip(map(int, steps[1::2]), steps[2::2]))  # {number of the step: its text}
     for n, line in listed:
@@ -263,11 +263,45 @@ def test_preset_paper_is_the_published_script_and_flags_still_win(monkeypatch):
     assert (args.prompts_per_step, args.G, args.mini_batches, args.ppo_epochs) == (256, 1, 2, 2)
     assert (args.reward_scale, args.missing_eos_penalty, args.length_penalty) == (10.0, 8.0, 10.0)
     assert (args.quantize, args.lora_r, args.lora_alpha, args.max_new_tokens) == ("nf4", 64, 16, 896)
+    assert (args.adam_beta2, args.adam_eps, args.zero_value_head) == (0.999, 1e-8, True)
+    assert args.steps == round(99_000 / args.prompts_per_step)  # one epoch
     default = preset(monkeypatch=monkeypatch)
     assert default.lr != args.lr and default.lora_r == 0
     assert {f for f in Args.PRESETS["paper"]} <= {f for f in vars(args)}
     ours = preset("--preset", "paper", "--lr", str(default.lr), "--lora_r", "8", monkeypatch=monkeypatch)
     assert (ours.lr, ours.lora_r, ours.kl_coef) == (default.lr, 8, 0.1)  # even where it is the other default
+
+
+def test_the_preset_multiplies_the_whole_reward_by_hand(monkeypatch):
+    """Score 1, no EOS, 896 tokens, no KL: 10 (1 - 8 - 10) = -170; a nat at the first token: -1 more."""
+    args = preset("--preset", "paper", monkeypatch=monkeypatch)
+    shaped = shaped_scores(t([[1.0]]), t([[False]]), t([[896]]), args.missing_eos_penalty,
+                           args.length_penalty, args.max_new_tokens)
+    near(shaped, [[-17.0]])
+    logprobs = torch.full((1, 896), -2.0)
+    of = lambda ref: token_rewards(shaped.view(-1), logprobs, ref, t([896]), args.kl_coef,
+                                   args.reward_scale)
+    near(of(logprobs)[0, -1], -170.0)
+    assert not of(logprobs)[0, :-1].any()
+    unlikelier = logprobs.clone()
+    unlikelier[0, 0] -= 1.0
+    near((of(unlikelier)[0, 0], of(unlikelier).sum()), (-1.0, -171.0), 1e-5)
+
+
+def test_reward_scale_in_the_loop(world, policy, reward_model, monkeypatch):
+    """The whole reward times 10; with --zero_value_head the first values are 0."""
+    flags = ["--reward_scale", "10", "--center_scores", "False", "--missing_eos_penalty", "8",
+             "--length_penalty", "10", "--oracle", "reward_model", "--reward_model", reward_model,
+             "--lr", "1e-2"]
+    for name, zero in (("scaled", False), ("scaled_zero", True)):
+        main_of(monkeypatch, world, *SHORT, *flags, "--zero_value_head", str(zero), "--name", name)
+        first, second = rows(world / f"runs/ppo_rlaif/{name}_s0")
+        assert (first["value/value"] == 0) == zero and second["objective/kl"] != 0
+        for row in (first, second):
+            price = 8 * (1 - row["rollout/eos_rate"]) + 10 * row["rollout/len"] / 6
+            total = 10 * (row["objective/score"] - price - 0.1 * row["objective/kl"])
+            assert row["objective/reward_total"] == pytest.approx(total, rel=1e-4)
+            assert row["objective/kl_penalty"] == pytest.approx(-row["objective/kl"], abs=1e-3)
 
 
 BAD = ["--G 0", "--G 1", "--steps 0", "--oracle god", "--oracle reference,god", "--stop_oracle god", "--preset best",
@@ -336,7 +370,7 @@ def test_end_to_end(world, policy, monkeypatch, capfd):
     assert first["policy/ratio"] != 1 and first["policy/approx_kl"] > 0  # four optimizer steps per batch
     assert first["objective/reward_total"] == pytest.approx(first["rollout/eos_rate"] - 1, abs=1e-5)  # score mean is 0
     assert second["objective/kl_penalty"] == pytest.approx(-0.1 * second["objective/kl"], rel=1e-4)
-    assert first["val/value"] == 0 and first["val/explained_variance"] == pytest.approx(0, abs=1e-5)  # a zero head
+    assert first["value/value"] == 0 and first["value/explained_variance"] == pytest.approx(0, abs=1e-5)  # a zero head
     assert first["eval/margin"] == 0 and set(last) == {"step", "eval/accuracy", "eval/margin"} and last["step"] == 2
     assert not any(name.startswith("vision_tower") for name in moved(policy, folder))
     sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
@@ -352,7 +386,7 @@ def test_first_steps_teach_the_value_model_alone(world, policy, monkeypatch):
     folder = world / "runs/ppo_rlaif/warmup_s0"
     assert not moved(policy, folder)
     assert all("policy/ratio" not in row and row["objective/kl"] == 0 for row in rows(folder))
-    assert rows(folder)[0]["val/grad_norm"] > 0 and rows(folder)[1]["val/value"] != 0
+    assert rows(folder)[0]["value/grad_norm"] > 0 and rows(folder)[1]["value/value"] != 0
 
 
 def test_the_gradient_of_a_step(world, policy, monkeypatch):
@@ -492,7 +526,7 @@ def test_lora_is_one_network_in_four_roles(world, policy, reward_model, monkeypa
             seen.append(self)
     monkeypatch.setattr(ppo_rlaif, "Roles", Seen)
     loads = []
-    monkeypatch.setattr("roles.load_model", lambda *a, **k: loads.append(a) or load_model(*a, **k))
+    monkeypatch.setattr("plumbing.run.load_model", lambda *a, **k: loads.append(a) or load_model(*a, **k))
     monkeypatch.setattr("oracle.load_model", lambda *a, **k: pytest.fail("a second network"))
     name = f"lora_{quantize}"
     main_of(monkeypatch, world, *SHORT, "--oracle", "reward_model", "--reward_model", reward_model, "--lora_r", "4",
@@ -502,7 +536,7 @@ def test_lora_is_one_network_in_four_roles(world, policy, reward_model, monkeypa
     folder = world / f"runs/ppo_rlaif/{name}_s0"
     first, second = rows(folder)
     assert first["objective/kl"] == 0 != second["objective/kl"]
-    assert first["objective/score"] != second["objective/score"] and second["val/value"] != 0
+    assert first["objective/score"] != second["objective/score"] and second["value/value"] != 0
     changed = moved(policy, folder)
     assert changed and all(n.startswith("language_model.") and n.endswith("proj.weight") for n in changed)
     assert {p.name for p in (folder / "adapter").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
@@ -513,7 +547,9 @@ def test_roles_take_turns(policy, reward_model):
     """Training one role leaves the others as they are, and the reward adapter scores as the reward model does."""
     args = Args(oracle="reward_model", reward_model=str(reward_model), model=str(policy), lora_r=4)
     torch.manual_seed(0)
-    roles = Roles(args, None, "cpu")
+    run = plumbing.run.Run.__new__(plumbing.run.Run)
+    run.args, run.checkpoint, run.device = args, None, "cpu"
+    roles = Roles(run)
     assert roles.policy is roles.value and set(roles.adapters) == {"policy", "value", "reward"}
     names = {role: set(params) for role, params in roles.params.items()}
     assert not names["policy"] & names["value"] and not any("reward" in n for ns in names.values() for n in ns)
@@ -556,75 +592,72 @@ def test_missing_files_are_one_line(world, policy, monkeypatch, flags):
 
 
 # --- the early stop --------------------------------------------------------------------------------------------------
+class FakeRoles:
+    def __init__(self):
+        self.processor, self.saved = None, []
+
+    as_ = lambda self, name: nullcontext()
+    reference = lambda self: nullcontext()
+    save_policy = lambda self, file: self.saved.append(file.name)
+
+
+def fake_run(folder, **flags):
+    """A run of 100 steps in one process."""
+    args = Args(oracle="reference", stop_oracle="context", patience=2, eval_steps=10, steps=100, **flags)
+    run = plumbing.run.Run.__new__(plumbing.run.Run)
+    run.args, run.rank, run.world, run.folder, run.first_step = args, 0, 1, folder, 0
+    run.start(100)
+    return run
+
+
 def test_the_best_policy_is_kept_and_patience_ends(tmp_path, monkeypatch):
     """Margins 0, .3, .2, .3, .1 every 10 steps, patience 2: the second is the best, the fourth is no progress."""
-    class FakeRoles:
-        processor, saved = None, []
-
-        @contextmanager
-        def as_(self, name):
-            yield None
-        reference = lambda self: self.as_("")
-        save_policy = lambda self, file: self.saved.append(file.name)
-
     margins = iter([0.0, 0.3, 0.2, 0.3, 0.1])
-    monkeypatch.setattr("evaluate.answer", lambda *asked: ["a"] * len(asked[3]))
+    texts = iter([["z", "z"]] + [["a", "a"]] * 5)
+    monkeypatch.setattr("plumbing.validation.answer", lambda *asked: next(texts))
     # the second question cannot be scored and must not count
     fake = lambda clips, questions, answers: (t([[next(margins) + 1, 1.0], [9.0, 0.0]]), t([True, False]))
-    monkeypatch.setattr(ppo_rlaif, "make_oracle", lambda *_: type("O", (), {"score": staticmethod(fake)}))
-    args = Args(oracle="reference", stop_oracle="context", patience=2, eval_steps=10)
-    roles, state, log = FakeRoles(), dict(best=None, best_step=0), harness.Log(tmp_path, 100, 0, 0)
+    oracle = SimpleNamespace(score=fake)
+    run, roles, state = fake_run(tmp_path), FakeRoles(), dict(best=None, best_step=0)
     records = [dict(clip=None, question="q", answer=a) for a in ("a", None)]
-    validate = Validation(args, records, roles, None, "cpu")
-    stops = [validate(log, roles, step, state, tmp_path, 0) for step in (0, 10, 20, 30, 40)]
-    assert stops == [False, False, False, True, True]
+    validate = Validation(run, roles, records, None, oracle, state)
+    assert [validate(step) for step in (0, 5, 10, 20, 25, 30, 40)] == [False] * 5 + [True, True]
     assert state["best_step"] == 10 and state["best"] == pytest.approx(0.3) and len(roles.saved) == 2
-    assert log.sums["eval/accuracy"] == (5.0, 5.0)  # only what has a label
+    assert run.log.sums["eval/accuracy"] == (5.0, 5.0)  # only what has a label
+
+
+def test_without_held_out_questions_nothing_is_measured(tmp_path):
+    run = fake_run(tmp_path)
+    validate = Validation(run, FakeRoles(), [], None, None, {})
+    assert not validate(0) and not validate(100) and not run.log.sums
 
 
 def test_an_early_stop_whose_oracle_is_dead(tmp_path, monkeypatch):
     """Pairs equal to the start's answers are tied unasked. An evaluation of these alone is no lack of
     progress; three of them in a row, or one at the end, end the run. Answers are as long as in
     training."""
-
-    class FakeRoles:
-        processor = None
-        as_ = lambda self, name: nullcontext()
-        reference = lambda self: nullcontext()
-        save_policy = lambda self, file: None
-
-    texts, lengths, alive = (
-        iter([["a", "b"], *[["a", "c"]] * 20]),
-        set(),
-        iter([1, 0, 0, 1, 0, 0, 0]),
+    texts, lengths = iter([["a", "b"], *[["a", "c"]] * 20]), set()
+    alive = iter([1, 0, 0, 1, 0, 0, 0])
+    monkeypatch.setattr(
+        "plumbing.validation.answer", lambda *asked: lengths.add(asked[4]) or next(texts)
     )
-    monkeypatch.setattr("evaluate.answer", lambda *asked: lengths.add(asked[4]) or next(texts))
 
     def score(clips, questions, answers):
         ok, live = [len(set(pair)) == 1 for pair in answers], next(alive)
-        return t([[0.5 - 0.1 * (not same), 0.5] for same in ok]), t(
-            [same or bool(live) for same in ok]
-        )
+        scores = t([[0.5 - 0.1 * (not same), 0.5] for same in ok])
+        return scores, t([same or bool(live) for same in ok])
 
-    monkeypatch.setattr(
-        ppo_rlaif, "make_oracle", lambda *_: type("O", (), {"score": staticmethod(score)})
-    )
-    args = Args(
-        oracle="reference", stop_oracle="context", patience=2, eval_steps=10, max_new_tokens=7
-    )
-    roles, state, log = FakeRoles(), dict(best=None, best_step=0), harness.Log(tmp_path, 100, 0, 0)
-    validate = Validation(
-        args, [dict(clip=None, question="q", answer=a) for a in "ab"], roles, None, "cpu"
-    )
-    assert [validate(log, roles, step, state, tmp_path, 0) for step in (0, 10, 20, 30, 40, 50)] == [
-        False
-    ] * 6
+    run, state = fake_run(tmp_path, max_new_tokens=7), dict(best=None, best_step=0)
+    records = [dict(clip=None, question="q", answer=a) for a in "ab"]
+    validate = Validation(run, FakeRoles(), records, None, SimpleNamespace(score=score), state)
+    assert [validate(step) for step in (0, 10, 20, 30, 40, 50)] == [False] * 6
     assert state["best_step"] == 0 and lengths == {7}
     with pytest.raises(SystemExit, match="--stop_oracle has ranked nothing"):
-        validate(log, roles, 60, state, tmp_path, 0)
+        validate(60)
     alive = iter([0])
+    run.start(100)
     with pytest.raises(SystemExit, match="--stop_oracle has ranked nothing"):
-        validate(harness.Log(tmp_path, 100, 0, 0), roles, 100, state, tmp_path, 0)
+        validate(100)
 
 
 def test_a_policy_that_only_gets_worse_ends_as_the_start(world, policy, monkeypatch):
@@ -666,8 +699,9 @@ def test_two_processes_equal_one(world, policy, forked, monkeypatch):
 
 SUICIDE = """
 import os, signal
-plain = harness.Log.step
-harness.Log.step = lambda log, step, show: os.kill(os.getpid(), signal.SIGKILL) if step == 5 else plain(log, step, show)
+plain = plumbing.run.Log.step
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+plumbing.run.Log.step = lambda log, step, show: die() if step == 5 else plain(log, step, show)
 """
 
 
@@ -679,12 +713,12 @@ def test_killed_and_resumed_equals_uninterrupted(world, policy, forked, monkeypa
         class Killed(BaseException):
             pass
 
-        def killed(self, step, show, plain=harness.Log.step):
+        def killed(self, step, show, plain=plumbing.run.Log.step):
             if step == 5:
                 raise Killed
             return plain(self, step, show)
         with monkeypatch.context() as m, pytest.raises(Killed):
-            m.setattr(harness.Log, "step", killed)
+            m.setattr(plumbing.run.Log, "step", killed)
             main_of(m, world, *flags, "--name", f"broken{lora}")
     else:
         codes = forked.run(world, *flags, "--name", f"broken{lora}", plant=SUICIDE)

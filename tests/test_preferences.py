@@ -5,8 +5,9 @@ import os
 
 import pytest
 
-from data import Clip, DataError
-from preferences import read_preferences, reward_prompt, write_preferences
+from inputs.preferences import read_preferences, write_preferences
+from inputs.records import Clip, DataError
+from oracle import reward_prompt
 
 
 @pytest.fixture

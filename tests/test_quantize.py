@@ -9,9 +9,9 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from data import FeatureCache, read_records
-from rollouts import unpacked
-from video_llm import Prefix, add_lora, generate, load_model, token_logprobs
+from inputs.features import FeatureCache
+from inputs.records import read_records
+from video_llm import Prefix, add_lora, generate, load_model, token_logprobs, unpacked
 
 
 def quantized(model):

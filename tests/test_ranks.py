@@ -20,7 +20,7 @@ def rows(folder):
 
 @pytest.mark.parametrize("command, folder", [
     pytest.param([*GRPO, "--advantage", "random"], "runs/grpo_rank/{}_s0", id="grpo_rank"),
-    pytest.param(SFT, "runs/sft/{}", id="sft")])  # fmt: skip
+    pytest.param(SFT, "runs/sft/{}_s0", id="sft")])  # fmt: skip
 def test_two_processes_equal_one(world, policy, forked, monkeypatch, command, folder):
     main_of(monkeypatch, world, *command, "--name", "one")
     # other micro-batches as well: neither may show

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from data import Clip, DataError, read_records, report_lines
+from inputs.records import Clip, DataError, read_records, report_lines
 
 
 def qa(video=None, question="what?", answer="a cat", **more):

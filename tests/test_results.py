@@ -9,27 +9,31 @@ from itertools import takewhile
 
 from conftest import REPO
 
-from questions import POLICY_SFT
+from plumbing.embedded import POLICY_SFT
 
 FAKE = """#!/bin/bash
 [ "$1" = "-c" ] && exec echo "{sft}"  # the only thing that is asked so
 printf '%q ' "$@" >> calls; echo >> calls
 """
-FOLDERS = dict(grpo_rank="grpo_rank", distorted_rewards="grpo_rank", ppo_rlaif="ppo_rlaif", reward_model="reward_model",
-               dpo_iter_w2s="dpo_iter_w2s")  # <script>.py writes runs/<folder>/<name>_s<seed>
+FOLDERS = dict(
+    sft="sft",
+    grpo_rank="grpo_rank",
+    distorted_rewards="grpo_rank",
+    ppo_rlaif="ppo_rlaif",
+    reward_model="reward_model",
+    dpo_iter_w2s="dpo_iter_w2s",
+)  # <script>.py writes runs/<folder>/<name>_s<seed>
 
 
 def made_by(script, flags):
     """The run folder that a call of a training script makes, None for other calls."""
     name, seed = ((flags[flags.index(f) + 1] if f in flags else default) for f, default in (("--name", "context"),
                                                                                            ("--seed", "0")))
-    if script == "sft":
-        return f"runs/sft/{name}"
     return f"runs/{FOLDERS[script]}/{name}_s{seed}" if script in FOLDERS else None
 
 
 def test_every_run_of_every_table_is_made_before_it(tmp_path):
-    for part in ("benchmarks", "docs"):
+    for part in ("experiments", "docs"):
         shutil.copytree(REPO / part, tmp_path / part)
     for file in REPO.glob("*.py"):
         shutil.copy(file, tmp_path)
@@ -37,13 +41,15 @@ def test_every_run_of_every_table_is_made_before_it(tmp_path):
     python.write_text(FAKE.format(sft=POLICY_SFT))
     python.chmod(0o755)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)  # forks.sh applies its diffs
-    done = subprocess.run(["bash", "benchmarks/results.sh"], cwd=tmp_path, capture_output=True, text=True,
+    done = subprocess.run(["bash", "experiments/results.sh"], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PY": "./python", "JOBS": "1"})
     assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
     made, tables, asked = set(), [], 0
     for line in calls.read_text().splitlines():
         words = shlex.split(line)
-        at = next(k for k, word in enumerate(words) if word.endswith(".py"))  # behind torch.distributed.run, too
+        if "-m" in words and not any(word.endswith(".py") for word in words):
+            continue  # the embedded world itself
+        at = next(k for k, word in enumerate(words) if word.endswith(".py"))
         script, flags = words[at].split("/")[-1].removesuffix(".py"), words[at + 1 :]
         if run := made_by(script, flags):
             made.add(run)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from inside import main_of
 from safetensors.torch import load_file
 
-import harness
-from questions import times_before
-from video_llm import load_model
+import plumbing.run
+from plumbing import files
+from plumbing.questions import step_questions
+from video_llm import load_model, uniforms_of
 
 TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "10", "--save_steps", "3", "--lr", "3e-3"]
 SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--micro_batch_size", "4"]
@@ -24,9 +26,10 @@ LORA = ["--lora_r", "4"]
 
 def run_and_kill(forked, cwd, folder, step, script, *flags):
     """SIGKILL as soon as the row of `step` is written."""
-    plant = ("import os, signal\nplain = harness.Log.step\ndef wrong(log, now, *args, **more):\n"
+    plant = ("import os, signal\nplain = plumbing.run.Log.step\ndef wrong(log, now, *args, **more):\n"
              "    row = plain(log, now, *args, **more)\n"
-             f"    return os.kill(os.getpid(), signal.SIGKILL) if now == {step} else row\nharness.Log.step = wrong")
+             f"    return os.kill(os.getpid(), signal.SIGKILL) if now == {step} else row\nplumbing.run.Log.step = "
+             "wrong")
     assert forked.run(cwd, script, *flags, plant=plant) == [-signal.SIGKILL], forked.said()
     assert f'{{"step": {step},' in (folder / "metrics.jsonl").read_text() and not (folder / "final").exists()
 
@@ -37,7 +40,7 @@ def rows(folder):
 
 
 @pytest.mark.parametrize("command, folder", [
-    pytest.param(SFT, "runs/sft/{}", id="sft"), pytest.param(GRPO, "runs/grpo_rank/{}_s0", id="grpo_rank"),
+    pytest.param(SFT, "runs/sft/{}_s0", id="sft"), pytest.param(GRPO, "runs/grpo_rank/{}_s0", id="grpo_rank"),
     pytest.param([*GRPO, *LORA], "runs/grpo_rank/{}_s0", id="grpo_rank with LoRA")])  # fmt: skip
 def test_killed_and_resumed_equals_uninterrupted(world, policy, forked, monkeypatch, command, folder):
     lora = "lora_" if LORA[0] in command else ""
@@ -65,7 +68,7 @@ def test_killed_and_resumed_equals_uninterrupted(world, policy, forked, monkeypa
 def open_run(folder, **changes):
     from grpo_rank import Args
     args = Args(**{"name": "x", "oracle": "reference", **changes})
-    return harness.open_run(folder, args, 0)
+    return plumbing.run.open_run(folder, args, 0)
 
 
 def test_resume_with_a_changed_flag_is_refused(tmp_path):
@@ -83,19 +86,25 @@ def test_resume_with_a_changed_flag_is_refused(tmp_path):
 
 def test_files_written_aside_never_share_a_name(tmp_path, monkeypatch):
     """Containers share process numbers: two ranks that write the same file at once must not rename each other's."""
-    names, replace = [], harness.os.replace
-    monkeypatch.setattr(harness.os, "getpid", lambda: 42)
-    monkeypatch.setattr(harness.os, "replace", lambda a, b: (names.append(str(a)), replace(a, b)))
+    names, replace = [], plumbing.run.os.replace
+    monkeypatch.setattr(plumbing.run.os, "getpid", lambda: 42)
+    monkeypatch.setattr(plumbing.run.os, "replace", lambda a, b: (names.append(str(a)), replace(a, b)))
     for _ in range(20):
-        harness.write(tmp_path / "narrative.txt", "a red circle")
+        files.write(tmp_path / "narrative.txt", "a red circle")
     assert len(set(names)) == 20 and [p.name for p in tmp_path.iterdir()] == ["narrative.txt"]
 
 
 def test_a_question_that_comes_twice_in_a_step_is_drawn_anew():
     """Where an epoch ends within a step: equal keys would give equal answers."""
-    assert times_before([3, 1, 3, 3, 1, 0]) == [0, 0, 1, 2, 1, 0]
-    draw = lambda *key: np.random.default_rng([0, 5, *key]).random(4).tolist()
-    assert draw(3, 0) == draw(3) != draw(3, 1)  # the first time as ever
+    picks = step_questions(3, 0, SimpleNamespace(prompts_per_step=7, seed=0))
+    seen = []
+    for i, n in picks:
+        assert n == seen.count(i)
+        seen.append(i)
+    assert max(n for _, n in picks) == 2
+    draw = lambda *pick: uniforms_of(0, 5, [pick], 1, 4).tolist()
+    once = np.random.default_rng([0, 5, 3]).random((1, 1, 4)).tolist()
+    assert draw(3, 0) == once != draw(3, 1)  # the first time as ever
 
 
 def test_the_newest_whole_checkpoint_counts(tmp_path):
@@ -110,9 +119,9 @@ def test_the_newest_whole_checkpoint_counts(tmp_path):
 def test_the_last_checkpoint_is_there_until_the_run_is_finished(policy, tmp_path):
     model, processor = load_model(policy)
     (tmp_path / "checkpoint-3").mkdir()
-    harness.save_checkpoint(tmp_path, "adapter", model, processor)
+    plumbing.run.save_checkpoint(tmp_path, "adapter", model, processor)
     assert (tmp_path / "checkpoint-3").exists()
-    harness.save_checkpoint(tmp_path, "final", model, processor)
+    plumbing.run.save_checkpoint(tmp_path, "final", model, processor)
     assert not (tmp_path / "checkpoint-3").exists()
 
 

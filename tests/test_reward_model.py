@@ -15,19 +15,14 @@ from test_resume import rows, run_and_kill
 from test_video_llm import lively, with_head
 
 import reward_model
-from data import Clip, FeatureCache, read_records
-from oracle import judge_prompt
-from preferences import as_read, read_preferences, reward_batch, reward_prompt, told, write_preferences
-from pretrain_tiny import make_tokenizer
-from reward_model import (
-    about,
-    bradley_terry,
-    centring_term,
-    choose_pairs,
-    normalise_head,
-    read_rewards,
-    split_by_video,
-)
+from embedded_world.pretrain_tiny import make_tokenizer
+from inputs.features import FeatureCache
+from inputs.preferences import read_preferences, write_preferences
+from inputs.records import Clip, read_records
+from oracle import as_read, cut_narrative, judge_prompt, reward_batch, reward_prompt
+from plumbing.pairs import Reading, split_by_video
+from plumbing.pairs import key_of as about
+from reward_model import bradley_terry, centring_term, choose_pairs, normalise_head, read_rewards
 from video_llm import VIDEO_TOKEN, Prefix, VideoLLMProcessor, add_lora, load_model, token_scores
 
 JUDGE = "runs/sft/policy_s0/final"  # in the miniature world one model answers, judges and starts
@@ -151,18 +146,26 @@ def test_of_a_long_prompt_the_narrative_is_cut(words, answer_first, own):
         assert before.replace(" story", "") == after.replace(" story", "")  # nothing else is cut
         assert answer in after and question in after and (own is None or f"Response 2: {own}" in after)
     assert texts[1][0].count("story") == texts[1][1].count("story")  # it does not tell the two apart
-    story = told(words, question, narrative, own, True, answer_first, 260)
+    story = cut_narrative(words, question, narrative, own, True, answer_first, 260)
     ids = words.prompt_ids(reward_prompt(question, story, *("", own) if answer_first else ()))
     assert 255 < len(ids) <= 260 and ids.count(video) == 16
 
 
 def test_a_question_without_room_is_refused_not_cut(words):
     least = len(words.prompt_ids(reward_prompt("what moves?", None, "", "down")))
-    assert told(words, "what moves?", "story", "down", True, True, least) is None  # the narrative goes as a whole
+    # the narrative goes as a whole
+    assert cut_narrative(words, "what moves?", "story", "down", True, True, least) is None
     with pytest.raises(ValueError, match="longer than"):
-        told(words, "what moves?", "story", "down", True, True, least - 1)
+        cut_narrative(words, "what moves?", "story", "down", True, True, least - 1)
     with pytest.raises(ValueError, match="longer than"):  # less room than the video takes
-        told(words, "what moves?", None, None, True, False, 10)
+        cut_narrative(words, "what moves?", None, None, True, False, 10)
+
+
+def beside(args, processor, narratives, own_answers):
+    """How pairs are read whose narratives and judge's answers are known."""
+    reading = Reading(args, processor, as_read, cut_narrative)
+    reading.narratives, reading.own_answers = narratives, own_answers
+    return reading
 
 
 @pytest.mark.parametrize("answer_first", [True, False])
@@ -175,12 +178,13 @@ def test_pairs_that_teach_nothing_are_left_out(words, answer_first):
     pairs = [pair("what moves?", "left", "right"), pair("what moves?", same + "up", same + "down"),
              pair("what moves?", "up " + same, "down " + same), pair("what moves? " * 60, "left", "right"),
              pair(talk, "left", "right")]
-    out, lost, cut = reward_model.readable_pairs(pairs, {Clip("a"): "story " * 90}, {}, words, args)
-    assert out == [pairs[0], pairs[2]] and lost == dict(equal=1, long=2)
-    assert cut == dict(answers=2, narratives=1)
+    reading = beside(args, words, {Clip("a"): "story " * 90}, {})
+    assert reading.readable(pairs) == [pairs[0], pairs[2]] and reading.lost == dict(equal=1, long=2)
+    assert reading.cut == dict(answers=2, narratives=1)
     if answer_first:  # a line break is none here
         lines = pair("what moves?", "left\nright", "left right")
-        assert reward_model.readable_pairs([lines], {}, {}, words, args)[1] == dict(equal=1)
+        reading = beside(args, words, {}, {})
+        assert reading.readable([lines]) == [] and reading.lost == dict(equal=1)
 
 
 def test_an_answer_is_read_on_one_line(words):
@@ -209,7 +213,8 @@ def test_packed_pairs_are_rewarded_as_if_alone(world, policy, tmp_path, answer_f
     groups = reward_model.by_video(pairs, 4)
     assert [len(g) for g in groups] == [2, 3, 4, 3]
     owns = {about(p): f"own {k}" for k, p in enumerate(pairs)} if guided else {}
-    prefix, tokens, lengths, places = reward_model.collate(groups, stories, owns, processor, cache, "cpu", args)
+    prefix, tokens, lengths, places = reward_model.collate(
+        groups, beside(args, processor, stories, owns), processor, cache, "cpu", args)
     assert places.shape == (12, 2) and len(places[-3:].unique()) == 3  # an answer in several pairs is read once
     rewards = read_rewards(token_scores(model, prefix, tokens, lengths), lengths).view(-1)[places]
     for p, both in zip([p for g in groups for p in g], rewards):
@@ -376,7 +381,8 @@ def test_preferences_of_ones_own(world, pairs_file, policy, monkeypatch, capfd):
     cache = FeatureCache(model, processor, world / "cache")
     args = SimpleNamespace(max_prompt_tokens=99, max_answer_tokens=99, answer_first=True)
     half = reward_model.random.Random("0 share").sample(train, about["pairs"])
-    _, *rest = got = reward_model.collate([[p] for p in half], {}, {}, processor, cache, "cpu", args)
+    _, *rest = got = reward_model.collate(
+        [[p] for p in half], beside(args, processor, {}, {}), processor, cache, "cpu", args)
     with torch.no_grad():
         rewards = read_rewards(token_scores(model, got[0], *rest[:2]), rest[1])
     assert rewards.mean().abs() < 1e-3 and rewards.std(correction=0) == pytest.approx(1, abs=1e-3)

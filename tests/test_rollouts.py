@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import harness
-from rollouts import micro_batches
+from plumbing import processes
+from plumbing.batches import micro_batches
 
 TOKENS = torch.randint(23, 140, (40,), generator=torch.Generator().manual_seed(0))
 
@@ -29,7 +29,7 @@ def test_micro_batches_fill_the_budget(budget):
 
 @pytest.mark.parametrize("most", [1, 7, 40])
 def test_every_process_makes_as_many(monkeypatch, most):
-    monkeypatch.setattr(harness, "all_max", lambda n: max(n, most, 2))
+    monkeypatch.setattr(processes, "all_max", lambda n: max(n, most, 2))
     parts = micro_batches(TOKENS, 1500)
     monkeypatch.undo()
     assert len(parts) == max(most, len(micro_batches(TOKENS, 1500)))

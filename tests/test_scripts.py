@@ -22,10 +22,11 @@ from test_video_llm import lively, plain_logprobs
 from transformers import AutoTokenizer, CLIPModel
 
 import grpo_rank
-import harness
+import plumbing.run
 import sft
-from compose import compose
-from data import Clip
+from inputs.records import Clip
+from model.compose import compose
+from plumbing import embedded, processes
 from video_llm import VideoLLM, load_model
 
 Done = namedtuple("Done", "code out err")
@@ -36,17 +37,21 @@ GRPO = [*TINY, "--prompts_per_step", "4", "--tokens_per_micro_batch", "90", "--G
 REFERENCE = [*GRPO, "--oracle", "reference"]
 
 
+FOLDERS = dict(moving_shapes="embedded_world/moving_shapes", pretrain_tiny="embedded_world/pretrain_tiny",
+               oracle="evaluation/agreement")  # where commands are that stand in no root file
+
+
 @pytest.fixture
 def script(world, policy, monkeypatch, capfd):
     """script("sft", "--steps", "2") -> exit code, standard output, standard error; the folder is `world`."""
-    monkeypatch.setattr(harness, "build_if_missing", lambda path, *rest: (  # minutes of work that no test needs
+    monkeypatch.setattr(embedded, "build_if_missing", lambda path, *rest: (  # minutes of work that no test needs
         Path(path).exists() or pytest.fail(f"would build {path}")))
 
     def call(name, *flags, cwd=world):
         code = 0
         capfd.readouterr()
         try:
-            main_of(monkeypatch, cwd, f"{name}.py", *flags)
+            main_of(monkeypatch, cwd, f"{FOLDERS.get(name, name)}.py", *flags)
         except SystemExit as stop:
             code = stop.code or 0
             if isinstance(code, str):  # as the interpreter does
@@ -120,7 +125,7 @@ def test_the_text_tower_is_read_at_the_end_of_a_text():
 def test_sft(script, world, curriculum):
     done = script("sft", *SFT, "--name", f"sft_{curriculum}", "--curriculum", curriculum, "--save_steps", "1")
     assert done.code == 0, done.err
-    folder = world / f"runs/sft/sft_{curriculum}"
+    folder = world / f"runs/sft/sft_{curriculum}_s0"
     metrics = check_run(folder)
     assert metrics[0]["losses/sft"] > 1 and metrics[0]["policy/grad_norm"] > 0
     moved = changed(folder / "base", folder / "final")
@@ -138,9 +143,9 @@ def test_sft_sees_the_labels_of_the_chosen_clips_only(world, policy):
 def test_sft_continued(script, world, policy):
     done = script("sft", *SFT, "--name", "continued", "--model", policy, "--num_clips", "6", "--lr", "1e-4")
     assert done.code == 0, done.err
-    metrics = check_run(world / "runs/sft/continued")
+    metrics = check_run(world / "runs/sft/continued_s0")
     assert metrics[0]["losses/sft"] < rows(policy.parent)[0]["losses/sft"] - 1  # it starts where the other ended
-    ours, theirs = ((p / "labelled_clips.json").read_text() for p in (world / "runs/sft/continued", policy.parent))
+    ours, theirs = ((p / "labelled_clips.json").read_text() for p in (world / "runs/sft/continued_s0", policy.parent))
     assert ours == theirs  # the same seed labels the same clips
 
 
@@ -150,7 +155,7 @@ def test_sft_with_lora(script, world, policy, quantize):
     done = script("sft", *SFT, "--name", name, "--model", policy, "--lora_r", "4", "--quantize", quantize,
                   "--save_steps", "1")  # fmt: skip
     assert done.code == 0, done.err
-    folder = world / "runs/sft" / name
+    folder = world / f"runs/sft/{name}_s0"
     check_run(folder)
     assert (folder / "adapter/adapter_model.safetensors").exists()
     assert not (folder / "adapter/model.safetensors").exists()
@@ -189,8 +194,8 @@ def test_the_world_is_built_for_what_reads_it_alone(monkeypatch, tmp_path):
         """What a run builds or copies before it reads a file, which is missing here."""
         made = []
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(harness, "build_if_missing", lambda path, *rest: made.append(path))
-        monkeypatch.setattr(harness, "ship_weights", lambda paths, rank: made.extend(
+        monkeypatch.setattr(embedded, "build_if_missing", lambda path, *rest: made.append(path))
+        monkeypatch.setattr(sft, "ship_weights", lambda paths, rank: made.extend(
             p for p in paths if p.startswith(sft.WEIGHTS)))
         with pytest.raises(SystemExit):
             sft.main(sft.Args(**flags))
@@ -312,7 +317,7 @@ def test_the_gradient_of_a_step(world, policy, monkeypatch, kind, A):
     remember("rank_advantages")
     monkeypatch.setattr("oracle.ReferenceOracle.score", lambda *_: (
         torch.tensor([[3.0, 1, 2]] * 3), torch.tensor([True, False, True])))
-    monkeypatch.setattr(grpo_rank, "reference_of", lambda model, place: lambda: nullcontext(other))
+    monkeypatch.setattr(plumbing.run, "reference_of", lambda model, place: lambda: nullcontext(other))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop_there)
     flags = ["--prompts_per_step", "3", "--tokens_per_micro_batch", "1", "--temperature", "1.3", "--beta", "0.5",
              "--entropy_coef", "0.2", "--max_new_tokens", "6", "--advantage", kind,
@@ -432,7 +437,8 @@ BAD_FLAGS = {
 def test_bad_flags_are_one_line_and_exit_code_2(script, tmp_path, name, flags):
     done = script(name, *flags.split(), cwd=tmp_path)
     assert done.code == 2, done
-    assert done.err.count("\n") == 1 and done.err.startswith(f"{name}.py: ") and not done.out, done.err
+    file = f"{Path(FOLDERS.get(name, name)).name}.py"
+    assert done.err.count("\n") == 1 and done.err.startswith(f"{file}: ") and not done.out, done.err
     assert not list(tmp_path.iterdir())  # nothing was begun
 
 
@@ -451,7 +457,8 @@ def test_a_bad_flag_on_the_command_line(world):
 def test_help_says_what_the_script_is(script, tmp_path):
     for name in ("sft", "grpo_rank", "pretrain_tiny"):
         done = script(name, "--help", cwd=tmp_path)
-        assert done.code == 0 and "--steps" in done.out and importlib.import_module(name).__doc__.split()[0] in done.out
+        module = importlib.import_module(FOLDERS.get(name, name).replace("/", "."))
+        assert done.code == 0 and "--steps" in done.out and module.__doc__.split()[0] in done.out
 
 
 MISSING = [
@@ -480,7 +487,7 @@ def test_missing_files_are_one_line(script, monkeypatch, name, flags):
 
 
 @pytest.mark.parametrize("name, flags, folder", [
-    ("sft", SFT, "runs/sft/{}"), ("grpo_rank", REFERENCE, "runs/grpo_rank/{}_s0")])  # fmt: skip
+    ("sft", SFT, "runs/sft/{}_s0"), ("grpo_rank", REFERENCE, "runs/grpo_rank/{}_s0")])  # fmt: skip
 def test_two_runs_into_one_folder_are_refused(script, world, name, flags, folder):
     folder = world / folder.format("busy")
     folder.mkdir(parents=True)
@@ -498,20 +505,20 @@ def test_a_mistyped_file_leaves_the_name_free(world, tmp_path, monkeypatch):
     """Before anything was done there is nothing to lose; and what changes no number may change on the way."""
     monkeypatch.chdir(tmp_path)
     args = lambda **flags: sft.Args(name="mine", **flags)
-    assert harness.open_run("runs/sft/mine", args(data="my.jsn"), 0) is None
-    harness.unlock()
-    assert harness.open_run("runs/sft/mine", args(data="my.json", micro_batch_size=8), 0) is None
+    assert plumbing.run.open_run("runs/sft/mine", args(data="my.jsn"), 0) is None
+    processes.unlock()
+    assert plumbing.run.open_run("runs/sft/mine", args(data="my.json", micro_batch_size=8), 0) is None
     saved = json.loads(Path("runs/sft/mine/args.json").read_text())["args"]
     assert saved["data"] == "my.json"
     Path("runs/sft/mine/checkpoint-3").mkdir()
     for flags, said in ((dict(data="other.json", resume=True), "another --data"), (dict(data="my.json"), "in use")):
-        harness.unlock()
+        processes.unlock()
         with pytest.raises(SystemExit, match=said):
-            harness.open_run("runs/sft/mine", args(**flags), 0)
-    harness.unlock()
-    resumed = harness.open_run("runs/sft/mine", args(data="my.json", micro_batch_size=4, resume=True), 0)
+            plumbing.run.open_run("runs/sft/mine", args(**flags), 0)
+    processes.unlock()
+    resumed = plumbing.run.open_run("runs/sft/mine", args(data="my.json", micro_batch_size=4, resume=True), 0)
     assert resumed.name == "checkpoint-3"
-    harness.unlock()
+    processes.unlock()
 
 
 def write_sound(path):
@@ -543,7 +550,7 @@ def damaged(world):
 
 
 @pytest.mark.parametrize("name, flags, folder", [
-    ("sft", SFT, "runs/sft/damaged"), ("grpo_rank", REFERENCE, "runs/grpo_rank/damaged_s0")])  # fmt: skip
+    ("sft", SFT, "runs/sft/damaged_s0"), ("grpo_rank", REFERENCE, "runs/grpo_rank/damaged_s0")])  # fmt: skip
 def test_unreadable_videos_are_left_out_and_counted(script, world, damaged, name, flags, folder):
     done = script(name, *flags, "--name", "damaged", "--data", damaged / "train.json")
     assert done.code == 0, done.err

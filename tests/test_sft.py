@@ -1,13 +1,18 @@
 """sft.py: curriculum, loss and schedule by hand; what is trained on is the answer, EOS included, and nothing else."""
 
+import json
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from data import Clip
-from oracle import DESCRIBE
+import sft
+from inputs.records import Clip
+from plumbing import processes
+from plumbing.run import Run
+from plumbing.text import DESCRIBE
 from sft import collate, comparison, easy_and_hard, encode, judge_material, lr_at, sft_loss
 from video_llm import load_model, token_logprobs
 
@@ -37,9 +42,9 @@ def test_every_example_counts_the_same_whatever_its_length():
 
 
 def test_learning_rate():
-    args = SimpleNamespace(lr=2.0, warmup=0.1, steps=100)
-    assert [round(lr_at(s, args), 6) for s in (0, 4, 9, 10, 55, 99)] == [0.2, 1.0, 2.0, 2.0, 1.0, 0.022222]
-    assert all(0 < lr_at(s, SimpleNamespace(lr=1.0, warmup=0.03, steps=n)) <= 1 for n in (1, 2, 10) for s in range(n))
+    rates = [round(lr_at(s, 100, 2.0, warmup=0.1), 6) for s in (0, 4, 9, 10, 55, 99)]
+    assert rates == [0.2, 1.0, 2.0, 2.0, 1.0, 0.022222]
+    assert all(0 < lr_at(s, n, 1.0, warmup=0.03) <= 1 for n in (1, 2, 10) for s in range(n))
 
 
 # --- what is trained on ----------------------------------------------------------------------------------------------
@@ -112,3 +117,22 @@ def test_where_no_comparison_can_be_made(start):
     long = dict(rows[0], answer="left left left", question="how ?", task_type="long")
     pools["how ?"] = [("left left right", "left left right")]
     assert make(long) is not None and make(long, max_answer_tokens=2) is None  # the same once cut
+
+
+# --- runs of earlier versions ----------------------------------------------------------------------------------------
+def test_a_run_without_the_seed_in_its_folder_is_not_overlooked(tmp_path, monkeypatch):
+    """Earlier versions wrote to runs/sft/<name>. Begun anew beside it, a run would seem to have lost its work."""
+    monkeypatch.chdir(tmp_path)
+    make = lambda name, **flags: Run(sft.__file__, sft.Args(name=name, seed=1, **flags))
+    for name in ("mine", "yours_s1"):
+        Path("runs/sft", name, "checkpoint-3").mkdir(parents=True)
+        saved = dict(vars(sft.Args(name=name, seed=1)))
+        Path("runs/sft", name, "args.json").write_text(json.dumps(dict(args=saved)))
+    with pytest.raises(SystemExit, match="runs/sft/mine: .* rename it to runs/sft/mine_s1"):
+        make("mine", resume=True)
+    assert not Path("runs/sft/mine_s1").exists()
+    run = make("yours", resume=True)  # the flag was --name yours_s1 then
+    assert run.folder == Path("runs/sft/yours_s1") and run.checkpoint.name == "checkpoint-3"
+    processes.unlock()
+    assert make("mine").checkpoint is None  # without --resume: a new run, as asked for
+    processes.unlock()

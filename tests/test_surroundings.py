@@ -7,9 +7,10 @@ import sys
 import pytest
 from inside import flags_of
 
-import harness
-from data import DataError
+import plumbing.run
+from inputs.records import DataError
 from oracle import JudgeOracle
+from plumbing import files
 
 
 @pytest.fixture
@@ -29,9 +30,9 @@ def plain_locale(tmp_path):
 
 def test_narratives_are_utf8_whatever_the_locale(tmp_path, plain_locale):
     judge = object.__new__(JudgeOracle)
-    judge.told, judge.unreadable, judge.story_file = {}, lambda videos: set(), tmp_path.joinpath
+    judge.known, judge.unreadable, judge.narrative_file = {}, lambda videos: set(), tmp_path.joinpath
     judge.rows, judge.clips = 1, 1
-    harness.write(tmp_path / "video", "ein Würfel")
+    files.write(tmp_path / "video", "ein Würfel")
     assert judge.narratives(["video"]) == ["ein Würfel"]
 
 
@@ -49,7 +50,7 @@ def test_every_letter_can_be_printed(monkeypatch):
 
 def test_without_git_the_commit_is_unknown(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert harness.git_commit() == "unknown"
+    assert plumbing.run.git_commit() == "unknown"
 
 
 def test_what_is_wrong_with_a_file_is_one_printable_line():

@@ -10,9 +10,9 @@ import torch
 from conftest import REPO
 from inside import main_of
 
-import harness
-from compose import compose
-from flags import WEIGHTS
+import plumbing.run
+from model.compose import compose
+from plumbing.flags import WEIGHTS
 from video_llm import add_lora, load_model, save_model
 
 
@@ -67,7 +67,7 @@ def test_a_pickle_in_place_of_the_optimizer(tmp_path, monkeypatch):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
     set_trap(tmp_path, ["trainer.safetensors", "trainer.pt"], tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match="trainer.safetensors cannot be read") as e:
-        harness.load_trainer(tmp_path, optimizer)
+        plumbing.run.load_trainer(tmp_path, optimizer)
     assert "\n" not in str(e.value) and not sprung(tmp_path)
 
 
@@ -86,11 +86,11 @@ def test_the_optimizer_comes_back_bit_for_bit(tmp_path):
     others, other = made()
     params, optimizer = made()
     train(params, optimizer, 3)
-    harness.save_trainer(tmp_path / "trainer.safetensors", optimizer.state_dict(), 3)
+    plumbing.run.save_trainer(tmp_path / "trainer.safetensors", optimizer.state_dict(), 3)
     for p, q in zip(others, params):
         p.data.copy_(q.data)
     train(params, optimizer, 2)
-    assert harness.load_trainer(tmp_path, other) == 3
+    assert plumbing.run.load_trainer(tmp_path, other) == 3
     train(others, other, 2)
     assert all(torch.equal(p, q) for p, q in zip(params, others))
 
@@ -103,7 +103,7 @@ def test_resume_refuses_a_planted_pickle(world, policy, tmp_path, monkeypatch):
     flags = ["sft.py", "--data", "data/moving_shapes/train.json", "--steps", "3", "--save_steps", "2", "--name", "x",
              "--batch_size", "4", "--micro_batch_size", "4"]  # fmt: skip
     main_of(monkeypatch, place, *flags)
-    folder = place / "runs/sft/x"
+    folder = place / "runs/sft/x_s0"
     (folder / "final").rename(folder / "checkpoint-2")
     set_trap(folder / "checkpoint-2", ["trainer.safetensors"], tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match="cannot be read"):
@@ -112,9 +112,10 @@ def test_resume_refuses_a_planted_pickle(world, policy, tmp_path, monkeypatch):
 
 
 def test_no_code_of_others_and_no_pickle_is_ever_loaded():
-    files = [*REPO.glob("*.py"), *(REPO / "benchmarks").glob("*.py")]
-    text = {file.name: file.read_text() for file in files}
-    assert len(text) > 20
+    folders = ("model", "inputs", "plumbing", "evaluation", "embedded_world", "benchmarks", "experiments")
+    files = [*REPO.glob("*.py"), *(file for folder in folders for file in (REPO / folder).glob("*.py"))]
+    text = {str(file.relative_to(REPO)): file.read_text() for file in files}
+    assert len(text) > 40
     forbidden = {"torch.load", "torch.save", "np.load", "np.save", "yaml.load", "eval", "exec"}
     for name, source in text.items():
         assert "trust_remote_code" not in source and "weights_only=False" not in source, name

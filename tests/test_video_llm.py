@@ -1,5 +1,6 @@
 """The model's short cuts against the slow way: a forward pass per answer, a token at a time, no cache, no packing."""
 
+import functools
 import gc
 import os
 import shutil
@@ -11,10 +12,11 @@ import torch
 from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import data
-import packing
-from data import Clip, FeatureCache, read_records
-from frames import VideoError, read_frames
+from inputs import features as features_file
+from inputs.features import FeatureCache, encode_frames
+from inputs.frames import VideoError, read_frames
+from inputs.records import Clip, read_records
+from model import packing
 from video_llm import (
     VIDEO_TOKEN,
     Prefix,
@@ -120,7 +122,7 @@ def test_packed_answers_score_as_if_alone(trained, prefix, tokens):
     params = {n: p for n, p in trained.named_parameters() if p.requires_grad}
     weights = torch.randn(12, 7, generator=torch.Generator().manual_seed(2))
     found = []
-    for score in (token_logprobs, plain_logprobs):
+    for score in (functools.partial(token_logprobs, entropy_grad=True), plain_logprobs):
         logprobs, entropy = score(trained, prefix, tokens, LENGTHS, 0.8)
         grads = torch.autograd.grad(((logprobs + 0.3 * entropy) * weights).sum(), list(params.values()))
         found.append((logprobs.detach(), entropy.detach(), grads))
@@ -128,6 +130,7 @@ def test_packed_answers_score_as_if_alone(trained, prefix, tokens):
     torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(packed_h, plain_h, rtol=1e-5, atol=1e-5)
     assert plain.min() < -2 and len(params) > 20
+    assert not (token_logprobs(trained, prefix, tokens, LENGTHS)[1]).requires_grad  # not asked for: no bytes for it
     for name, a, b in zip(params, packed_grads, plain_grads):
         assert b.abs().max() > 1e-6 or name.endswith("bias"), name
         # parts of the largest entry; a bias of attention keys has gradient zero but for rounding
@@ -769,7 +772,7 @@ def test_no_video_is_decoded_twice(start, clips, tmp_path, monkeypatch):
     cache = FeatureCache(*start, tmp_path)
     features, mask = cache(clips)
     assert features.shape == (3, 8, 17, 96) and mask.all()  # 8 frames; 16 patches and the class token
-    monkeypatch.setattr(data, "read_frames", no_decoding)
+    monkeypatch.setattr(features_file, "read_frames", no_decoding)
     assert torch.equal(cache(clips)[0], features)  # out of memory
     assert torch.equal(FeatureCache(*start, tmp_path)(clips[::-1])[0], features.flip(0))  # from disk
     assert torch.equal(FeatureCache(*start, tmp_path, memory_gib=0)(clips)[0], features)
@@ -852,7 +855,7 @@ def test_cached_features_are_those_of_the_vision_tower(start, cache, clips):
         hidden = model.vision_tower(pixels, output_hidden_states=True).hidden_states
     assert len(hidden) == 4 and torch.equal(cache.one(clips[0]), hidden[2])  # 3 layers: -2 is behind the second
     last = model.vision_tower.encoder.layers[-1].register_forward_hook(lambda *_: pytest.fail("computed and not read"))
-    assert torch.equal(model.encode_frames(pixels), hidden[2])
+    assert torch.equal(encode_frames(model.vision_tower, pixels, model.config.vision_layer), hidden[2])
     last.remove()
 
 

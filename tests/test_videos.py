@@ -1,5 +1,5 @@
 """Videos from anywhere: damaged at random, hostile, unreadable. Each decodes or is refused with one line, in bounded
-time and memory; `check_videos.py` says which. The long mode damages a thousand, the short one thirty-two."""
+time and memory; `inputs/check_videos.py` says which. The long mode damages a thousand, the short one thirty-two."""
 
 import inspect
 import json
@@ -17,9 +17,9 @@ from inside import main_of
 from mutations import KINDS, mutated
 from test_frames import numbers, write
 
-import frames
-from check_videos import in_workers, video_paths
-from frames import VideoError, read_frames
+from inputs import frames
+from inputs.check_videos import in_workers, video_paths
+from inputs.frames import VideoError, read_frames
 
 LENGTH_KNOWN = ("a.mp4", "start.mp4", "a.mkv", "a.avi", "a.mov")  # and damage other than to single bits shows
 GOOD = {"a.mp4": ("libx264", {}), "start.mp4": ("libx264", {"movflags": "faststart"}), "a.mkv": ("libx264", {}),
@@ -88,7 +88,8 @@ def test_a_thousand_damaged_videos(tmp_path):
 # --- a decoder that hangs, crashes, never ends, or takes all memory ---------------------------------------------------
 def test_a_hanging_decoder_ends_the_process_with_a_line(tmp_path):
     path = write(tmp_path / "a.mp4", range(4))
-    code = ("import sys, time, frames\nframes.STALL = 0.5\nframes._scan = lambda path: time.sleep(600)\n"
+    code = ("import sys, time\nfrom inputs import frames\nframes.STALL = 0.5\n"
+            "frames._scan = lambda path: time.sleep(600)\n"
             "frames.read_frames(sys.argv[1], 4)")
     done = subprocess.run([sys.executable, "-c", code, path], cwd=REPO, capture_output=True, text=True, timeout=120,
                           env={**os.environ, "RANK": "3"})
@@ -132,14 +133,14 @@ def test_workers_survive_what_kills_a_decoder(tmp_path):
             return np.ones(2**31, np.uint8).sum()
         return "fine"
 
-    def told(path):
+    def cut_narrative(path):
         try:
             return fate(path)
         except MemoryError:
             return f"{path}: no memory"
 
     jobs = [(name,) for name in ("a", "crash", "b", "hang", "c", "grow", "d")]
-    results = {job[0]: result for job, result, _ in in_workers(jobs, told, 2, time_limit=2, memory_gib=1)}
+    results = {job[0]: result for job, result, _ in in_workers(jobs, cut_narrative, 2, time_limit=2, memory_gib=1)}
     assert [results[name] for name in "abcd"] == ["fine"] * 4
     assert "crashes the decoder" in results["crash"] and "not done after 2 s" in results["hang"]
     assert results["grow"] == "grow: no memory"
@@ -185,7 +186,7 @@ def test_the_checker_names_what_is_refused(tmp_path, monkeypatch, capsys):
         "empty.MKV", "good.mp4", "night.mp4", "half.mp4"]
     flags = ["--videos", "videos", "--workers", "2", "--out", "out/broken.json"]
     with pytest.raises(SystemExit) as stop:
-        main_of(monkeypatch, tmp_path, "check_videos.py", *flags)
+        main_of(monkeypatch, tmp_path, "inputs/check_videos.py", *flags)
     said = capsys.readouterr().out.splitlines()
     assert stop.value.code == 1 and len(said) == 4
     assert sorted(line.split(":")[0] for line in said[:3]) == ["black", "refused", "refused"]
@@ -193,7 +194,7 @@ def test_the_checker_names_what_is_refused(tmp_path, monkeypatch, capsys):
     broken = json.loads((tmp_path / "out/broken.json").read_text())
     assert list(broken) == ["videos/empty.MKV", "videos/sub/half.mp4"]
     with pytest.raises(SystemExit) as stop:
-        main_of(monkeypatch, tmp_path, "check_videos.py", "--videos", "videos/good.mp4")
+        main_of(monkeypatch, tmp_path, "inputs/check_videos.py", "--videos", "videos/good.mp4")
     assert not stop.value.code
 
 
@@ -212,7 +213,8 @@ def test_the_checker_takes_every_name(tmp_path, encoding):
                 f.write(content)
     os.remove(os.path.join(os.fsencode(tmp_path / "videos/good"), NAMES[3]))
     done = subprocess.run(
-        [sys.executable, REPO / "check_videos.py", "--videos", "videos", "--workers", "1", "--out", "broken.json"],
+        [sys.executable, REPO / "inputs/check_videos.py", "--videos", "videos", "--workers", "1", "--out",
+         "broken.json"],
         cwd=tmp_path, capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": encoding})
     said = done.stdout.decode(encoding.split(":")[0]).splitlines()
     assert done.returncode == 1 and b"Traceback" not in done.stderr
@@ -234,21 +236,21 @@ def test_what_is_hidden_is_passed_over(tmp_path, monkeypatch, capsys):
     assert [os.path.relpath(p, place) for p in video_paths(str(place))] == [
         "MACOSX/h.mp4", "_e.mp4", "a.mp4", "sub/b.mp4"]
     with pytest.raises(SystemExit) as stop:
-        main_of(monkeypatch, tmp_path, "check_videos.py", "--videos", ".data/videos", "--workers", "1")
+        main_of(monkeypatch, tmp_path, "inputs/check_videos.py", "--videos", ".data/videos", "--workers", "1")
     assert not stop.value.code and "4 files: 4 can be read" in (said := capsys.readouterr().out)
     assert "0 refused, 7 hidden ones passed over, e.g. .data/videos/" in said and said.count("\n") == 1
     assert video_paths(str(place / "._a.mp4")) == [str(place / "._a.mp4")]  # named by the user
     (tmp_path / "packed" / "__MACOSX").mkdir(parents=True)
     (tmp_path / "packed" / "__MACOSX" / "._a.mp4").touch()
     with pytest.raises(SystemExit, match="no file there has the extension of a video, 1 hidden ones passed over"):
-        main_of(monkeypatch, tmp_path, "check_videos.py", "--videos", "packed")
+        main_of(monkeypatch, tmp_path, "inputs/check_videos.py", "--videos", "packed")
 
 
 @pytest.mark.parametrize("flags", ["", "--videos . --num_frames 0", "--videos . --time_limit 0",
                                    "--videos . --workers 0", "--videos . --memory_gib nan", "--video ."])
 def test_flags_of_the_checker(tmp_path, monkeypatch, capsys, flags):
     with pytest.raises(SystemExit) as stop:
-        main_of(monkeypatch, tmp_path, "check_videos.py", *flags.split())
+        main_of(monkeypatch, tmp_path, "inputs/check_videos.py", *flags.split())
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.err.count("\n") == 1 and said.err.startswith("check_videos.py: ")
 
@@ -256,4 +258,4 @@ def test_flags_of_the_checker(tmp_path, monkeypatch, capsys, flags):
 def test_an_empty_folder_is_said(tmp_path, monkeypatch):
     for place, words in ((".", "no file there has the extension"), ("nowhere", "nowhere: no such file or folder")):
         with pytest.raises(SystemExit, match=words):
-            main_of(monkeypatch, tmp_path, "check_videos.py", "--videos", place)
+            main_of(monkeypatch, tmp_path, "inputs/check_videos.py", "--videos", place)

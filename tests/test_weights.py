@@ -11,11 +11,11 @@ from inside import main_of
 from safetensors.torch import load_file
 
 import evaluate
-import harness
-from compose import compose
-from data import FeatureCache
-from flags import WEIGHTS
-from questions import count_correct
+from inputs.features import FeatureCache
+from model.compose import compose
+from plumbing import embedded
+from plumbing.flags import WEIGHTS
+from plumbing.questions import count_correct
 from video_llm import load_model
 
 SHIPPED = REPO / WEIGHTS
@@ -68,12 +68,12 @@ def test_a_start_is_composed_of_the_shipped_parts(tmp_path):
 
 def test_elsewhere_they_are_copied_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    harness.ship_weights(["/my/clip", "my/judge"], 0)
+    embedded.ship_weights(["/my/clip", "my/judge"], 0)
     assert not list(tmp_path.iterdir())
-    harness.ship_weights([f"{WEIGHTS}/judge"], 0)
+    embedded.ship_weights([f"{WEIGHTS}/judge"], 0)
     assert size(tmp_path / WEIGHTS) == size(SHIPPED)
     (tmp_path / WEIGHTS / "mark").write_text("")
-    harness.ship_weights([f"{WEIGHTS}/clip"], 0)
+    embedded.ship_weights([f"{WEIGHTS}/clip"], 0)
     assert (tmp_path / WEIGHTS / "mark").exists()
 
 
@@ -82,8 +82,8 @@ def test_they_are_made_again_from_nothing(tmp_path, monkeypatch):
     """`make world`: other bits, the same quality."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     hub = "data/moving_shapes/hub"
-    run(tmp_path, "moving_shapes.py", timeout=3600)
-    run(tmp_path, "pretrain_tiny.py", timeout=3600)
+    run(tmp_path, "embedded_world/moving_shapes.py", timeout=3600)
+    run(tmp_path, "embedded_world/pretrain_tiny.py", timeout=3600)
     run(tmp_path, "sft.py", "--name", "oracle", "--clip", f"{hub}/clip", "--qformer", f"{hub}/qformer",
         "--llm", f"{hub}/llm", timeout=3600)
     main_of(monkeypatch, tmp_path, "embedded_world/ship.py", "--out", "weights")

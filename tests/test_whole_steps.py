@@ -21,10 +21,11 @@ import grpo_rank
 import ppo_rlaif
 import reward_model
 import sft
-from data import Clip, FeatureCache, read_records
+from inputs.features import FeatureCache
+from inputs.preferences import write_preferences
+from inputs.records import Clip, read_records
 from oracle import JudgeOracle
-from preferences import write_preferences
-from roles import Roles
+from ppo_rlaif import Roles
 from video_llm import Prefix, add_scalar_head, load_model, save_model
 
 SHAPES = "data/moving_shapes"
@@ -506,5 +507,5 @@ def test_sft(world, start, monkeypatch, descent):
             loss -= logprobs.mean() / len(examples)
         norms.append(descend(params, loss, rate))
     assert max(norms) > 1.5
-    ours = load_file(world / "runs/sft/step/final/model.safetensors")
+    ours = load_file(world / "runs/sft/step_s0/final/model.safetensors")
     assert_same_way(dict(before.named_parameters()), ours, params)

@@ -11,7 +11,7 @@ from inside import main_of
 from test_api_oracle import server  # noqa: F401 - a fixture
 from test_paid_oracle import usable
 
-from flags import WEIGHTS
+from plumbing.flags import WEIGHTS
 
 SECTION = (REPO / "README.md").read_text().split("## Your own videos and model")[1].split("\n## ")[0]
 PARTS = f"--clip {WEIGHTS}/clip --qformer {WEIGHTS}/qformer --llm {WEIGHTS}/llm"  # in place of the preset's
@@ -39,7 +39,9 @@ def test_from_a_folder_of_videos_to_a_tuned_model(example, world, server, monkey
     server.act = usable
     (block,) = re.findall(r"^```bash\n(.*?)^```", SECTION, re.M | re.S)
     lines = [shlex.split(line, comments=True) for line in block.splitlines()]
-    assert [words[1] for words in lines] == ["check_videos.py", "sft.py", "grpo_rank.py", "evaluate.py"]
+    lines = [words if words[1] != "-m" else [words[0], f"{words[2].replace('.', '/')}.py", *words[3:]]
+             for words in lines]
+    assert [words[1] for words in lines] == ["inputs/check_videos.py", "sft.py", "grpo_rank.py", "evaluate.py"]
     for _, script, *flags in lines:
         flags = [server.url if flag.startswith("http") else flag for flag in flags]
         short = [str(REPO / flag) if flag.startswith(WEIGHTS) else flag for flag in SHORT.get(script, [])]
