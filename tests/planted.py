@@ -486,10 +486,10 @@ rm(
     RM_STEP,
 )
 plant(
-    "reward_model.py",
+    "plumbing/processes.py",
     "rm_clip",
-    "grad_norm = processes.clip_gradients([*body, *head])",
-    "grad_norm = torch.tensor(1.0)",
+    "torch.nn.utils.clip_grad_norm_(params, 1.0)",
+    "torch.nn.utils.clip_grad_norm_(params, 10.0)",
     "gradients clipped at norm 10",
     RM_STEP,
 )
@@ -713,10 +713,10 @@ plant(
 )
 ppo("ppo_zero_grad", "                optimizer.zero_grad()\n", "", "gradients add up", PPO_STEP)
 plant(
-    "ppo_rlaif.py",
+    "plumbing/processes.py",
     "ppo_clip_norm",
-    "grad_norm = processes.clip_gradients(params)  # I19: to norm 1",
-    "grad_norm = torch.tensor(1.0)",
+    "torch.nn.utils.clip_grad_norm_(params, 1.0)",
+    "torch.nn.utils.clip_grad_norm_(params, 10.0)",
     "gradients clipped at norm 10",
     PPO_STEP,
 )

@@ -29,7 +29,8 @@ def made_by(script, flags):
     """The run folder that a call of a training script makes, None for other calls."""
     name, seed = ((flags[flags.index(f) + 1] if f in flags else default) for f, default in (("--name", "context"),
                                                                                            ("--seed", "0")))
-    return f"runs/{FOLDERS[script]}/{name}_s{seed}" if script in FOLDERS else None
+    folder = script if script.startswith("grpo_rank_") else FOLDERS.get(script)  # a fork's runs are its own
+    return f"runs/{folder}/{name}_s{seed}" if folder else None
 
 
 def test_every_run_of_every_table_is_made_before_it(tmp_path):
