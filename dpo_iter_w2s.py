@@ -189,7 +189,7 @@ def extrapolated(theta, theta_ref, alpha):
 
     Tensors of one shape. `lerp` is exact at both ends: alpha = 0 gives theta, alpha = -1 theta_ref,
     bit for bit.
-   """
+    """
     return torch.lerp(theta_ref.float(), theta.float(), 1.0 + alpha).to(theta.dtype)
 
 
@@ -325,8 +325,7 @@ def main(args):
         if args.stage == "build":
             if run.rank == 0:
                 print(f"pairs: {folder}/preferences.json; --stage all --resume makes the same and "
-                      "trains on "
-                      "them; edited ones: --preferences, with a new --name")
+                      "trains on them; edited ones: --preferences, with a new --name")
             return
 
         # 4. DPO      from theta_{k-1}, against theta_{k-1}     [W Sec. 4.1; D Eq. 7; D4, D5]
@@ -420,7 +419,7 @@ def sample(model, processor, cache, records, keys, args):
     """y_1..y_G ~ pi(. | video, question), one prefill per question. -> [[(answer, ended), ..], ..]
 
     keys: one sequence of integers per record, which decides its draws.
-   """
+    """
     device, eos = next(model.parameters()).device, processor.tokenizer.eos_token_id
     prefix = Prefix.build(processor, cache, [r["question"] for r in records],
                           [r["clip"] for r in records], device, args.max_prompt_tokens)
@@ -436,7 +435,7 @@ def score(oracle, clips, questions, answers):
 
     0 for an empty answer, so that it can lose and never win; None where an answer is missing or the
     oracle could not score the group.
-   """
+    """
     # a copy costs the oracle nothing
     stand_in = [next((a for a in group if a), "") for group in answers]
     filled = [[a or s for a in group] for group, s in zip(answers, stand_in)]
@@ -485,7 +484,7 @@ def line_of(model, reference):
 
     [D5] With LoRA W = W_{k-1} + s B A. A is held and B goes from 0 to B_k, so the merged weights go
     exactly to W_k.
-   """
+    """
     lora = has_adapter(model)
     with reference() as ref:
         before = dict(ref.named_parameters())

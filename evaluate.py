@@ -57,13 +57,11 @@ class Args(ApiArgs):
                                "differences to the first")
     watch: str = flag("", "folder of a run in progress: its curve is drawn into <out>.png at every "
                        "evaluation")
-    benchmark: str = flag("all",
-                          "held_out | msvd_qa | msrvtt_qa | activitynet_qa | video_chatgpt | "
-                           "video_mme | msvd_retrieval | msrvtt_retrieval | ucf101 | hmdb51 | "
-                           "mmaip_v | nextqa | "
-                           "nextoe | video_mme_subtitles | with --predictions also tempcompass | "
-                           "cvrr_es; several "
-                           "comma-separated, or all")
+    benchmark: str = flag("all", "held_out | msvd_qa | msrvtt_qa | activitynet_qa | video_chatgpt "
+                                 "| video_mme | msvd_retrieval | msrvtt_retrieval | ucf101 | "
+                                 "hmdb51 | mmaip_v | nextqa | nextoe | video_mme_subtitles | with "
+                                 "--predictions also tempcompass | cvrr_es; several "
+                                 "comma-separated, or all")
     labels: str = flag("",
                        "names of the columns, comma-separated; empty: folder names without "
                        "_s<seed>")
@@ -90,10 +88,8 @@ class Args(ApiArgs):
     batch_size: int = flag(100, "questions at a time", low=1)
     limit: int = flag(0, "questions per benchmark, drawn by a fixed seed; 0: all", low=0)
     # -- plumbing
-    out: str = flag("",
-                    "write <out>.json, <out>.md and <out>.png; benchmarks of a checkpoint: empty "
-                    "is "
-                     "<run>/benchmarks/report")
+    out: str = flag("", "write <out>.json, <out>.md and <out>.png; benchmarks of a checkpoint: "
+                        "empty is <run>/benchmarks/report")
     cache: str = flag("cache", "folder of cached CLIP features and verdicts")
 
     def __post_init__(self):
@@ -377,8 +373,7 @@ def from_files(source, args):
             if not args.data:
                 lost = next(row for row in said if row["answer"] is None)
                 raise DataError(f"{source.files[0]}: id {lost['id']!r} has no correct answer "
-                                "there; give the "
-                                "benchmark's files with --data")
+                                "there; give the benchmark's files with --data")
             rows, coverage, folder = questions_of(name, args)
             counts = {}
             rows = join(rows, said, report)
@@ -386,15 +381,14 @@ def from_files(source, args):
                 rows = [row for row in rows if row["said"] is not None]
             counts = {"questions without a prediction": report["without"] * (not column),
                       "predictions for no question": report["unknown"]}
-            lines += coverage[:1] + [f"{len(ids)} {what}, e.g. {ids[0]}" for what,
-                                     ids in counts.items() if ids]
+            lines += coverage[:1] + [f"{len(ids)} {what}, e.g. {ids[0]}"
+                                     for what, ids in counts.items() if ids]
         else:
             rows, folder = said, None
         lines += [f"left out: {n} {why}" for why, n in report["left_out"].items()]
         if unnamed := sum(row.get("unnamed", False) for row in rows):
             lines.append(f"{unnamed} predictions name no video: intervals are over questions; with "
-                         "a video beside "
-                         "them, or with --data, they are over videos")
+                         "a video beside them, or with --data, they are over videos")
         if report["duplicates"]:
             lines.append(f"{len(report['duplicates'])} ids twice, e.g. {report['duplicates'][0]}; "
                          "the last counts")
@@ -450,8 +444,7 @@ def main_benchmarks(args):
             scored = [score_source(source, said, args, judge, clip_text) for source, said in done]
             if never_read(judge):
                 raise DataError(f"{judge.name}: not one verdict on {judge.asked} predictions could "
-                                "be "
-                                "read")
+                                "be read")
             write_report(scored, done, args)
         processes.barrier()
 
@@ -481,11 +474,9 @@ def write_report(scored, done, args):
     content = about | dict(results=results, differences=differences)
     files.write(Path(f"{out}.json"), json.dumps(content, indent=1) + "\n")
     text = [f"# Benchmarks: {', '.join(r['label'] for r in results)}",
-            "Brackets: 95 % interval over videos. Shares in "
-            "%, scores from 0 to 5. Metrics in `_all` count an answer that could not be read, and "
-            "a question without a "
-            "prediction in a file, as wrong; questions whose video a checkpoint could not read "
-            "count nowhere.",
+            "Brackets: 95 % interval over videos. Shares in %, scores from 0 to 5. Metrics in "
+            "`_all` count an answer that could not be read, and a question without a prediction in "
+            "a file, as wrong; questions whose video a checkpoint could not read count nowhere.",
             as_markdown(rows), *uneven]
     text += ["## Where the numbers come from", facts(results)]
     for r in results:

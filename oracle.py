@@ -121,7 +121,7 @@ def judge_prompt(question, first, second, narrative=None):
     Its parts are those of VLM-RLAIF's fig. 9 (narrative, instruction, two responses, which is
     preferred); the words are ours, theirs were not released. The judge replies with the *text* of
     the better response (D1). Answers stand on one line, or one could begin a "Response 2:".
-   """
+    """
     head, first, second = narrative or "", flat(first), flat(second)
     return head, (f"\nResponse 1: {first}\nResponse 2: {second}\nWhich response is better?\n"
                   f"{as_text(question)}")
@@ -242,8 +242,8 @@ class ReferenceOracle(Oracle):
     def score(self, videos, questions, answers):
         """-> F1 (B,G) float, ok (B,) bool."""
         refs = self.labels(videos, questions)
-        rows = [[0.0 if ref is None else token_f1(a, ref) for a in group] for ref,
-                group in zip(refs, answers)]
+        rows = [[0.0 if ref is None else token_f1(a, ref) for a in group]
+                for ref, group in zip(refs, answers)]
         return torch.tensor(rows), torch.tensor([ref is not None for ref in refs])
 
     def aspects(self, videos, questions, answers):
@@ -470,8 +470,7 @@ class RewardModelOracle(Oracle):
             self.limits = about.get("max_prompt_tokens"), about.get("max_answer_tokens")
         except (ValueError, LookupError, TypeError) as e:
             raise DataError(f"{model_dir}/reward_model.json: no narrative_clips, narrative_model, "
-                            "answer_first and "
-                            f"guided ({e!r})") from None
+                            f"answer_first and guided ({e!r})") from None
         if self.narrative or self.guided:  # it reads this model's narratives and answers
             self.narrator = JudgeOracle(model, cache_dir, True, device, clips=max(clips, 1),
                                         tokens=tokens,
@@ -572,8 +571,8 @@ class ApiOracle(Oracle):
         return [None if isinstance(e, Exception) else e for e in out]
 
     def table(self, groups, answers, blank):
-        rows = [[blank if g is None else g[normalize(a)] for a in group] for g,
-                group in zip(groups, answers)]
+        rows = [[blank if g is None else g[normalize(a)] for a in group]
+                for g, group in zip(groups, answers)]
         return torch.tensor(rows), torch.tensor([g is not None for g in groups])
 
     def score(self, videos, questions, answers):

@@ -1,16 +1,18 @@
-"""Seconds to read 8 and 50 frames out of a video file, taking turns: `read_frames` of inputs/frames.py, the video loader of
-`transformers` with every backend that is installed, and a decoding of the whole file.
+"""Seconds to read 8 and 50 frames out of a video file, taking turns: `read_frames` of
+inputs/frames.py, the video loader of `transformers` with every backend that is installed, and a
+decoding of the whole file.
 
-Run      pip install decord opencv-python-headless torchcodec==0.12.0         (this needs ffmpeg's own libraries)
-         python benchmarks/decode.py --out docs/results/decode            10 minutes on two CPU cores
-         python benchmarks/decode.py --videos my_videos                   files of your own beside the three
+Run      pip install decord opencv-python-headless torchcodec==0.12.0  (needs ffmpeg's libraries)
+         python benchmarks/decode.py --out docs/results/decode          10 minutes on two CPU cores
+         python benchmarks/decode.py --videos my_videos                 your files beside the three
 
-The three files are made here: short (2 s, 320 x 240), long (10 minutes, 320 x 240), 1080p (20 s), all H.264 at 25
-frames a second with its default distance of key frames. Everyone is asked for the frames np.linspace(0, N - 1, n) and
-gets whatever threads it takes by default. In a round a file is read for at least a quarter of a second, a short one
-several times. Ratios are medians over the rounds of the other's seconds over ours within a round. Before, the frames
-are compared: all must be the same ones (decoders turn colours into RGB by tables of their own, so a mean difference of
-3 of 255 is allowed; the next frame of these files is further away).
+The three files are made here: short (2 s, 320 x 240), long (10 minutes, 320 x 240), 1080p (20 s),
+all H.264 at 25 frames a second with its default distance of key frames. Everyone is asked for the
+frames np.linspace(0, N - 1, n) and gets whatever threads it takes by default. In a round a file is
+read for at least a quarter of a second, a short one several times. Ratios are medians over the
+rounds of the other's seconds over ours within a round. Before, the frames are compared: all must be
+the same ones (decoders turn colours into RGB by tables of their own, so a mean difference of 3 of
+255 is allowed; the next frame of these files is further away).
 """
 
 import argparse
@@ -67,8 +69,11 @@ def loader(backend):
     def choose(metadata, num_frames, **_):
         return np.linspace(0, metadata.total_num_frames - 1, num_frames).astype(int)
 
-    return lambda path, n: np.asarray(load_video(path, backend=backend, sample_indices_fn=lambda metadata, **_: choose(
-        metadata, n))[0])
+    def read(path, n):
+        which = lambda metadata, **_: choose(metadata, n)
+        return np.asarray(load_video(path, backend=backend, sample_indices_fn=which)[0])
+
+    return read
 
 
 def sides(path, n):
@@ -88,7 +93,8 @@ def sides(path, n):
         if found.shape == expected.shape:  # frame by frame: of 1080p they are large
             apart = max(np.abs(a - b).mean() for a, b in zip(found, expected))
         if apart > 3:
-            sys.exit(f"{path}: {name} and ours do not give the same {n} frames ({apart:.1f} apart, {found.shape})")
+            sys.exit(f"{path}: {name} and ours do not give the same {n} frames ({apart:.1f} apart, "
+                     f"{found.shape})")
         can[name] = read
     return can, cannot
 
@@ -103,22 +109,27 @@ def measure(path, n, rounds):
                 read(path, n)
                 count += 1
             seconds[name].append((time.perf_counter() - began) / count)
-    ratios = {name: sorted(a / b for a, b in zip(row, seconds["ours"])) for name, row in seconds.items()}
-    return dict(frames=n, cannot=cannot, sides={
-        name: dict(seconds=statistics.median(row), ratio=statistics.median(ratios[name]), ratio_low=ratios[name][0],
-                   ratio_high=ratios[name][-1], rounds=row) for name, row in seconds.items()})
+    ratios = {name: sorted(a / b for a, b in zip(row, seconds["ours"]))
+              for name, row in seconds.items()}
+    return dict(frames=n, cannot=cannot,
+                sides={name: dict(seconds=statistics.median(row),
+                                  ratio=statistics.median(ratios[name]), ratio_low=ratios[name][0],
+                                  ratio_high=ratios[name][-1], rounds=row)
+                       for name, row in seconds.items()})
 
 
 def markdown(rows, about):
-    lines = [f"{about['rounds']} rounds, commit {about['git_commit']}; seconds, and times ours [min, max]", ""]
+    lines = [f"{about['rounds']} rounds, commit {about['git_commit']}; seconds, and times ours "
+             "[min, max]", ""]
     names = list(dict.fromkeys(name for row in rows for name in row["sides"]))
     lines += [f"| file | frames | {' | '.join(names)} |", f"|---|---:|{'---:|' * len(names)}"]
     for row in rows:
-        cells = [f"{s['seconds']:.3f} ({s['ratio']:.1f} [{s['ratio_low']:.1f}, {s['ratio_high']:.1f}])" if s else ""
-                 for s in map(row["sides"].get, names)]
+        cells = [f"{s['seconds']:.3f} ({s['ratio']:.1f} [{s['ratio_low']:.1f}, "
+                 f"{s['ratio_high']:.1f}])" if s else "" for s in map(row["sides"].get, names)]
         lines.append(f"| {row['file']} | {row['frames']} | {' | '.join(cells)} |")
     missing = {name: why for row in rows for name, why in row["cannot"].items()}
-    return "\n".join([*lines, "", *(f"{name}: not measured, {why}" for name, why in missing.items())]) + "\n"
+    return "\n".join([*lines, "",
+                      *(f"{name}: not measured, {why}" for name, why in missing.items())]) + "\n"
 
 
 def plot(rows, file):
@@ -127,7 +138,8 @@ def plot(rows, file):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    fig, axes = plt.subplots(1, len(rows), figsize=(2.6 * len(rows), 3.2), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(rows), figsize=(2.6 * len(rows), 3.2), layout="constrained",
+                             squeeze=False)
     for ax, row in zip(axes[0], rows):
         names = list(row["sides"])
         ax.bar(names, [row["sides"][n]["seconds"] for n in names],
@@ -142,10 +154,12 @@ def plot(rows, file):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--files", nargs="*", default=list(FILES), choices=list(FILES))
-    parser.add_argument("--videos", default="", help="a folder of files of your own, measured as well")
+    parser.add_argument("--videos", default="", help="a folder of files of your own, measured as "
+                                                     "well")
     parser.add_argument("--frames", nargs="+", type=int, default=[8, 50])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--shorten", type=float, default=1, help="make the files so many times shorter: a trial")
+    parser.add_argument("--shorten", type=float, default=1,
+                        help="make the files so many times shorter: a trial")
     parser.add_argument("--out", default="", help="write <out>.json, <out>.md and <out>.png")
     args = parser.parse_args()
     rows = []
@@ -161,7 +175,8 @@ def main():
             for n in args.frames:
                 rows.append(dict(file=path.stem, **measure(str(path), n, args.rounds)))
                 print(markdown(rows[-1:], dict(rounds=args.rounds, git_commit="-")), flush=True)
-    about = dict(command=" ".join(["python", *sys.argv]), git_commit=plumbing.run.git_commit(), rounds=args.rounds)
+    about = dict(command=" ".join(["python", *sys.argv]), git_commit=plumbing.run.git_commit(),
+                 rounds=args.rounds)
     print(markdown(rows, about))
     if args.out:
         Path(f"{args.out}.json").write_text(json.dumps(dict(about, rows=rows), indent=1) + "\n")

@@ -1,13 +1,14 @@
-"""How long the judge takes for a step of grpo_rank.py, taking turns: 48 questions with 5 answers each.
+"""How long the judge takes for a step of grpo_rank.py, taking turns: 48 questions with 5 answers
+each.
 
-Run      python benchmarks/judge.py --out docs/results/judge         a minute, where `make demo` has run
+Run      python benchmarks/judge.py --out docs/results/judge    a minute, where `make demo` has run
 
   plain    every prompt with every reply is a row of its own, 24 rows in a forward pass
   packed   four comparisons, each with both replies, are packed after one video and narrative
   trees    oracle.py: what the comparisons of a group have in common is computed once (packing.Tree)
 
-The narratives are there already. The answers are labels of other questions of the same kind, drawn so
-that a group has as many different ones as the policy gives when training starts.
+The narratives are there already. The answers are labels of other questions of the same kind, drawn
+so that a group has as many different ones as the policy gives when training starts.
 """
 
 import argparse
@@ -24,7 +25,8 @@ WORLD = "data/moving_shapes/train.json"
 
 
 def step_of(seed, questions, G=5):
-    """-> videos, questions, answers: half of the groups are sure of one answer, half draw each anew."""
+    """-> videos, questions, answers: half of the groups are sure of one answer, half draw each
+    anew."""
     from inputs.records import read_records
     from plumbing.text import DESCRIBE
 
@@ -63,7 +65,8 @@ def in_rows(judge, texts_in_a_row, rows=24):
             logprobs = token_logprobs(judge.model, prefix, tokens, lengths)[0].view(tokens.shape)
             for k, row, texts in zip(order[n : n + rows], logprobs, filled):
                 ends = [len(text + reply) for text, reply in texts]
-                sums = [x[end - len(reply) : end].sum() for x, end, (_, reply) in zip(row, ends, texts)]
+                sums = [x[end - len(reply) : end].sum()
+                        for x, end, (_, reply) in zip(row, ends, texts)]
                 out[k] = torch.stack(sums[: len(parts[k][2])])
         return torch.cat(out)
     return reply_logprobs
@@ -71,7 +74,8 @@ def in_rows(judge, texts_in_a_row, rows=24):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="measured turns, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=5,
+                        help="measured turns, after one to warm up")
     parser.add_argument("--oracle_model", default="embedded_world/weights/judge")
     parser.add_argument("--cache", default="cache", help="folder of features and narratives")
     parser.add_argument("--questions", type=int, default=48)
@@ -84,8 +88,8 @@ def main():
     from oracle import JudgeOracle
 
     torch.set_num_threads(args.threads)
-    args.device, found, lines = "cpu", [], [
-        "| judge | replies as | ms a group | times faster than the first [min, max] |", "|---|---|---:|---:|"]
+    args.device, found, lines = "cpu", [], ["| judge | replies as | ms a group | times faster than "
+                                            "the first [min, max] |", "|---|---|---:|---:|"]
     judge, asked = JudgeOracle(args.oracle_model, args.cache, False), step_of(0, args.questions)
     for name in ("judge", "context"):
         judge.narrative = name == "context"
@@ -96,7 +100,8 @@ def main():
                 judge.reply_logprobs = way
                 return judge.score(*asked)[0]
             return score
-        sides = {"plain": side(in_rows(judge, 1)), "packed": side(in_rows(judge, 8)), "trees": side(whole)}
+        sides = {"plain": side(in_rows(judge, 1)), "packed": side(in_rows(judge, 8)),
+                 "trees": side(whole)}
         scores = {way: score() for way, score in sides.items()}
         apart = max(float((scores[way] - scores["trees"]).abs().max()) for way in sides)
         if apart > 1.5e-5:  # scores are rounded to 1e-5
@@ -104,13 +109,15 @@ def main():
         rows = taking_turns(args, sides, args.rounds)
         judge.reply_logprobs = whole
         found.append(dict(judge=name, apart=apart, sides=rows))
-        lines += [f"| {name} | {way} | {1e3 * r['seconds'] / args.questions:.1f} | {r['ratio']:.2f} "
-                  f"[{r['ratio_low']:.2f}, {r['ratio_high']:.2f}] |" for way, r in rows.items()]
+        lines += [f"| {name} | {way} | {1e3 * r['seconds'] / args.questions:.1f} | "
+                  f"{r['ratio']:.2f} [{r['ratio_low']:.2f}, {r['ratio_high']:.2f}] |"
+                  for way, r in rows.items()]
     about = dict(command=" ".join(["python", *sys.argv]), git_commit=plumbing.run.git_commit(),
                  threads=args.threads, rounds=args.rounds, when=time.strftime("%Y-%m-%d"),
                  different_answers=sum(len(set(group)) for group in asked[2]) / args.questions)
-    text = "\n".join([f"cpu, {args.threads} threads, {args.rounds} rounds, commit {about['git_commit']}; "
-                      f"{about['different_answers']:.1f} different answers in a group", "", *lines, ""])
+    text = "\n".join([f"cpu, {args.threads} threads, {args.rounds} rounds, commit "
+                      f"{about['git_commit']}; {about['different_answers']:.1f} different answers "
+                      "in a group", "", *lines, ""])
     print(text)
     if args.out:
         Path(f"{args.out}.json").write_text(json.dumps(dict(about, found=found), indent=1) + "\n")

@@ -1,17 +1,19 @@
-"""What LoRA and NF4 cost in a step, taking turns: sampling from an NF4 base as it is, unpacked for the rollout, and
-from a base that was never packed, on a GPU with and without CUDA graphs; and the reference's log-probabilities in a
-pass of their own or in the policy's.
+"""What LoRA and NF4 cost in a step, taking turns: sampling from an NF4 base as it is, unpacked for
+the rollout, and from a base that was never packed, on a GPU with and without CUDA graphs; and the
+reference's log-probabilities in a pass of their own or in the policy's.
 
-Run      python benchmarks/rollout.py --out docs/results/rollout                     5 minutes on two CPU cores
+Run      python benchmarks/rollout.py --out docs/results/rollout    5 minutes on two CPU cores
          python benchmarks/rollout.py --device cuda --shape 7b --out docs/results/rollout
 
   nf4         every layer unpacks its weights at every token
-  unpacked    `rollouts.unpacked`: once a rollout, which needs the room of unpacked weights: grpo_rank.py --unpack_nf4
+  unpacked    `rollouts.unpacked`: once a rollout, which needs the room of unpacked weights:
+              grpo_rank.py --unpack_nf4
   bfloat16    the base was never quantised
   .. graphs   the two before with grpo_rank.py's --cuda_graphs, on a GPU alone
   two passes  adapter off and no gradient, then adapter on (what the scripts do)
-  one pass    PEFT's mixed batch: every row twice, of which `adapter_names` gives one half to the base. All rows then
-              carry gradients and activations, the reference's too, and its half goes backward for nothing
+  one pass    PEFT's mixed batch: every row twice, of which `adapter_names` gives one half to the
+              base. All rows then carry gradients and activations, the reference's too, and its half
+              goes backward for nothing
 """
 
 import argparse
@@ -33,20 +35,25 @@ def rollouts(args, P, R, G, B):
     from video_llm import generate, unpacked
 
     def sampler(base, unpack, graphs=False):
-        model = turns.video_llm_around(turns.decoder(argparse.Namespace(**{**vars(args), "base": base})))
+        model = turns.video_llm_around(turns.decoder(argparse.Namespace(**{**vars(args),
+                                                                           "base": base})))
         for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):  # as in load_model: its gradients are wrong
+            # as in load_model: its gradients are wrong
+            if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         prefix = prefix_of(turns.random_ids((B, P), 0), args.device)
-        uniforms = torch.rand(B, G, R, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        uniforms = torch.rand(B, G, R, dtype=torch.float64,
+                              generator=torch.Generator().manual_seed(0))
 
         def work():
             with unpacked(model) if unpack else nullcontext():
                 return generate(model, prefix, uniforms, -1, cuda_graphs=graphs)
         return work
-    sides = {"nf4": sampler("nf4", False), "unpacked": sampler("nf4", True), "bfloat16": sampler("bfloat16", False)}
+    sides = {"nf4": sampler("nf4", False), "unpacked": sampler("nf4", True),
+             "bfloat16": sampler("bfloat16", False)}
     if args.device == "cuda":
-        sides |= {"unpacked, graphs": sampler("nf4", True, True), "bfloat16, graphs": sampler("bfloat16", False, True)}
+        sides |= {"unpacked, graphs": sampler("nf4", True, True),
+                  "bfloat16, graphs": sampler("bfloat16", False, True)}
     return sides
 
 
@@ -54,11 +61,13 @@ def references(args, P, R, G, B):
     import torch
     from peft import get_peft_model
 
-    model = get_peft_model(turns.decoder(argparse.Namespace(**{**vars(args), "base": "bfloat16"})), turns.lora_config())
+    model = get_peft_model(turns.decoder(argparse.Namespace(**{**vars(args), "base": "bfloat16"})),
+                           turns.lora_config())
     rows = turns.random_ids((B * G, P + R), 0).to(args.device)
 
     def logprobs_of(rows, **names):
-        logits = model(input_ids=rows, logits_to_keep=R + 1, use_cache=False, **names).logits[:, :-1].float()
+        logits = model(input_ids=rows, logits_to_keep=R + 1, use_cache=False,
+                       **names).logits[:, :-1].float()
         return logits.log_softmax(-1).gather(-1, rows[:, -R:, None])[..., 0]
 
     def finish(logprobs, reference):
@@ -89,7 +98,8 @@ def taking_turns(args, sides, rounds):
     first = seconds[next(iter(sides))]
     ratios = {side: sorted(a / b for a, b in zip(first, row)) for side, row in seconds.items()}
     return {side: dict(seconds=statistics.median(row), ratio=statistics.median(ratios[side]),
-                       ratio_low=ratios[side][0], ratio_high=ratios[side][-1]) for side, row in seconds.items()}
+                       ratio_low=ratios[side][0], ratio_high=ratios[side][-1])
+            for side, row in seconds.items()}
 
 
 def main():
@@ -100,23 +110,27 @@ def main():
     import plumbing.run
 
     torch.set_num_threads(args.threads)
-    lines = ["| P, R, G, B | what | seconds | times faster than the first [min, max] |", "|---|---|---:|---:|"]
+    lines = ["| P, R, G, B | what | seconds | times faster than the first [min, max] |",
+             "|---|---|---:|---:|"]
     found = []
     for point in args.points:
         shape = tuple(map(int, point.split(",")))
         for kind in (rollouts, references):
             rows = taking_turns(args, kind(args, *shape), args.rounds)
             found.append(dict(point=point, kind=kind.__name__, sides=rows))
-            lines += [f"| {point} | {kind.__name__}: {side} | {r['seconds']:.3f} | {r['ratio']:.2f} "
-                      f"[{r['ratio_low']:.2f}, {r['ratio_high']:.2f}] |" for side, r in rows.items()]
-    about = dict(command=" ".join(["python", *sys.argv]), git_commit=plumbing.run.git_commit(), device=args.device,
-                 shape=args.shape, threads=args.threads, when=time.strftime("%Y-%m-%d"))
+            lines += [f"| {point} | {kind.__name__}: {side} | {r['seconds']:.3f} | "
+                      f"{r['ratio']:.2f} [{r['ratio_low']:.2f}, {r['ratio_high']:.2f}] |"
+                      for side, r in rows.items()]
+    about = dict(command=" ".join(["python", *sys.argv]), git_commit=plumbing.run.git_commit(),
+                 device=args.device, shape=args.shape, threads=args.threads,
+                 when=time.strftime("%Y-%m-%d"))
     head = f"{args.device}, {args.shape}, {args.threads} threads, commit {about['git_commit']}"
     text = "\n".join([head, "", *lines, ""])
     print(text)
     if args.out:
         end = "_cuda" if args.device == "cuda" else ""
-        Path(f"{args.out}{end}.json").write_text(json.dumps(dict(about, found=found), indent=1) + "\n")
+        Path(f"{args.out}{end}.json").write_text(json.dumps(dict(about, found=found), indent=1)
+                                                 + "\n")
         Path(f"{args.out}{end}.md").write_text(text, encoding="utf-8")
 
 

@@ -1,13 +1,14 @@
-"""Does a long run leak? GRPO_rank on the embedded world, watched from outside: memory, open files, threads.
+"""Does a long run leak? GRPO_rank on the embedded world, watched from outside: memory, open files,
+threads.
 
-Run      python benchmarks/soak.py                                   2,000 steps of 48 questions: an hour and more
-         python benchmarks/soak.py --prompts_per_step 8 --lr 5e-5    2,000 steps of 8 questions: docs/reliability.md
-         python benchmarks/soak.py --steps 20 --out runs/soak_short  a trial
+Run      python benchmarks/soak.py                                 2,000 steps: an hour and more
+         python benchmarks/soak.py --prompts_per_step 8 --lr 5e-5  as in docs/reliability.md
+         python benchmarks/soak.py --steps 20 --out runs/short     a trial
 
-Writes <out>.jsonl, a row a sample, <out>.json, and a table, <out>.md: memory (RSS) and open files at the start, at the
-end, their slopes per 1,000 steps behind the first tenth, in which caches fill and allocators settle; seconds a step in
-the first and in the last tenth; and whether all metrics are numbers. Every other flag is one of grpo_rank.py and is
-passed on.
+Writes <out>.jsonl, a row a sample, <out>.json, and a table, <out>.md: memory (RSS) and open files
+at the start, at the end, their slopes per 1,000 steps behind the first tenth, in which caches fill
+and allocators settle; seconds a step in the first and in the last tenth; and whether all metrics
+are numbers. Every other flag is one of grpo_rank.py and is passed on.
 """
 
 import argparse
@@ -27,9 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def sample(pid):
     """RSS in MiB, open files, threads of a process; None once it has ended."""
     try:
-        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        return dict(rss_mib=int(status["VmRSS"].split()[0]) / 1024, files=len(os.listdir(f"/proc/{pid}/fd")),
-                    threads=int(status["Threads"]))
+        status = dict(line.split(":", 1)
+                      for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        return dict(rss_mib=int(status["VmRSS"].split()[0]) / 1024,
+                    files=len(os.listdir(f"/proc/{pid}/fd")), threads=int(status["Threads"]))
     except (OSError, KeyError):
         return None
 
@@ -47,18 +49,22 @@ def slope(x, y):
 
 def table(result):
     """The result as Markdown."""
-    lines = [f"`{result['command']}`: {result['steps']} steps in {60 * result['hours']:.0f} minutes, "
-             f"{result['samples']} samples, {result['not_finite']} metrics that are not finite", "",
-             "| | first | after a tenth | last | highest | per 1,000 steps |", "| --- |" + " ---: |" * 5]
-    for key, name in (("rss_mib", "memory (RSS), MiB"), ("files", "open files"), ("threads", "threads")):
+    lines = [f"`{result['command']}`: {result['steps']} steps in {60 * result['hours']:.0f} "
+             f"minutes, {result['samples']} samples, {result['not_finite']} metrics that are not "
+             "finite", "", "| | first | after a tenth | last | highest | per 1,000 steps |",
+             "| --- |" + " ---: |" * 5]
+    for key, name in (("rss_mib", "memory (RSS), MiB"), ("files", "open files"),
+                      ("threads", "threads")):
         r = result[key]
         rise = f"{r['per_1000_steps']:+.1f} ± {r['standard_error']:.1f}"
         numbers = " | ".join(f"{r[k]:.0f}" for k in ("first", "settled", "last", "highest"))
         lines.append(f"| {name} | {numbers} | {rise} |")
     lines += ["", "| | first | last |", "| --- | ---: | ---: |"]
     tenths = result["step_s"]
-    lines.append(f"| seconds a step, median of a tenth | {tenths['first_tenth']:.2f} | {tenths['last_tenth']:.2f} |")
-    lines += [f"| `{key}` | {first:.3f} | {last:.3f} |" for key, (first, last) in result["metrics"].items()]
+    lines.append(f"| seconds a step, median of a tenth | {tenths['first_tenth']:.2f} | "
+                 f"{tenths['last_tenth']:.2f} |")
+    lines += [f"| `{key}` | {first:.3f} | {last:.3f} |"
+              for key, (first, last) in result["metrics"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -79,7 +85,8 @@ def main():
         while process.poll() is None:
             time.sleep(1)
             now = sample(process.pid)
-            if now and metrics.exists() and metrics.stat().st_size > size:  # a step is done: one sample a step at most
+            # a step is done: one sample a step at most
+            if now and metrics.exists() and metrics.stat().st_size > size:
                 size = metrics.stat().st_size
                 with open(metrics) as f:
                     now["step"] = sum(1 for _ in f)
@@ -91,18 +98,21 @@ def main():
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     settled = [s for s in seen if s["step"] > args.steps / 10]
     steps = [s["step"] for s in settled]
-    result = dict(command=" ".join(sys.argv), steps=args.steps, hours=(time.time() - began) / 3600, samples=len(seen))
+    result = dict(command=" ".join(sys.argv), steps=args.steps, hours=(time.time() - began) / 3600,
+                  samples=len(seen))
     for key in ("rss_mib", "files", "threads"):
         b, error = slope(steps, [s[key] for s in settled])
         result[key] = dict(first=seen[0][key], settled=settled[0][key], last=settled[-1][key],
-                           highest=max(s[key] for s in seen), per_1000_steps=1000 * b, standard_error=1000 * error)
+                           highest=max(s[key] for s in seen), per_1000_steps=1000 * b,
+                           standard_error=1000 * error)
     tenth = max(1, len(rows) // 10)
     result["step_s"] = dict(first_tenth=float(np.median([r["time/step_s"] for r in rows[:tenth]])),
                             last_tenth=float(np.median([r["time/step_s"] for r in rows[-tenth:]])))
     result["not_finite"] = sum(not math.isfinite(v) for row in rows for v in row.values())
-    show = [key for key in ("objective/score", "objective/kl", "rollout/len", "rollout/eos_rate", "eval/accuracy")
-            if key in rows[0]]
-    result["metrics"] = {key: [rows[0][key], [r[key] for r in rows if key in r][-1]] for key in show}
+    show = [key for key in ("objective/score", "objective/kl", "rollout/len", "rollout/eos_rate",
+                            "eval/accuracy") if key in rows[0]]
+    result["metrics"] = {key: [rows[0][key], [r[key] for r in rows if key in r][-1]]
+                         for key in show}
     out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     out.with_suffix(".md").write_text(table(result), encoding="utf-8")
     print(json.dumps(result, indent=1))

@@ -1,13 +1,16 @@
-"""What the speed comparisons share: sides that take turns, the machine's own rates, the models, tables and plots.
+"""What the speed comparisons share: sides that take turns, the machine's own rates, the models,
+tables and plots.
 
-Every side lives in a process of its own, with the same number of threads, and takes one step at a time while the others
-wait: what disturbs the machine disturbs all of them. A ratio is the median over the rounds of the other side's seconds
-over ours *within a round*.
+Every side lives in a process of its own, with the same number of threads, and takes one step at a
+time while the others wait: what disturbs the machine disturbs all of them. A ratio is the median
+over the rounds of the other side's seconds over ours *within a round*.
 
-floor      the seconds that the arithmetic alone would take at the machine's own rate for a matrix product of 1024^3
-           (8192^3 on a GPU): 2 FLOPs a weight and token forward, as many backward for what flows through, as many again
-           for weights that are trained. Decoding: the larger of that and the time to read all weights once a token.
-memory     peak of the process over the rounds above what it held when the model was loaded; on a GPU of its allocator.
+floor      the seconds that the arithmetic alone would take at the machine's own rate for a matrix
+           product of 1024^3 (8192^3 on a GPU): 2 FLOPs a weight and token forward, as many backward
+           for what flows through, as many again for weights that are trained. Decoding: the larger
+           of that and the time to read all weights once a token.
+memory     peak of the process over the rounds above what it held when the model was loaded; on a
+           GPU of its allocator.
 """
 
 import argparse
@@ -27,27 +30,33 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SIDES = ("ours", "plain", "trl")
 VOCABULARY = 2048
-EMBEDDED = (32, 16, 5, 48)  # prompt, answer, answers a question, questions of grpo_rank.py's default; decoder: `tiny`
+# prompt, answer, answers a question, questions of grpo_rank.py's default; decoder: `tiny`
+EMBEDDED = (32, 16, 5, 48)
 COLOURS = dict(ours="#0072b2", plain="#999999", trl="#d55e00")
 
 
 def parser_of(text, points, rounds):
     parser = argparse.ArgumentParser(description=text.split("\n")[0])
-    parser.add_argument("--points", nargs="+", default=points, help="what the header calls a point; or `embedded`")
-    parser.add_argument("--rounds", type=int, default=rounds, help="measured steps of every side, after one to warm up")
-    parser.add_argument("--shape", default="small", help="small: 256 x 6 | tiny: the embedded one | 7b: LLaMA-2-7B's")
+    parser.add_argument("--points", nargs="+", default=points,
+                        help="what the header calls a point; or `embedded`")
+    parser.add_argument("--rounds", type=int, default=rounds,
+                        help="measured steps of every side, after one to warm up")
+    parser.add_argument("--shape", default="small", help="small: 256 x 6 | tiny: the embedded one "
+                                                         "| 7b: LLaMA-2-7B's")
     parser.add_argument("--base", default="float32", choices=("float32", "bfloat16", "nf4"),
-                        help="float32 trains all weights; the others LoRA of rank 64 on a frozen base")
+                        help="float32 trains all weights; the others LoRA of rank 64 on a frozen "
+                             "base")
     parser.add_argument("--device", default="cpu", help="cpu | cuda")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", default="", help="write <out>.json, <out>.md and <out>.png; on a GPU <out>_cuda.json")
+    parser.add_argument("--out", default="", help="write <out>.json, <out>.md and <out>.png; on a "
+                                                  "GPU <out>_cuda.json")
     parser.add_argument("--side", default="", help=argparse.SUPPRESS)  # a child process
     return parser
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def config_of(shape):
     from transformers import LlamaConfig
 
@@ -55,14 +64,17 @@ def config_of(shape):
 
     small = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8,
                  num_key_value_heads=8)
-    sizes = {"small": dict(vocab_size=VOCABULARY, **small), "7b": dict(vocab_size=32000),  # the rest: the default
+    # 7b: the rest is LlamaConfig's default
+    sizes = {"small": dict(vocab_size=VOCABULARY, **small), "7b": dict(vocab_size=32000),
              "tiny": dict(vocab_size=VOCABULARY, **TINY_LLAMA)}[shape]
-    return LlamaConfig(**(dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False) | sizes
+    return LlamaConfig(**(dict(pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                               tie_word_embeddings=False) | sizes
                           | dict(max_position_embeddings=4096)))
 
 
 def decoder(args):
-    """A random LLaMA, the same on all sides: all weights trained, or LoRA on a base in bfloat16 or NF4."""
+    """A random LLaMA, the same on all sides: all weights trained, or LoRA on a base in bfloat16 or
+    NF4."""
     import torch
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
@@ -73,12 +85,14 @@ def decoder(args):
     with torch.device(args.device):
         model = LlamaForCausalLM._from_config(config_of(args.shape), dtype=torch.bfloat16)
     if args.base == "nf4":
-        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                 bnb_4bit_use_double_quant=True,
                                  bnb_4bit_compute_dtype=torch.bfloat16)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             del model
-            model = LlamaForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=torch.bfloat16,
+            model = LlamaForCausalLM.from_pretrained(folder, quantization_config=nf4,
+                                                     dtype=torch.bfloat16,
                                                      device_map={"": args.device})
     return model.requires_grad_(False)
 
@@ -90,10 +104,18 @@ def lora_config():
 
 
 def video_llm_around(llama):
-    """A VideoLLM with this decoder. No video in these prompts: what is compared is the decoder's work."""
+    """A VideoLLM with this decoder. No video in these prompts: what is compared is the decoder's
+    work."""
     from transformers import CLIPVisionConfig
 
-    from video_llm import TINY_QFORMER, TINY_VISION, VideoLLM, VideoLLMConfig, VideoQFormerConfig, add_lora
+    from video_llm import (
+        TINY_QFORMER,
+        TINY_VISION,
+        VideoLLM,
+        VideoLLMConfig,
+        VideoQFormerConfig,
+        add_lora,
+    )
 
     text = config_of("tiny")
     model = VideoLLM(VideoLLMConfig(vision_config=CLIPVisionConfig(**TINY_VISION), text_config=text,
@@ -116,22 +138,26 @@ def word_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {name: i for i, name in enumerate(["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCABULARY))])}
+    words = {name: i for i, name in enumerate(["<pad>", "<s>", "</s>",
+                                               *(f"w{i}" for i in range(3, VOCABULARY))])}
     raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     text = lambda ids: " ".join(f"w{i}" for i in ids)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>"), text
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>",
+                                   eos_token="</s>"), text
 
 
 def trainer_config(args, kind, **more):
     """TRL's configuration with what it turns on by itself off, as on the other sides."""
-    return kind(output_dir=tempfile.mkdtemp(), use_cpu=args.device == "cpu", bf16=args.base != "float32",
-                gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
-                disable_tqdm=True, max_steps=args.rounds + 2, **more)
+    return kind(output_dir=tempfile.mkdtemp(), use_cpu=args.device == "cpu",
+                bf16=args.base != "float32", gradient_checkpointing=False, report_to="none",
+                save_strategy="no", logging_strategy="no", disable_tqdm=True,
+                max_steps=args.rounds + 2, **more)
 
 
 def stepwise(make_trainer):
-    """A trainer of transformers owns its loop: it runs in a thread and is let go one step per `next`."""
+    """A trainer of transformers owns its loop: it runs in a thread and is let go one step per
+    `next`."""
     from transformers import TrainerCallback
 
     go, done = threading.Semaphore(0), threading.Semaphore(0)
@@ -160,8 +186,8 @@ def saved(model):
 
 
 def gradient_apart(args, ours, plain):
-    """ours(model, reference), plain(model, reference): the loss of one batch. -> the largest difference of their
-    gradients, over the gradient's largest entry."""
+    """ours(model, reference), plain(model, reference): the loss of one batch. -> the largest
+    difference of their gradients, over the gradient's largest entry."""
     import torch
 
     llama = decoder(args)
@@ -169,16 +195,20 @@ def gradient_apart(args, ours, plain):
     with torch.no_grad():
         for p in params:
             p += 0.01 * torch.randn(p.shape)  # off the reference
-    for model in (llama, frozen):  # a VideoLLM never says the video token, here 0: a plain model must not either
-        model.lm_head.register_forward_hook(lambda module, inputs, out: out.index_fill(-1, torch.tensor([0]), -1e4))
+    # a VideoLLM never says the video token, here 0: a plain model must not either
+    banned = torch.tensor([0])
+    for model in (llama, frozen):
+        model.lm_head.register_forward_hook(lambda _, inputs, out: out.index_fill(-1, banned, -1e4))
     losses = (ours(video_llm_around(llama), lambda: nullcontext(video_llm_around(frozen))),
               plain(llama, lambda: nullcontext(frozen)))
     mine, theirs = (torch.autograd.grad(loss, params) for loss in losses)
-    return max(float((a - b).abs().max()) for a, b in zip(mine, theirs)) / max(float(g.abs().max()) for g in theirs)
+    return (max(float((a - b).abs().max()) for a, b in zip(mine, theirs))
+            / max(float(g.abs().max()) for g in theirs))
 
 
 def checked(args, point, ours, plain):
-    """A note on the gradients; ends the run where they differ. In float32 on a CPU alone: there rounding is small."""
+    """A note on the gradients; ends the run where they differ. In float32 on a CPU alone: there
+    rounding is small."""
     if args.base != "float32" or args.device != "cpu":
         return ""
     apart = gradient_apart(args, ours, plain)
@@ -187,9 +217,9 @@ def checked(args, point, ours, plain):
     return f"gradients of ours and plain apart: {apart:.0e} of the largest entry"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Taking turns
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def memory(args, peak=False):
     """MiB held now, or at most since the last question that was not for the peak."""
     if args.device == "cuda":
@@ -207,7 +237,8 @@ def memory(args, peak=False):
 
 
 def child(args, steps):
-    """Speaks one JSON line per step; what libraries print goes to stderr. steps yields the seconds of its sampling."""
+    """Speaks one JSON line per step; what libraries print goes to stderr. steps yields the seconds
+    of its sampling."""
     say = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     next(steps)
@@ -219,28 +250,32 @@ def child(args, steps):
             import torch
 
             torch.cuda.synchronize()
-        row = dict(seconds=time.perf_counter() - began, sampling=sampling, peak_mib=memory(args, peak=True) - loaded)
+        row = dict(seconds=time.perf_counter() - began, sampling=sampling,
+                   peak_mib=memory(args, peak=True) - loaded)
         say.write(json.dumps(row) + "\n")
         say.flush()
     os._exit(0)  # TRL's loop still waits for its turn
 
 
 def measure(args, script, point, sides=SIDES, env=()):
-    """-> {side: [row of each round]}; the first round warms up and is thrown away. A side called x*2 is two processes
-    of x with a rendezvous; its row is that of the slower one."""
+    """-> {side: [row of each round]}; the first round warms up and is thrown away. A side called
+    x*2 is two processes of x with a rendezvous; its row is that of the slower one."""
     rows, processes = {side: [] for side in sides}, {}
-    flags = ["--points", point, "--rounds", args.rounds, "--shape", args.shape, "--base", args.base, "--device",
-             args.device, "--threads", args.threads]
-    base = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false", **dict(env)}
+    flags = ["--points", point, "--rounds", args.rounds, "--shape", args.shape, "--base", args.base,
+             "--device", args.device, "--threads", args.threads]
+    base = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false",
+            **dict(env)}
     for side in sides:
         name, _, several = side.partition("*")
         command = [sys.executable, script, *map(str, flags), "--side", name]
         world = int(several or 1)
-        about = [base] if world == 1 else [
-            {**base, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(20000 + os.getpid() % 20000)} for r in range(world)]
-        processes[side] = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=e, text=True,
-                                            stderr=tempfile.TemporaryFile("w+")) for e in about]
+        about = [base] if world == 1 else [{**base, "RANK": str(r), "LOCAL_RANK": str(r),
+                                            "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                                            "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+                                           for r in range(world)]
+        processes[side] = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            env=e, text=True, stderr=tempfile.TemporaryFile("w+"))
+                           for e in about]
     try:
         for turn in range(args.rounds + 1):
             for side, group in processes.items():
@@ -293,14 +328,17 @@ def weights_of(shape):
 
 
 def summary(rows, floor, arithmetic, tokens):
-    """-> {side: medians; ratio: the side's seconds over ours, within rounds}. floor, arithmetic: seconds."""
+    """-> {side: medians; ratio: the side's seconds over ours, within rounds}. floor, arithmetic:
+    seconds."""
     out = {}
     for side in rows:
         total = statistics.median(r["seconds"] for r in rows[side])
         ratios = sorted(a["seconds"] / b["seconds"] for a, b in zip(rows[side], rows["ours"]))
-        out[side] = dict(seconds=total, sampling=statistics.median(r["sampling"] for r in rows[side]),
-                         tokens_per_second=tokens / total, peak_mib=max(r["peak_mib"] for r in rows[side]),
-                         of_floor=floor / total, mfu=arithmetic / total, ratio=statistics.median(ratios),
+        out[side] = dict(seconds=total,
+                         sampling=statistics.median(r["sampling"] for r in rows[side]),
+                         tokens_per_second=tokens / total,
+                         peak_mib=max(r["peak_mib"] for r in rows[side]), of_floor=floor / total,
+                         mfu=arithmetic / total, ratio=statistics.median(ratios),
                          ratio_low=ratios[0], ratio_high=ratios[-1])
     return out
 
@@ -308,31 +346,34 @@ def summary(rows, floor, arithmetic, tokens):
 def about_machine(args, flops, bandwidth):
     import plumbing.run
 
-    return dict(command=" ".join(["python", *sys.argv]), git_commit=plumbing.run.git_commit(), device=args.device,
-                threads=args.threads, shape=args.shape, base=args.base, rounds=args.rounds, gflops=flops / 1e9,
-                gbytes=bandwidth / 1e9)
+    return dict(command=" ".join(["python", *sys.argv]), git_commit=plumbing.run.git_commit(),
+                device=args.device, threads=args.threads, shape=args.shape, base=args.base,
+                rounds=args.rounds, gflops=flops / 1e9, gbytes=bandwidth / 1e9)
 
 
-HEAD = ("| point | side | s/step | sampling s | training s | tokens/s | peak MiB | of the floor | MFU | times ours |\n"
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|\n")
+HEAD = ("| point | side | s/step | sampling s | training s | tokens/s | peak MiB | of the floor | "
+        "MFU | times ours |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|\n")
 
 
 def table_rows(point, name):
     for side, r in point["sides"].items():
-        cells = [name, side, f"{r['seconds']:.3g}", f"{r['sampling']:.3g}", f"{r['seconds'] - r['sampling']:.3g}",
-                 f"{r['tokens_per_second']:.0f}", f"{r['peak_mib']:.0f}", f"{r['of_floor']:.0%}", f"{r['mfu']:.0%}",
+        cells = [name, side, f"{r['seconds']:.3g}", f"{r['sampling']:.3g}",
+                 f"{r['seconds'] - r['sampling']:.3g}", f"{r['tokens_per_second']:.0f}",
+                 f"{r['peak_mib']:.0f}", f"{r['of_floor']:.0%}", f"{r['mfu']:.0%}",
                  f"{r['ratio']:.2f} [{r['ratio_low']:.2f}, {r['ratio_high']:.2f}]"]
         yield f"| {' | '.join(cells)} |\n"
 
 
 def write(args, about, points, name_of, commands):
-    """Print the table; with --out write it beside the numbers and a plot. What was measured on a GPU, another time,
-    stands in the same table; what was not says so, with the command that does it."""
+    """Print the table; with --out write it beside the numbers and a plot. What was measured on a
+    GPU, another time, stands in the same table; what was not says so, with the command that does
+    it."""
     out = Path(args.out) if args.out else Path(tempfile.mkdtemp()) / "table"
     files = {"cpu": out.with_suffix(".json"), "cuda": out.with_name(out.name + "_cuda.json")}
     mine = files["cuda" if args.device == "cuda" else "cpu"]
     old = json.loads(mine.read_text())["points"] if args.device == "cuda" and mine.exists() else []
-    points = [p for p in old if p["name"] not in {name_of(q) for q in points}] + points  # NF4 and bf16: two commands
+    # NF4 and bf16: two commands
+    points = [p for p in old if p["name"] not in {name_of(q) for q in points}] + points
     for p in points:
         p.setdefault("name", name_of(p))
     mine.write_text(json.dumps(dict(about, points=points), indent=1) + "\n")
@@ -341,13 +382,16 @@ def write(args, about, points, name_of, commands):
         if not file.exists():
             continue
         found = json.loads(file.read_text())
-        text += (f"{device}, {found['threads']} threads: {found['gflops']:.0f} GFLOP/s, {found['gbytes']:.1f} GB/s; "
-                 f"{found['rounds']} rounds, commit {found['git_commit']}\n\n{HEAD}")
+        text += (f"{device}, {found['threads']} threads: {found['gflops']:.0f} GFLOP/s, "
+                 f"{found['gbytes']:.1f} GB/s; {found['rounds']} rounds, commit "
+                 f"{found['git_commit']}\n\n{HEAD}")
         text += "".join(row for p in found["points"] for row in table_rows(p, p["name"])) + "\n"
-        text += "".join(f"{p['name']}: {p['note']}\n" for p in found["points"] if p.get("note")) + "\n"
+        text += "".join(f"{p['name']}: {p['note']}\n"
+                        for p in found["points"] if p.get("note")) + "\n"
     if not files["cuda"].exists():
         text += "| on a GPU | |\n|---|---|\n"
-        text += "".join(f"| {name} | not measured yet: `{command}` |\n" for name, command in commands)
+        text += "".join(f"| {name} | not measured yet: `{command}` |\n"
+                        for name, command in commands)
     print(text)
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     if args.out and args.device == "cpu":
@@ -361,7 +405,8 @@ def plot(points, file):
     from matplotlib import pyplot as plt
 
     points = [p for p in points if "floor" in p]
-    fig, axes = plt.subplots(1, len(points), figsize=(3.4 * len(points), 3.4), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(points), figsize=(3.4 * len(points), 3.4), layout="constrained",
+                             squeeze=False)
     for ax, p in zip(axes[0], points):
         sides = list(p["sides"])
         for k, side in enumerate(sides):

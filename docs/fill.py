@@ -1,8 +1,8 @@
-"""The numbers in the pages are those of the files that the experiments write: `python docs/fill.py` puts them there.
+"""Puts the numbers that the experiments write into the pages: `python docs/fill.py`.
 
-What stands between `<!-- results/x.md -->` and `<!-- end -->` in README.md and docs/*.md becomes the content of
-docs/results/x.md; after `<!-- results/x.md: all, Action Reasoning -->` it is the head of its table and these rows. A test fails while a
-page shows anything else.
+What stands between `<!-- results/x.md -->` and `<!-- end -->` in README.md and docs/*.md becomes
+the content of docs/results/x.md; after `<!-- results/x.md: all, Action Reasoning -->` it is the
+head of its table and these rows. A test fails while a page shows anything else.
 """
 
 import re

@@ -1,7 +1,9 @@
 """How far do oracles agree with the truth, and what do they see?
 
-    python -m evaluation.agreement --demo                              five answers to one clip, ranked by every oracle
-    python -m evaluation.agreement --checkpoint runs/sft/policy_s0/final    agreement on a policy's own answers
+Run      python -m evaluation.agreement --demo
+             five answers to one clip, ranked by every oracle
+         python -m evaluation.agreement --checkpoint runs/sft/policy_s0/final
+             agreement on a policy's own answers
 """
 
 import random
@@ -15,13 +17,16 @@ from plumbing.flags import ORACLES, SCORERS, WORLD, OracleArgs, answer_help, fla
 
 @dataclass
 class Args(OracleArgs):
-    oracle: str = flag("judge,context", f"of {', '.join(ORACLES)}; several: each and their mean rank")
+    oracle: str = flag("judge,context",
+                       f"of {', '.join(ORACLES)}; several: each and their mean rank")
     demo: bool = flag(False, "rank five answers to one clip of the embedded world by every oracle")
-    checkpoint: str = flag("runs/sft/policy_s0/final", "the policy whose sampled answers are ranked")
+    checkpoint: str = flag("runs/sft/policy_s0/final",
+                           "the policy whose sampled answers are ranked")
     data: str = flag(f"{WORLD}/test.json", "labelled questions")
     questions: int = flag(500, "how many of them, drawn by --seed", low=1)
     G: int = flag(5, "answers per question, sampled at temperature 1", low=2)
-    seed: int = flag(0, "choice of questions, sampled answers, order in which a server sees them", low=0)
+    seed: int = flag(0, "choice of questions, sampled answers, order in which a server sees them",
+                     low=0)
     cache: str = flag("cache", "folder of cached CLIP features, narratives and replies of servers")
 
     def __post_init__(self):
@@ -44,7 +49,8 @@ from video_llm import Prefix, generate, load_model
 
 
 def pairwise_accuracy(scores, correct):
-    """Share of (right, wrong) answer pairs of one group in which the right one scores higher; ties count one half.
+    """Share of (right, wrong) answer pairs of one group in which the right one scores higher; ties
+    count one half.
 
     scores (B,G) float, correct (B,G) bool -> accuracy, number of pairs.
     """
@@ -58,8 +64,9 @@ def pairwise_accuracy(scores, correct):
 def kendall_tau(scores, truth):
     """Kendall's tau-b of every group, averaged over the groups in which the truth prefers anything.
 
-    scores, truth (B,G) float -> tau in [-1,1], number of groups. tau-b = (agreeing - disagreeing pairs) /
-    sqrt(pairs not tied in scores x pairs not tied in truth); a group that the scores leave tied counts 0.
+    scores, truth (B,G) float -> tau in [-1,1], number of groups. tau-b = (agreeing - disagreeing
+    pairs) / sqrt(pairs not tied in scores x pairs not tied in truth); a group that the scores leave
+    tied counts 0.
     """
     order = lambda x: torch.sign(x.unsqueeze(2) - x.unsqueeze(1)).double()  # (B,G,G)
     a, b = order(scores), order(truth)
@@ -70,11 +77,13 @@ def kendall_tau(scores, truth):
 
 
 def demo(args):
-    """Five answers to one clip: the label, the label with a full stop, half of it, none of it, and one that is beside
-    the point; ranked, and scored by aspect, by every oracle that can be asked here."""
+    """Five answers to one clip: the label, the label with a full stop, half of it, none of it, and
+    one that is beside the point; ranked, and scored by aspect, by every oracle that can be asked
+    here."""
     embedded.build_world(0)
     with processes.one_line_errors(DataError, OSError):
-        records = [r for r in read_records([f"{WORLD}/test.json"])[0] if str(r["question"]).startswith("where is")]
+        records = [r for r in read_records([f"{WORLD}/test.json"])[0]
+                   if str(r["question"]).startswith("where is")]
         record, others = records[0], {r["answer"] for r in records}
         names = ["reference", "judge", "context"]
         names += ["reward_model"] if Path(args.reward_model).exists() else []
@@ -86,7 +95,8 @@ def demo(args):
     answers = ["a circle", none, half, f"The {record['answer']}.", record["answer"]]
     question, asked = record["question"], ([record["clip"]], [record["question"]], [answers])
     print(f"{record['clip'].path}   {question}   label: {record['answer']}")
-    print(f"\nthe narrative, which `context` sees:\n    {oracle.raters['context'].narratives(asked[0])[0]}")
+    print("\nthe narrative, which `context` sees:\n    "
+          f"{oracle.raters['context'].narratives(asked[0])[0]}")
     prompt = "".join(judge_prompt(question, answers[3], answers[2])).replace("\n", "\n    ")
     print(f"a comparison, as `judge` sees it behind the video:{prompt}\n")
     table, points = {}, {}
@@ -97,18 +107,22 @@ def demo(args):
             table[name] = [f"{s:.2f} ({r})" for s, r in rows] if ok else ["masked"] * len(answers)
             if name in SCORERS:
                 (rows,), (ok,) = rater.aspects(*asked)
-                points[name] = [" ".join(f"{x:4.1f}" for x in row) if ok else "masked" for row in rows.tolist()]
+                points[name] = [" ".join(f"{x:4.1f}" for x in row) if ok else "masked"
+                                for row in rows.tolist()]
     width = max(map(len, answers)) + 2
-    for head, rows, wide in (("score (rank)", table, 14), (f"0-5: {', '.join(ASPECTS)}", points, 22)):
+    for head, rows, wide in (("score (rank)", table, 14),
+                             (f"0-5: {', '.join(ASPECTS)}", points, 22)):
         print(f"{head}\n{'':{width}}" + "".join(f"{name:>{wide}}" for name in rows))
         for k, a in enumerate(answers):
             print(f"{a:{width}}" + "".join(f"{cells[k]:>{wide}}" for cells in rows.values()))
 
 
 def agreement(args):
-    """Sampled answers of a policy, ranked by each oracle and by all together, against the labels."""
+    """Sampled answers of a policy, ranked by each oracle and by all together, against the
+    labels."""
     with processes.one_line_errors(DataError, OSError):
-        records = [r for r in read_records([args.data])[0] if r["clip"] and r["question"] != DESCRIBE]
+        records = [r
+                   for r in read_records([args.data])[0] if r["clip"] and r["question"] != DESCRIBE]
         model, processor = load_model(args.checkpoint)
         embedded.build_oracle(args, rank=0)
         oracle = make_oracle(args, records)
@@ -118,19 +132,23 @@ def agreement(args):
     for i in range(0, len(records), 50):
         prefix = Prefix.build(processor, cache, questions[i : i + 50], clips[i : i + 50])
         uniforms = np.random.default_rng([args.seed, i]).random((len(prefix.input_ids), args.G, 16))
-        tokens, lengths, _ = generate(model, prefix, torch.from_numpy(uniforms), processor.tokenizer.eos_token_id)
+        tokens, lengths, _ = generate(model, prefix, torch.from_numpy(uniforms),
+                                      processor.tokenizer.eos_token_id)
         answers += processor.decode_answers(tokens, lengths)
     said = lambda text: normalize(final_answer(text))
     labels = [said(r["answer"]) for r in records]
     correct = torch.tensor([[said(a) == x for a in g] for x, g in zip(labels, answers)])
     truth, _ = ReferenceOracle(records).score(clips, questions, answers)  # token F1 with the label
-    print(f"{len(records)} questions x {args.G} answers of {args.checkpoint}: {correct.float().mean():.1%} right; "
-          f"{(correct.all(1) | ~correct.any(1)).float().mean():.1%} of the groups all right or all wrong")
+    print(f"{len(records)} questions x {args.G} answers of {args.checkpoint}: "
+          f"{correct.float().mean():.1%} right; "
+          f"{(correct.all(1) | ~correct.any(1)).float().mean():.1%} of the groups all right or all "
+          "wrong")
     seen = {}
     for name, rater in getattr(oracle, "raters", {args.oracle: oracle}).items():
         began = time.time()
         with processes.one_line_errors(ApiError):
-            seen[name] = (*rater.score(clips, questions, answers), time.time() - began, getattr(rater, "counters", {}))
+            seen[name] = (*rater.score(clips, questions, answers), time.time() - began,
+                          getattr(rater, "counters", {}))
         if not (seen[name][1] & differ(answers)).any():  # equal answers are tied unasked
             sys.exit(f"agreement.py: {name} has ordered none of the groups whose answers differ")
     if len(seen) > 1:
@@ -141,9 +159,10 @@ def agreement(args):
         tau, groups = kendall_tau(scores[ok], truth[ok])
         tied = (scores == scores[:, :1]).all(1)[ok].float().mean()
         first = correct.gather(1, scores.argmax(1, keepdim=True))[ok].float().mean()
-        print(f"{name:12s} right before wrong in {accuracy:.1%} of {pairs} pairs; tau {tau:.3f} with the token F1 of "
-              f"{groups} groups; no order in {tied:.1%} of the groups; a right answer first in {first:.1%}; "
-              f"{(~ok).sum()} groups masked; {1e3 * seconds / len(records):.0f} ms a group")
+        print(f"{name:12s} right before wrong in {accuracy:.1%} of {pairs} pairs; tau {tau:.3f} "
+              f"with the token F1 of {groups} groups; no order in {tied:.1%} of the groups; a "
+              f"right answer first in {first:.1%}; {(~ok).sum()} groups masked; "
+              f"{1e3 * seconds / len(records):.0f} ms a group")
         if counters:
             print(" " * 13 + ", ".join(f"{key} {round(n, 1)}" for key, n in counters.items() if n))
 

@@ -1,28 +1,34 @@
-"""Who says whether an answer is right: `exact`, `local`, `api`; and CLIP's text tower, for retrieval and classes.
+"""Who says whether an answer is right: `exact`, `local`, `api`; and CLIP's text tower, for
+retrieval and classes.
 
-    values, problems = score_rows("msvd_qa", rows, judge, clip_text)   # a dict of values per row: metrics.py
+    values, problems = score_rows("msvd_qa", rows, judge, clip_text)   # a dict of values per row:
+                                                                       metrics.py
 
-  exact   no model: right is equal after `normalize`; the score is 5 times the token F1 with the reference, cut to an
-          integer. A lower bound: a paraphrase is wrong. For the aspects of MMAIP-V there is nothing it could say.
-  local   a VideoLLM checkpoint that sees the frames. Against a reference it is asked which is the better response, the
-          prediction or the reference, in both orders; P is its mean probability for the prediction. Score: 10 P cut to
-          an integer, at most 5; right: 3 or more (D1). Aspects: `JudgeOracle.aspects`.
-  api     an OpenAI-compatible server. With a reference: the text protocol of Video-ChatGPT (its structure, our words),
-          a dictionary with 'pred' and 'score'. Aspects: frames, question and answer, never the reference.
+  exact   no model: right is equal after `normalize`; the score is 5 times the token F1 with the
+          reference, cut to an integer. A lower bound: a paraphrase is wrong. For the aspects of
+          MMAIP-V there is nothing it could say.
+  local   a VideoLLM checkpoint that sees the frames. Against a reference it is asked which is the
+          better response, the prediction or the reference, in both orders; P is its mean
+          probability for the prediction. Score: 10 P cut to an integer, at most 5; right: 3 or more
+          (D1). Aspects: `JudgeOracle.aspects`.
+  api     an OpenAI-compatible server. With a reference: the text protocol of Video-ChatGPT (its
+          structure, our words), a dictionary with 'pred' and 'score'. Aspects: frames, question and
+          answer, never the reference.
 
-A reply that cannot be read is asked for again, ATTEMPTS times in all, each time with the reason; then it is counted
-under its reason and both conventions are reported. What was read is not asked again: replies of a
-server are kept by `ApiClient`, those of a local judge in <cache>/verdicts. A blank answer is wrong
-with score 0 and is not asked about. A judge that gives no verdict at all ends the script: its zeros
-would be no accuracy.
-Of a reasoning model's reply `exact` and `local` read what it says after its thinking; the official
-rules and a server get all of it, and how many replies hold thinking is counted.
+A reply that cannot be read is asked for again, ATTEMPTS times in all, each time with the reason;
+then it is counted under its reason and both conventions are reported. What was read is not asked
+again: replies of a server are kept by `ApiClient`, those of a local judge in <cache>/verdicts. A
+blank answer is wrong with score 0 and is not asked about. A judge that gives no verdict at all ends
+the script: its zeros would be no accuracy. Of a reasoning model's reply `exact` and `local` read
+what it says after its thinking; the official rules and a server get all of it, and how many replies
+hold thinking is counted.
 
-D1      A small video LLM cannot write a dictionary; comparing two responses is what the judge of this repository was
-        trained to do (oracle.py). As good as the reference is P = 1/2, hence 10 P. Its numbers compare with its own
-        only, as with every judge.
-D2      MMAIP-V's prompt and its definition of the ratio are not public. Ours: the four aspects of LLaVA-Hound, 0 to 5;
-        the score of an answer is their mean, and counts for the ratio from RATIO_FROM on.
+D1      A small video LLM cannot write a dictionary; comparing two responses is what the judge of
+        this repository was trained to do (oracle.py). As good as the reference is P = 1/2, hence 10
+        P. Its numbers compare with its own only, as with every judge.
+D2      MMAIP-V's prompt and its definition of the ratio are not public. Ours: the four aspects of
+        LLaVA-Hound, 0 to 5; the score of an answer is their mean, and counts for the ratio from
+        RATIO_FROM on.
 """
 
 import hashlib
@@ -62,16 +68,20 @@ NEITHER = "verdict neither way"  # read, and counted
 ASPECTS = oracle.ASPECTS
 VISION = tuple(f"{aspect}_points" for aspect in ASPECTS)  # metrics of MMAIP-V
 
-QA_TASK = """You evaluate answers to questions about videos. Compare the predicted answer with the correct answer and
-decide whether they mean the same. Synonyms and paraphrases count as a match; judge what is said, not how it is put."""
-CRITERIA = {
-    "correctness": "Is the prediction factually consistent with the correct answer, without misinterpretation?",
-    "detail": "Is the prediction complete, covering all major points of the correct answer, and specific, not generic?",
-    "context": "Does the prediction fit the overall context and the main themes of the video's content?",
-    "temporal": "Does the prediction give the events in the order in which the correct answer has them?",
-    "consistency": "Do the two predictions, to two phrasings of one question, agree with each other and with the "
-                   "correct answer, without contradiction?",
-}
+QA_TASK = """You evaluate answers to questions about videos. Compare the predicted answer with the \
+correct answer and
+decide whether they mean the same. Synonyms and paraphrases count as a match; judge what is said, \
+not how it is put."""
+CRITERIA = ({"correctness": "Is the prediction factually consistent with the correct answer, "
+                            "without misinterpretation?",
+             "detail": "Is the prediction complete, covering all major points of the correct "
+                       "answer, and specific, not generic?",
+             "context": "Does the prediction fit the overall context and the main themes of the "
+                        "video's content?", "temporal": "Does the prediction give the events in "
+                                                        "the order in which the correct answer has "
+                                                        "them?",
+             "consistency": "Do the two predictions, to two phrasings of one question, agree with "
+                            "each other and with the correct answer, without contradiction?"})
 
 
 def plain(text):
@@ -82,9 +92,10 @@ def plain(text):
 def qa_messages(row):
     """The question of Video-ChatGPT's judge: yes or no, and 0 to 5."""
     question, answer, said = map(plain, (row["question"], row["answer"], row["said"][0]))
-    user = (f"Question: {question}\nCorrect Answer: {answer}\nPredicted Answer: {said}\n\n"
-            "Reply with one Python dictionary and nothing else, with the keys 'pred', the string 'yes' or 'no', and "
-            "'score', an INTEGER from 0 to 5, 5 for the best match. Example: {'pred': 'yes', 'score': 4}")
+    user = (f"Question: {question}\nCorrect Answer: {answer}\nPredicted Answer: {said}\n\nReply "
+            "with one Python dictionary and nothing else, with the keys 'pred', the string 'yes' "
+            "or 'no', and 'score', an INTEGER from 0 to 5, 5 for the best match. Example: {'pred': "
+            "'yes', 'score': 4}")
     return [{"role": "system", "content": QA_TASK}, {"role": "user", "content": user}]
 
 
@@ -97,15 +108,18 @@ def criterion_messages(row, criterion):
         parts = [f"Question 1: {asks[0]}", f"Question 2: {asks[1]}", parts[1],
                  f"Predicted Answer to Question 1: {said[0]}",
                  f"Predicted Answer to Question 2: {said[1]}"]
-    user = ("\n".join(parts) + "\n\nReply with one Python dictionary and nothing else, with the key 'score', an "
-            "INTEGER from 0 to 5, 5 for the best. Example: {'score': 4}")
-    task = f"You evaluate answers to questions about videos by one criterion. {CRITERIA[criterion]} Paraphrases count."
+    user = ("\n".join(parts) + "\n\nReply with one Python dictionary and nothing else, with the "
+                               "key 'score', an INTEGER from 0 to 5, 5 for the best. Example: "
+                               "{'score': 4}")
+    task = ("You evaluate answers to questions about videos by one criterion. "
+            f"{CRITERIA[criterion]} Paraphrases count.")
     return [{"role": "system", "content": task}, {"role": "user", "content": user}]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Judges: replies to (kind, row) jobs, in order; kind is "qa", one of CRITERIA, or "aspects". None: no reply.
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Judges: replies to (kind, row) jobs, in order; kind is "qa", one of CRITERIA, or "aspects". None:
+# no reply.
+# --------------------------------------------------------------------------------------------------
 class ExactJudge:
     name = "exact (equal after normalisation; score: 5 x token F1; no model)"
 
@@ -139,10 +153,12 @@ class LocalJudge:
         ask.sort(key=lambda i: (jobs[i][0] == "aspects", str(jobs[i][1]["clip"])))
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "a") as file:
-            for n in tqdm(range(0, len(ask), batch), desc="local judge", leave=False, disable=len(ask) < 500):
+            for n in tqdm(range(0, len(ask), batch), desc="local judge", leave=False,
+                          disable=len(ask) < 500):
                 for aspects in (False, True):
                     some = [i for i in ask[n : n + batch] if (jobs[i][0] == "aspects") is aspects]
-                    for i, reply in zip(some, self.judge([jobs[i][1] for i in some], aspects) if some else []):
+                    for i, reply in zip(some, self.judge([jobs[i][1] for i in some], aspects)
+                                        if some else []):
                         kept[keys[i]] = reply
                         if reply is not None:
                             file.write(json.dumps([keys[i], reply]) + "\n")
@@ -154,9 +170,11 @@ class LocalJudge:
     def key(self, kind, row):
         if row["clip"] is None:
             return None
-        kind = "aspects" if kind == "aspects" else "against the reference"  # [D1] the criteria are all one to it
+        # [D1] the criteria are all one to it
+        kind = "aspects" if kind == "aspects" else "against the reference"
         try:
-            video = self.oracle.cache.key(row["clip"], self.oracle.processor.num_frames)  # its content
+            # its content
+            video = self.oracle.cache.key(row["clip"], self.oracle.processor.num_frames)
         except OSError:
             return None
         said = [final_answer(text) for text in row["said"]]
@@ -188,10 +206,11 @@ class ApiJudge:
     """An OpenAI-compatible server. DataError where asking on makes no sense."""
 
     def __init__(self, args):
-        self.client = ApiClient(args.api_url, args.api_model, args.cache, args.api_concurrency, args.api_timeout,
-                                args.api_retries, extra=args.api_extra)
+        self.client = ApiClient(args.api_url, args.api_model, args.cache, args.api_concurrency,
+                                args.api_timeout, args.api_retries, extra=args.api_extra)
         self.args, self.name = args, f"api {args.api_model} at {args.api_url}"
-        self.silent, self.cut_narrative = 0, set()  # questions in a row without reply; reasons that were told
+        # questions in a row without reply; reasons that were told
+        self.silent, self.cut_narrative = 0, set()
 
     def replies(self, jobs):
         with ThreadPoolExecutor(self.args.api_concurrency) as pool:
@@ -209,10 +228,12 @@ class ApiJudge:
 
         try:
             if kind == "aspects":
-                images = frames_as_urls(row["clip"], self.args.api_frames, self.args.api_size) if row["clip"] else []
+                images = frames_as_urls(row["clip"], self.args.api_frames,
+                                        self.args.api_size) if row["clip"] else []
                 if not images and self.args.api_frames:
                     return None  # it must see the video
-                points = oracle.aspects(self.client, images, row["question"], row["said"], self.args.api_max_tokens)
+                points = oracle.aspects(self.client, images, row["question"], row["said"],
+                                        self.args.api_max_tokens)
             else:
                 points = None
                 messages = qa_messages(row) if kind == "qa" else criterion_messages(row, kind)
@@ -238,12 +259,13 @@ class ApiJudge:
 def make_judge(args, device):
     if args.judge == "exact":
         return ExactJudge()
-    return LocalJudge(args.judge_model, args.cache, device) if args.judge == "local" else ApiJudge(args)
+    return LocalJudge(args.judge_model, args.cache,
+                      device) if args.judge == "local" else ApiJudge(args)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # CLIP's text tower
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class ClipText:
     """Unit text features of a CLIP checkpoint, a folder or a hub name."""
 
@@ -254,24 +276,27 @@ class ClipText:
 
     @torch.no_grad()
     def __call__(self, texts, batch=256):
-        """list of texts -> (n,D) float64. A text too long for the tower is cut, and keeps its end token."""
+        """list of texts -> (n,D) float64. A text too long for the tower is cut, and keeps its end
+        token."""
         out, end = [], self.tokenizer.eos_token_id
         longest = self.model.config.text_config.max_position_embeddings
         for n in range(0, len(texts), batch):
             ids = [self.tokenizer(t).input_ids for t in texts[n : n + batch]]
             ids = [[i for i in row if i != end][: longest - 1] + [end] for row in ids]
             length = max(map(len, ids))
-            tokens = torch.tensor([row + [end] * (length - len(row)) for row in ids], device=self.device)
-            mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids], device=self.device)
+            tokens = torch.tensor([row + [end] * (length - len(row)) for row in ids],
+                                  device=self.device)
+            mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids],
+                                device=self.device)
             pooled = self.model.text_model(input_ids=tokens, attention_mask=mask).pooler_output
             features = self.model.text_projection(pooled).double().cpu().numpy()
             out.append(features / np.linalg.norm(features, axis=1, keepdims=True))
         return np.concatenate(out)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows with predictions -> values
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 QA_NAMES = ("accuracy", "score")
 QA = ("msvd_qa", "msrvtt_qa", "activitynet_qa", "nextoe", "cvrr_es", "held_out")
 
@@ -304,10 +329,13 @@ def score_rows(benchmark, rows, judge, clip_text=None, classes=None):
     elif benchmark == "mmaip_v":
         values = aspects(rows, judge, problems)
     elif benchmark == "tempcompass":
-        matched = lambda row: row["said"] and tempcompass(row["said"][0], row["answer"], row["question"])
+        matched = lambda row: row["said"] and tempcompass(row["said"][0], row["answer"],
+                                                          row["question"])
         right = [row["reply"] if isinstance(row["reply"], int) else matched(row) for row in rows]
-        problems["no match"] = sum(r is None and row["said"] is not None for r, row in zip(right, rows))
-        values = [dict(accuracy=None if r is None else float(r), accuracy_all=float(r or 0)) for r in right]
+        problems["no match"] = sum(r is None and row["said"] is not None
+                                   for r, row in zip(right, rows))
+        values = [dict(accuracy=None if r is None else float(r), accuracy_all=float(r or 0))
+                  for r in right]
         for row, v in zip(rows, values):
             if row["said"] or row["reply"] is None:
                 said = row["said"][0] if row["said"] else ""
@@ -326,8 +354,8 @@ def score_rows(benchmark, rows, judge, clip_text=None, classes=None):
         there = [i for i, row in enumerate(rows) if row["said"] is not None]
         texts = [rows[i]["said"][0] for i in there]
         truth = [rows[i]["answer"] for i in there]
-        hits = (retrieval_hits([captions[0] for captions in truth], texts, clip_text) if classes is None
-                else class_hits(truth, texts, classes, clip_text))
+        hits = (retrieval_hits([captions[0] for captions in truth], texts, clip_text)
+                if classes is None else class_hits(truth, texts, classes, clip_text))
         for i, row_values in zip(there, zip(*hits.values())):
             values[i] = dict(zip(hits, map(float, row_values)))
         values = [v or dict.fromkeys(hits, 0.0) for v in values]  # no prediction: wrong
@@ -345,7 +373,8 @@ def never_read(judge):
 
 def judged(rows, kind, judge, problems, words="yes"):
     """Values of one kind of verdict: those that the file brings, else the judge's."""
-    read = (lambda reply: qa_values(reply, words)) if kind == "qa" else (lambda reply: score_values(reply, kind))
+    read = ((lambda reply: qa_values(reply, words)) if kind == "qa"
+            else (lambda reply: score_values(reply, kind)))
     names = QA_NAMES if kind == "qa" else (kind,)
     ask = [i for i, row in enumerate(rows) if row["reply"] is None and says(row)]
     replies = dict(zip(ask, judge.replies([(kind, rows[i]) for i in ask]))) if ask else {}
@@ -357,7 +386,8 @@ def judged(rows, kind, judge, problems, words="yes"):
         if reply is None:
             blank = row["said"] is not None and i not in replies
             problems["no reply"] += i in replies
-            out.append(dict.fromkeys([k + e for k in names for e in ("", "_all")], 0.0) if blank else unanswered(names))
+            out.append(dict.fromkeys([k + e for k in names for e in ("", "_all")], 0.0) if blank
+                       else unanswered(names))
             continue
         values, problem = read(reply)
         problems[problem] += problem is not None
@@ -368,7 +398,8 @@ def judged(rows, kind, judge, problems, words="yes"):
 
 
 def aspects(rows, judge, problems):
-    """[D2] The vision-based evaluation: four aspects, their mean, and the share of answers at RATIO_FROM or more."""
+    """[D2] The vision-based evaluation: four aspects, their mean, and the share of answers at
+    RATIO_FROM or more."""
     names = (*VISION, "score", "ratio")
     ask = [i for i, row in enumerate(rows) if says(row)]
     replies = dict(zip(ask, judge.replies([("aspects", rows[i]) for i in ask])))
@@ -376,12 +407,14 @@ def aspects(rows, judge, problems):
     out = []
     for i, row in enumerate(rows):
         if i not in replies:
-            out.append(unanswered(names) if row["said"] is None else dict.fromkeys(unanswered(names), 0.0))
+            out.append(unanswered(names) if row["said"] is None
+                       else dict.fromkeys(unanswered(names), 0.0))
         elif (reply := replies[i]) is None:
             problems["no reply"] += 1
             out.append(unanswered(names))
         else:
-            points = dict(zip(VISION, (reply[a] for a in ASPECTS)), score=float(np.mean([reply[a] for a in ASPECTS])))
+            points = dict(zip(VISION, (reply[a] for a in ASPECTS)),
+                          score=float(np.mean([reply[a] for a in ASPECTS])))
             points["ratio"] = float(points["score"] >= RATIO_FROM)
             out.append(points | {f"{name}_all": value for name, value in points.items()})
             row["verdict"] = reply

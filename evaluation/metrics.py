@@ -1,26 +1,35 @@
-"""The scoring rules of the public benchmarks, and the statistics of the tables: texts and numbers in, numbers out.
+"""The scoring rules of the public benchmarks, and the statistics of the tables: texts and numbers
+in, numbers out.
 
-Every rule turns one prediction into values of one item: {metric: 1.0 / 0.0 / a score / None}. A metric is the mean of
-its values that are not None. So both conventions for what cannot be read are two metrics of the same items:
+Every rule turns one prediction into values of one item: {metric: 1.0 / 0.0 / a score / None}. A
+metric is the mean of its values that are not None. So both conventions for what cannot be read are
+two metrics of the same items:
 
-    accuracy      the official rule: what cannot be read is left out of numerator and denominator (None)
-    accuracy_all  every question counts; what cannot be read, and a question without a prediction, is wrong (0)
+    accuracy      the official rule: what cannot be read is left out of numerator and denominator
+                  (None)
+    accuracy_all  every question counts; what cannot be read, and a question without a prediction,
+                  is wrong (0)
 
   rule                    official scorer                                             here
   verdict yes / no        Video-ChatGPT evaluate_activitynet_qa.py (substring test)   qa_values
-  verdict in/correct      CVRR-ES results_parser.py (equality)                        qa_values(words="correct")
-  score 0-5               the same files: mean of int(score)                          qa_values, score_values
-  letter                  Video-MME eval_your_results.py                              letter_official
+  verdict in/correct      CVRR-ES results_parser.py (equality)
+                          qa_values(words="correct")
+  score 0-5               the same files: mean of int(score)                          qa_values,
+                          score_values
+  letter                  Video-MME eval_your_results.py
+                          letter_official
   letter, yes / no        TempCompass eval_multi-choice.py, eval_yes_no.py            tempcompass
-  multiple choice         NExT-QA eval_mc.py (TP counts as TN)                        choice_values, nextqa_groups
+  multiple choice         NExT-QA eval_mc.py (TP counts as TN)                        choice_values,
+                          nextqa_groups
   text-text retrieval     VLM-Eval retrival_v2t_t2v.py                                retrieval_hits
   action recognition      VLM-Eval action_acc.py, over the full class list            topk_hits
 
-D1      `letter_official` takes the first of A-D anywhere, so "Based on ..." reads as B. `letter_strict` beside it takes
-        a reply only if it names one option and no other, after its thinking; both are reported.
-D2      Where several candidates of a retrieval are equally similar, the hit is shared among them (its expected value
-        under a random order); the official code leaves the order of ties to chance, and a model that gives every video
-        one description would profit from it.
+D1      `letter_official` takes the first of A-D anywhere, so "Based on ..." reads as B.
+        `letter_strict` beside it takes a reply only if it names one option and no other, after its
+        thinking; both are reported.
+D2      Where several candidates of a retrieval are equally similar, the hit is shared among them
+        (its expected value under a random order); the official code leaves the order of ties to
+        chance, and a model that gives every video one description would profit from it.
 """
 
 import ast
@@ -36,9 +45,9 @@ from plumbing.text import final_answer, normalize, strip_thinking
 SCORES = 5  # judges give 0..5
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a judge replied
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def literal(text):
     """The Python or JSON value that a text spells, or a mixture of both; None. Never eval()."""
     name = {"true": "True", "false": "False", "null": "None"}
@@ -111,7 +120,8 @@ def inside(value):
 
 
 def read_score(value):
-    """A judge's score as the official rule takes it: int(), which cuts 4.8 to 4. None if it is no number in 0..5."""
+    """A judge's score as the official rule takes it: int(), which cuts 4.8 to 4. None if it is no
+    number in 0..5."""
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         number = math.nan if isinstance(value, bool) else float(value)
         return int(number) if 0 <= number <= SCORES else None
@@ -120,7 +130,8 @@ def read_score(value):
 def read_verdict(said, words="yes"):
     """True, False, or None for anything else, such as 'partially correct'.
 
-    words="yes": "yes" anywhere, else "no" anywhere (Video-ChatGPT); words="correct": exactly correct or incorrect."""
+    words="yes": "yes" anywhere, else "no" anywhere (Video-ChatGPT); words="correct": exactly
+    correct or incorrect."""
     if isinstance(said, bool):
         return said
     if not isinstance(said, str):
@@ -132,9 +143,10 @@ def read_verdict(said, words="yes"):
 
 
 def qa_values(reply, words="yes"):
-    """One judged answer -> its values, and why the reply is not usable (None if it is). A verdict may stand under
-    'type', as CVRR-ES's parser allows. A reply without a verdict or a score at all counts as none: official code
-    stops there. A verdict that is neither yes nor no leaves its score in the mean, as officially."""
+    """One judged answer -> its values, and why the reply is not usable (None if it is). A verdict
+    may stand under 'type', as CVRR-ES's parser allows. A reply without a verdict or a score at all
+    counts as none: official code stops there. A verdict that is neither yes nor no leaves its score
+    in the mean, as officially."""
     found, key = reply_dict(reply)
     said = None if found is None else found.get("pred", found.get("type"))
     score = None if found is None else read_score(found.get("score"))
@@ -152,25 +164,29 @@ def score_values(reply, name):
     found, problem = reply_dict(reply)
     score = None if found is None else read_score(found.get("score"))
     problem = problem or ("no score of 0 to 5" if score is None else None)
-    return {name: score if score is None else float(score), f"{name}_all": float(score or 0)}, problem
+    return {name: score if score is None else float(score),
+            f"{name}_all": float(score or 0)}, problem
 
 
 def unanswered(names):
-    """The values of a question without a prediction, or that no judge could read: out of one mean, 0 in the other."""
+    """The values of a question without a prediction, or that no judge could read: out of one mean,
+    0 in the other."""
     return {name: None for name in names} | {f"{name}_all": 0.0 for name in names}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Letters
-# ---------------------------------------------------------------------------------------------------------------
-# Two entries of the official list lack a comma and are fused, so that four prefixes never match; kept as they act.
+# --------------------------------------------------------------------------------------------------
+# Two entries of the official list lack a comma and are fused, so that four prefixes never match;
+# kept as they act.
 PREFIXES = ("The best answer is", "The correct answer is", "The answer is", "The answer",
-            "The best option is" "The correct option is", "Best answer:" "Best option:", "Answer:", "Option:",
-            "The correct answer", "The correct option")  # fmt: skip
+            "The best option is" "The correct option is", "Best answer:" "Best option:", "Answer:",
+            "Option:", "The correct answer", "The correct option")
 
 
 def letter_official(reply, letters="ABCD"):
-    """Video-MME's letter: known prefixes deleted, then the first of A-D anywhere; '' where there is none."""
+    """Video-MME's letter: known prefixes deleted, then the first of A-D anywhere; '' where there is
+    none."""
     reply = reply.strip()
     for prefix in PREFIXES:
         reply = reply.replace(prefix, "")
@@ -249,7 +265,7 @@ def named(text, letters):
     after += rf"|(?i:option|choice)(?i:\s+is)?\s*+:?{OPEN}{one}{ALONE}"
     places = re.finditer(f"{marked}|{after}", text)
     out = {next(filter(None, m.groups())) for m in places
-           if not re.search(NEGATED, text[max(0, m.start() - 30) : m.start()])}  # fmt: skip
+           if not re.search(NEGATED, text[max(0, m.start() - 30) : m.start()])}
     pairs = re.findall(rf"(?<!\w){one}(?:[.)])?\s+or\s+\(?{one}(?!\w)", text)
     return out | {letter for pair in pairs for letter in pair}
 
@@ -257,14 +273,15 @@ def named(text, letters):
 def choice_values(reply, answer, options=(), letters="ABCD"):
     """A reply to a multiple-choice question with the answer's letter -> values, problem."""
     official, strict = letter_official(reply, letters), letter_strict(reply, options, letters)
-    values = dict(acc_answered=float(official == answer) if official else None, acc_all=float(official == answer),
-                  acc_strict=float(strict == answer))
+    values = dict(acc_answered=float(official == answer) if official else None,
+                  acc_all=float(official == answer), acc_strict=float(strict == answer))
     return values, None if official else "no letter"
 
 
 def tempcompass(reply, answer, question=""):
-    """TempCompass: right or wrong by its matching rules, None where they do not match (official: asked of a judge, or
-    0 with --disable_llm). The kind of question is seen from its answer: yes / no, 'Caption A: text', else 'A. text'."""
+    """TempCompass: right or wrong by its matching rules, None where they do not match (official:
+    asked of a judge, or 0 with --disable_llm). The kind of question is seen from its answer: yes /
+    no, 'Caption A: text', else 'A. text'."""
     reply = reply.replace("</s>", "").strip()
     if answer in ("yes", "no"):
         said = next((word for word in ("yes", "no") if reply.lower().startswith(word)), None)
@@ -299,8 +316,8 @@ def tempcompass_strict(reply, answer, question):
 
 
 def matched_caption(reply, answer, question):
-    """eval_caption_matching.py: a reply names an option by all of its line, its sentence ('A) ' before it or not), its
-    name or letter; the last that fits counts."""
+    """eval_caption_matching.py: a reply names an option by all of its line, its sentence ('A) '
+    before it or not), its name or letter; the last that fits counts."""
     said, behind = None, reply.split(") ")[1] if ") " in reply else None
     for line in question.split("\n")[1:]:
         name, *text = line.split(": ")[:2]
@@ -316,16 +333,17 @@ def nextqa_groups(kind):
     return {"type": kind, "Acc@": kind[:1]}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Text against text
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def for_clip(text):
     """A generated text as VLM-Eval gives it to CLIP: no full stops, the first 77 characters."""
     return text.replace(".", "")[:77]
 
 
 def topk_hits(similarity, target, ks=(1, 5)):
-    """similarity (R,C), target (R,) the right column of each row -> {k: hits (R,) in [0,1]}, ties shared [D2]."""
+    """similarity (R,C), target (R,) the right column of each row -> {k: hits (R,) in [0,1]}, ties
+    shared [D2]."""
     right = np.take_along_axis(similarity, target[:, None], 1)  # (R,1)
     better = (similarity > right).sum(1)
     tied = (similarity == right).sum(1)  # itself included
@@ -333,16 +351,19 @@ def topk_hits(similarity, target, ks=(1, 5)):
 
 
 def retrieval_hits(captions, texts, embed, ks=(1, 5)):
-    """VLM-Eval's retrieval. captions, texts: per video the first true caption and the generated description; embed:
-    list of texts -> unit vectors (n,D). -> {"t2v_r1": (R,), ...}.
+    """VLM-Eval's retrieval. captions, texts: per video the first true caption and the generated
+    description; embed: list of texts -> unit vectors (n,D). -> {"t2v_r1": (R,), ...}.
 
-    Text to video: every *different* caption ranks all descriptions and looks for that of its (last) video; the sum is
-    divided by the number of predictions, so that a caption which occurs twice counts once.
+    Text to video: every *different* caption ranks all descriptions and looks for that of its (last)
+    video; the sum is divided by the number of predictions, so that a caption which occurs twice
+    counts once.
     """
     texts = [for_clip(t) for t in texts]
     names = list(dict.fromkeys(captions))
-    vectors = dict(zip(distinct := list(dict.fromkeys(texts + names)), embed(distinct)))  # equal texts, equal vectors
-    similarity = np.stack([vectors[t] for t in texts]) @ np.stack([vectors[n] for n in names]).T  # (R,C)
+    # equal texts, equal vectors
+    vectors = dict(zip(distinct := list(dict.fromkeys(texts + names)), embed(distinct)))
+    # (R,C)
+    similarity = np.stack([vectors[t] for t in texts]) @ np.stack([vectors[n] for n in names]).T
     column = np.array([names.index(c) for c in captions])
     last = {c: i for i, c in enumerate(captions)}
     owners = np.array([last[name] for name in names])  # (C,) the video that a caption looks for
@@ -354,21 +375,24 @@ def retrieval_hits(captions, texts, embed, ks=(1, 5)):
 
 
 def class_hits(labels, texts, classes, embed, ks=(1, 5)):
-    """Zero-shot action recognition: the generated text against the names of all classes -> {"top1": (R,), ...}."""
+    """Zero-shot action recognition: the generated text against the names of all classes -> {"top1":
+    (R,), ...}."""
     texts = [for_clip(t) for t in texts]
     vectors = dict(zip(distinct := list(dict.fromkeys([*texts, *classes])), embed(distinct)))
     similarity = np.stack([vectors[t] for t in texts]) @ np.stack([vectors[c] for c in classes]).T
     hits = topk_hits(similarity, np.array([classes.index(label) for label in labels]), ks)
-    # A blank text has an embedding too, and could be near a class by accident; it says nothing, so it is wrong.
+    # A blank text has an embedding too, and could be near a class by accident; it says nothing, so
+    # it is wrong.
     said = np.array([bool(t.strip()) for t in texts])
     return {f"top{k}": h * said for k, h in hits.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Statistics
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def spread(values):
-    """Sample standard deviation (n - 1) over seeds; None for a single one, whose spread is unknown, not zero."""
+    """Sample standard deviation (n - 1) over seeds; None for a single one, whose spread is unknown,
+    not zero."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
@@ -377,11 +401,12 @@ def over_seeds(values):
 
 
 def bootstrap(values, clips, resamples=10_000, seed=0):
-    """Column means with 95 % percentile intervals over resampled clips: values (R,M), NaN where an item does not
-    count, clips (R,) -> [(mean, low, high), ...]; None for an empty column.
+    """Column means with 95 % percentile intervals over resampled clips: values (R,M), NaN where an
+    item does not count, clips (R,) -> [(mean, low, high), ...]; None for an empty column.
 
-    A clip is drawn with all its items, because questions about one video are not independent. The mean of a resample
-    is sum(W d) / sum(W n), with W (K,C) how often each of K resamples holds each of C clips.
+    A clip is drawn with all its items, because questions about one video are not independent. The
+    mean of a resample is sum(W d) / sum(W n), with W (K,C) how often each of K resamples holds each
+    of C clips.
     """
     there = ~np.isnan(values)
     clip = np.unique(np.asarray(clips), return_inverse=True)[1]
@@ -389,21 +414,24 @@ def bootstrap(values, clips, resamples=10_000, seed=0):
     d, n = np.zeros((C, M)), np.zeros((C, M))
     np.add.at(d, clip, np.where(there, values, 0))
     np.add.at(n, clip, there)
-    rng, chunk, means = np.random.default_rng(seed), max(1, 2_000_000 // C), []  # a chunk of W holds 16 MB
+    # a chunk of W holds 16 MB
+    rng, chunk, means = np.random.default_rng(seed), max(1, 2_000_000 // C), []
     for k in range(0, resamples, chunk):
-        W = rng.multinomial(C, np.full(C, 1 / C), size=min(chunk, resamples - k)).astype(float)  # (K,C)
+        # (K,C)
+        W = rng.multinomial(C, np.full(C, 1 / C), size=min(chunk, resamples - k)).astype(float)
         with np.errstate(invalid="ignore"):
             means.append((W @ d) / (W @ n))  # NaN: a resample without any item of the column
     means, out = np.concatenate(means), []
     for m in range(M):
         kept = means[~np.isnan(means[:, m]), m]
         mean = values[there[:, m], m].mean() if len(kept) else None
-        out.append((float(mean), *np.quantile(kept, [0.025, 0.975]).tolist()) if len(kept) else None)
+        out.append((float(mean), *np.quantile(kept, [0.025, 0.975]).tolist()) if len(kept)
+                   else None)
     return out
 
 
 def paired_bootstrap(a, b, clips, resamples=10_000, seed=0):
-    """Mean of b - a with its interval over clips: (mean, low, high). a (S,R), b (S',R) on the same R questions; seeds
-    are averaged first; clips (R,) the clip of each question."""
+    """Mean of b - a with its interval over clips: (mean, low, high). a (S,R), b (S',R) on the same
+    R questions; seeds are averaged first; clips (R,) the clip of each question."""
     difference = np.mean(b, axis=0, dtype=float) - np.mean(a, axis=0, dtype=float)  # (R,)
     return bootstrap(difference[:, None], clips, resamples, seed)[0]

@@ -1,9 +1,12 @@
-"""Predictions in the benchmarks' own formats: read, joined with their questions, written. The readers of
-evaluation/benchmark_files.py know all shapes; here is what concerns whole files of them.
+"""Predictions in the benchmarks' own formats: read, joined with their questions, written. The
+readers of evaluation/benchmark_files.py know all shapes; here is what concerns whole files of them.
 
-    columns, report = predictions("video_mme", ["mine.json"])          # {column: rows that hold what was said}
-    rows = join(rows, columns[""], report)                             # questions with the predictions put in
-    contents = in_own_format("video_mme", rows)                        # {file name: content}, for the official scorers
+    columns, report = predictions("video_mme", ["mine.json"])          # {column: rows that hold
+                                                                       what was said}
+    rows = join(rows, columns[""], report)                             # questions with the
+                                                                       predictions put in
+    contents = in_own_format("video_mme", rows)                        # {file name: content}, for
+                                                                       the official scorers
 """
 
 import glob
@@ -18,9 +21,9 @@ from plumbing.text import final_answer
 
 
 def predictions(benchmark, files):
-    """Prediction files -> ({column: rows}, report). A table with one column per model gives several columns, any other
-    file one, named "". An id that occurs twice counts once, with its last prediction, as in jsonl that was resumed. A
-    file without any prediction is refused."""
+    """Prediction files -> ({column: rows}, report). A table with one column per model gives several
+    columns, any other file one, named "". An id that occurs twice counts once, with its last
+    prediction, as in jsonl that was resumed. A file without any prediction is refused."""
     columns, several = {}, False
     report = dict(files=list(map(str, files)), duplicates=[], blank=0, left_out=Counter())
     for file, value in contents(files):
@@ -33,9 +36,10 @@ def predictions(benchmark, files):
             report["duplicates"] += [id for id, n in uses.items() if n > 1]
         for name, part in parts.items():
             rows = with_answers_as_said(READERS[benchmark](file, part, benchmark))
-            if not any(row["reply"] is not None or any(t and t.strip() for t in row["said"] or ()) for row in rows):
-                raise DataError(f"{file}: no predictions{f' of {name}' * bool(name)}; they are read under "
-                                f"{', '.join(SAID)}")
+            if not any(row["reply"] is not None or any(t and t.strip() for t in row["said"] or ())
+                       for row in rows):
+                raise DataError(f"{file}: no predictions{f' of {name}' * bool(name)}; they are "
+                                f"read under {', '.join(SAID)}")
             columns.setdefault(name, []).extend(row for row in rows if not row.get("left_out"))
             report["left_out"] += Counter(row["left_out"] for row in rows if row.get("left_out"))
     for name, rows in columns.items():
@@ -46,23 +50,27 @@ def predictions(benchmark, files):
             kept[key] = row
         columns[name] = list(kept.values())
         report["duplicates"] += [] if several else twice
-        report["blank"] += sum(row["said"] is not None and not all(t and t.strip() for t in row["said"])
+        report["blank"] += sum(row["said"] is not None
+                               and not all(t and t.strip() for t in row["said"])
                                for row in kept.values())
     return columns, report
 
 
 def contents(files):
-    """[(file, what it holds)] of prediction files and folders of them. A folder of one judged question a file, named by
-    its id, as Video-ChatGPT's scripts write them, is one dict by id; what it is for is in the folder's name."""
+    """[(file, what it holds)] of prediction files and folders of them. A folder of one judged
+    question a file, named by its id, as Video-ChatGPT's scripts write them, is one dict by id; what
+    it is for is in the folder's name."""
     out = []
     for place in map(str, files):
         if not os.path.isdir(place):
             out.append((place, load(place)))
             continue
-        every = sorted(f for f in glob.glob(os.path.join(glob.escape(place), "*")) if f.lower().endswith(READ))
+        every = sorted(f for f in glob.glob(os.path.join(glob.escape(place), "*"))
+                       if f.lower().endswith(READ))
         there = [f for f in every if f.lower().endswith((".json", ".jsonl"))] or every
         if not there:
-            raise DataError(f"{place}: no prediction file in that folder; read are {', '.join(READ)}")
+            raise DataError(f"{place}: no prediction file in that folder; read are "
+                            f"{', '.join(READ)}")
         loaded = [(file, load(file)) for file in there]
         single = {Path(file).stem: value for file, value in loaded if judged(value)}
         out += [(file, value) for file, value in loaded if not judged(value)]
@@ -72,16 +80,18 @@ def contents(files):
 
 def judged(value):
     """Is it one [verdict, record]? The verdict has no question, the record has one."""
-    asks = lambda x: isinstance(x, dict) and any(key in x for key in ("q", "Q", "q1", "Q1", "question", "question_1"))
+    asks = (lambda x: isinstance(x, dict)
+            and any(key in x for key in ("q", "Q", "q1", "Q1", "question", "question_1")))
     return isinstance(value, list) and len(value) == 2 and asks(value[1]) and not asks(value[0])
 
 
 def with_answers_as_said(rows):
-    """ActivityNet-QA's own format: {question_id, answer} without a question is a prediction, not a label, where nothing
-    in the file is called a prediction."""
+    """ActivityNet-QA's own format: {question_id, answer} without a question is a prediction, not a
+    label, where nothing in the file is called a prediction."""
     if any(row["said"] is not None or row["reply"] is not None or row["question"] for row in rows):
         return rows
-    said = lambda row: [row["answer"] or ""] if isinstance(row["record"].get("answer"), (str, int)) else None
+    said = lambda row: [row["answer"] or ""] if isinstance(row["record"].get("answer"),
+                                                           (str, int)) else None
     return [row | dict(said=said(row), answer=None) for row in rows]
 
 
@@ -98,8 +108,8 @@ def join(rows, said, report):
     report["without"] = [row["id"] for row in out if row["said"] is None and row["reply"] is None]
     report["unknown"] = [row["id"] for row in said if row["id"] not in used]
     if not used - {None}:
-        raise DataError(f"{report['files'][0]}: none of its {len(said)} ids is a question of the benchmark; "
-                        f"{said[0]['id']!r} there, {rows[0]['id']!r} here")
+        raise DataError(f"{report['files'][0]}: none of its {len(said)} ids is a question of the "
+                        f"benchmark; {said[0]['id']!r} there, {rows[0]['id']!r} here")
     return out
 
 
@@ -109,9 +119,11 @@ def in_own_format(benchmark, rows):
         parts = {}
         for row in rows:
             keys = ("pred1", "pred2") if len(row["asks"]) == 2 else ("pred",)
-            asked = ({"Q1": row["asks"][0], "Q2": row["asks"][1]} if len(row["asks"]) == 2 else {"Q": row["asks"][0]})
+            asked = ({"Q1": row["asks"][0], "Q2": row["asks"][1]} if len(row["asks"]) == 2
+                     else {"Q": row["asks"][0]})
             record = {**asked, "A": row["answer"], "video_name": row["video"]}
-            parts.setdefault(row["groups"]["part"], []).append(record | dict(zip(keys, row["said"])))
+            parts.setdefault(row["groups"]["part"],
+                             []).append(record | dict(zip(keys, row["said"])))
         return {f"video_chatgpt_{part}": part_rows for part, part_rows in parts.items()}
     if benchmark.startswith("video_mme"):
         videos = {}
@@ -129,11 +141,13 @@ def in_own_format(benchmark, rows):
     if benchmark == "nextoe":
         out = {}
         for row in rows:
-            out.setdefault(row["video"], {})[row["id"].removeprefix(f"{row['video']}_")] = row["said"][0]
+            out.setdefault(row["video"],
+                           {})[row["id"].removeprefix(f"{row['video']}_")] = row["said"][0]
         return {benchmark: out}
     if isinstance(rows[0]["answer"], list) or benchmark in ("ucf101", "hmdb51"):
-        return {benchmark: [{"video_id": row["id"], "question_id": row["id"], "answer": row["said"][0],
-                             "gt": row["answer"] if isinstance(row["answer"], list) else [row["answer"]]}
-                            for row in rows]}
-    return {benchmark: [{"id": row["id"], "video": row["video"], "question": row["question"], "answer": row["answer"],
-                         "pred": row["said"][0]} for row in rows]}
+        return {benchmark: [{"video_id": row["id"], "question_id": row["id"],
+                             "answer": row["said"][0],
+                             "gt": row["answer"] if isinstance(row["answer"], list)
+                             else [row["answer"]]} for row in rows]}
+    return {benchmark: [{"id": row["id"], "video": row["video"], "question": row["question"],
+                         "answer": row["answer"], "pred": row["said"][0]} for row in rows]}

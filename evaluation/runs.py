@@ -125,8 +125,8 @@ def difference(first, other, correct, types, clips):
     a, b = correct[first["label"]], correct[other["label"]]
     shared = [s for s in other["seeds"] if s in first["seeds"] and s is not None]
     if shared:
-        a, b = (x[[column["seeds"].index(s) for s in shared]] for x,
-                column in ((a, first), (b, other)))
+        a, b = (x[[column["seeds"].index(s) for s in shared]]
+                for x, column in ((a, first), (b, other)))
     mean, low, high = paired_bootstrap(a, b, clips)
     each = by_task_type(b.mean(0) - a.mean(0), types)
     return dict(to=first["label"], seeds=shared, mean=mean, low=low, high=high, task_types=each,
@@ -147,14 +147,15 @@ def table(summary):
         out.append([t, *(cell(c["accuracy"][t]) for c in columns), *guessed, str(n)])
     if changes := [c["difference"] for c in columns[1:]]:
         show = lambda d: f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
-        loss = lambda d: f"{100 * d['worst'][1]:+.1f} {d['worst'][0]}" if d["worst"][1] < 0 else "none"
+        loss = (lambda d: f"{100 * d['worst'][1]:+.1f} {d['worst'][0]}" if d["worst"][1] < 0
+                else "none")
         out.append([f"difference to {columns[0]['label']}", "", *map(show, changes)])
         if any(d["spread"] is not None for d in changes):
             apart = ("" if d["spread"] is None else f"± {100 * d['spread']:.1f}" for d in changes)
             out.append(["  over seeds", "", *apart])
         out.append(["  largest loss", "", *map(loss, changes)])
-    out += [[name, *(cell(c[key]) for c in columns)] for name,
-            key in (("token F1", "token_f1"), ("ended", "ended"))]
+    out += [[name, *(cell(c[key]) for c in columns)]
+            for name, key in (("token F1", "token_f1"), ("ended", "ended"))]
     out.append(["words per answer", *(f"{c['words']['mean']:.2f}" for c in columns)])
     out.append(["seeds",
                 *(" ".join("-" if s is None else str(s) for s in c["seeds"]) for c in columns)])

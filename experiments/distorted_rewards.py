@@ -1,18 +1,22 @@
-"""GRPO_rank on a reward that is a distortion of the truth, another one for every question: what are ranks good for?
+"""GRPO_rank on a reward that is a distortion of the truth, another one for every question: what are
+ranks good for?
 
-    python experiments/distorted_rewards.py --distortion tail --advantage score --name tail_score --seed 0 --resume
+    python experiments/distorted_rewards.py --distortion tail --advantage score --name tail_score
 
-All flags but --distortion are those of grpo_rank.py, whose oracle is token F1 with the label (--oracle reference) seen
-through one of these; the numbers drawn belong to a question and are the same whenever it is asked:
+All flags but --distortion are those of grpo_rank.py, whose oracle is token F1 with the label
+(--oracle reference) seen through one of these; the numbers drawn belong to a question and are the
+same whenever it is asked:
 
     saturation  tanh(k r)                  k ~ U(2, 8): what is good and what is best look alike
     tail        exp(k r) - 1               k ~ U(2, 8): the best answer dwarfs all others
-    flip10/20/30  each answer changes its score with another one of its group with probability 0.1 / 0.2 / 0.3
+    flip10/20/30  each answer changes its score with another one of its group with probability 0.1 /
+                  0.2 / 0.3
 
-The first two are monotone within a question: the ranks are those of r, as `grpo_rank.py --oracle reference` sees them.
-Equal answers have equal scores. An offset or a factor for every question is not among them: GRPO's (r - mean) / std
-takes both out exactly (a test shows it). `bash experiments/distorted_rewards.sh` runs all with `oracle_rank` and `score`
-on three seeds; distortions.py makes the table and the picture.
+The first two are monotone within a question: the ranks are those of r, as `grpo_rank.py --oracle
+reference` sees them. Equal answers have equal scores. An offset or a factor for every question is
+not among them: GRPO's (r - mean) / std takes both out exactly (a test shows it). `bash
+experiments/distorted_rewards.sh` runs all with `oracle_rank` and `score` on three seeds;
+distortions.py makes the table and the picture.
 """
 
 import sys
@@ -41,13 +45,16 @@ class DistortedOracle(ReferenceOracle):
 
     def score(self, videos, questions, answers):
         scores, ok = super().score(videos, questions, answers)
-        rows = [distort(self.distortion, row, one, np.random.default_rng([self.seed, zlib.crc32(f"{v} {q}".encode())]))
-                for row, one, v, q in zip(scores.tolist(), one_of_equals(answers), videos, questions)]
+        rows = [distort(self.distortion, row, one,
+                        np.random.default_rng([self.seed, zlib.crc32(f"{v} {q}".encode())]))
+                for row, one, v, q in zip(scores.tolist(), one_of_equals(answers), videos,
+                                          questions)]
         return torch.tensor(rows), ok
 
 
 def distort(kind, rewards, one, rng):
-    """Rewards [G] in [0,1] of one question, `one` [G]: the place of the answer that each is a copy of. -> [G]."""
+    """Rewards [G] in [0,1] of one question, `one` [G]: the place of the answer that each is a copy
+    of. -> [G]."""
     r = np.array(rewards)
     if kind == "saturation":
         r = np.tanh(rng.uniform(2, 8) * r)

@@ -30,11 +30,12 @@ def main():
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
-    lines = ["| held-out pairs, % | trained on | judge, truth | reward model, judge | reward model, truth | seeds |",
-             "| --- | ---: | ---: | ---: | ---: | --- |"]
+    lines = ["| held-out pairs, % | trained on | judge, truth | reward model, judge | reward "
+             "model, truth | seeds |", "| --- | ---: | ---: | ---: | ---: | --- |"]
     commits = set()
     rows = [(name, label, args.seeds) for name, label in ROWS.items()]
-    rows.insert(1, ("context", f"the same, seed {args.seeds[0]} alone", args.seeds[:1]))  # beside rows of one seed
+    # beside rows of one seed
+    rows.insert(1, ("context", f"the same, seed {args.seeds[0]} alone", args.seeds[:1]))
     for name, label, seeds in rows:
         runs = {s: Path(f"runs/reward_model/{name}_s{s}") for s in seeds}
         runs = {s: run for s, run in runs.items() if (run / "final/reward_model.json").exists()}
@@ -42,10 +43,13 @@ def main():
             lines.append(f"| {label} | not measured yet | | | | |")
             continue
         found = [json.loads((run / "final/reward_model.json").read_text()) for run in runs.values()]
-        commits |= {json.loads((run / "args.json").read_text())["git_commit"] for run in runs.values()}
-        cells = [f"{statistics.mean(f['pairs'] for f in found):.0f}", *(cell([f[c] for f in found]) for c in COLUMNS)]
+        commits |= {json.loads((run / "args.json").read_text())["git_commit"]
+                    for run in runs.values()}
+        cells = [f"{statistics.mean(f['pairs'] for f in found):.0f}",
+                 *(cell([f[c] for f in found]) for c in COLUMNS)]
         lines.append(f"| {label} | {' | '.join(cells)} | {' '.join(runs)} |")
-    lines += ["", f"a ± b: mean and standard deviation over seeds; commit {', '.join(sorted(commits))}"]
+    made = ", ".join(sorted(commits))
+    lines += ["", f"a ± b: mean and standard deviation over seeds; commit {made}"]
     Path(args.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

@@ -1,6 +1,8 @@
-"""Exact match beside Iter-W2S's evaluation by a judge that sees the video: what `evaluate.py --compare` wrote, a table.
+"""Exact match beside Iter-W2S's evaluation by a judge that sees the video: what `evaluate.py
+--compare` wrote, a table.
 
-    python experiments/vision.py runs/dpo_vision_s*.json --labels "SFT,iteration 1" --out docs/results/dpo_vision.md
+    python experiments/vision.py runs/dpo_vision_s*.json --labels "SFT,iteration 1"
+        --out docs/results/dpo_vision.md
 """
 
 import argparse
@@ -8,7 +10,8 @@ import json
 import statistics
 from pathlib import Path
 
-COLUMNS = {"exact match, %": ("held_out", "exact", 100), "judge: right, %": ("held_out", "accuracy", 100),
+COLUMNS = {"exact match, %": ("held_out", "exact", 100),
+           "judge: right, %": ("held_out", "accuracy", 100),
            **{f"{aspect}, 0-5": ("mmaip_v", f"{aspect}_points", 1)
               for aspect in ("relevance", "accuracy", "detail", "clarity")},
            "their mean": ("mmaip_v", "score", 1), "ratio, %": ("mmaip_v", "ratio", 100)}
@@ -26,12 +29,14 @@ def main():
     for label, *runs in zip(args.labels.split(","), *seeds, strict=True):
         cells = []
         for benchmark, metric, scale in COLUMNS.values():
-            values = [scale * run["benchmarks"][benchmark]["metrics"][metric]["mean"] for run in runs]
-            spread = f" ± {statistics.stdev(values):.{2 - (scale > 1)}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{2 - (scale > 1)}f}{spread}")
+            values = [scale * run["benchmarks"][benchmark]["metrics"][metric]["mean"]
+                      for run in runs]
+            digits = 1 if scale > 1 else 2
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    lines += ["", f"seeds: {len(seeds)}; judge: {seeds[0][0]['benchmarks']['mmaip_v']['judge']}; commit "
-              f"{', '.join(sorted({file['git_commit'] for file in files}))}"]
+    lines += ["", f"seeds: {len(seeds)}; judge: {seeds[0][0]['benchmarks']['mmaip_v']['judge']}; "
+                  f"commit {', '.join(sorted({file['git_commit'] for file in files}))}"]
     Path(args.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

@@ -167,9 +167,8 @@ def main(args):
             black += 1
             print(one_line(f"black: {path}: no frame shows anything"), flush=True)
     print(one_line(f"{len(paths)} files: {len(paths) - len(refused)} can be read, {black} of them "
-                   "are black; "
-                   f"{len(refused)} refused{passed}; "
-                   f"the slowest took {slowest[0]:.1f} s: {slowest[1]}"))
+                   f"are black; {len(refused)} refused{passed}; the slowest took {slowest[0]:.1f} "
+                   f"s: {slowest[1]}"))
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         files.write(Path(args.out), json.dumps(dict(sorted(refused.items())), indent=1) + "\n")

@@ -300,8 +300,8 @@ def _scan(path):
                 covered = (ends[video] - start) * base
                 promised = max(stream.duration * base, stream.frames / rate)
         elif container.duration is not None:
-            covered = max(end * float(container.streams[index].time_base) for index,
-                          end in ends.items())
+            covered = max(end * float(container.streams[index].time_base)
+                          for index, end in ends.items())
             promised = container.duration / av.time_base
         try:
             _check_covered(covered, promised, np.diff(np.sort(shown)).max(initial=0) * base)

@@ -127,8 +127,8 @@ def unread_keys(row, known):
 
     def look(thing, read, place=""):
         if isinstance(thing, dict):
-            found.extend(place + key for key,
-                         value in thing.items() if key not in read and value not in empty)
+            found.extend(place + key
+                         for key, value in thing.items() if key not in read and value not in empty)
 
     look(row, known)
     for key in ("conversations", "messages", "prompt"):
@@ -171,8 +171,8 @@ def _load(file):
             text = f.read()
         if file.lower().endswith(".jsonl") or _is_lines(text):
             # not splitlines: it splits at U+2028 as well, which JSON allows in text
-            rows = [[f"line {n}", line] for n,
-                    line in enumerate(text.split("\n"), 1) if line.strip()]
+            rows = [[f"line {n}", line]
+                    for n, line in enumerate(text.split("\n"), 1) if line.strip()]
             for row in rows:
                 # a broken line stays text and is refused
                 with contextlib.suppress(ValueError, RecursionError):
@@ -183,8 +183,8 @@ def _load(file):
         why = "is no text in UTF-8; read are .json and .jsonl"
         raise DataError(_line(f"{file}: cannot be read, it {why}")) from exc
     except (OSError, ValueError, RecursionError) as exc:
-        raise DataError(_line(f"{file}: cannot be read "
-                              f"({getattr(exc, 'strerror', None) or exc})")) from exc
+        why = getattr(exc, "strerror", None) or exc
+        raise DataError(_line(f"{file}: cannot be read ({why})")) from exc
     if isinstance(data, dict):
         data = next((data[key] for key in ("annotations", "data")
                      if isinstance(data.get(key), list)), data)

@@ -116,15 +116,14 @@ def check_decoder(name, config):
                       "has one mask")
     try:
         with torch.device("meta"):
-            names = {n.rpartition(".")[2] for n,
-                     _ in AutoModelForCausalLM.from_config(config).named_modules()}
+            names = {n.rpartition(".")[2]
+                     for n, _ in AutoModelForCausalLM.from_config(config).named_modules()}
     except ValueError:  # no causal decoder is made of this configuration
         names = set()
     missing = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} - names
     if missing:
         raise OSError(f"{name}: a {config.model_type} has no {', '.join(sorted(missing))}; "
-                      "decoders of the LLaMA class "
-                      "are LLaMA, Vicuna, TinyLlama, Qwen2 and Mistral")
+                      "decoders of the LLaMA class are LLaMA, Vicuna, TinyLlama, Qwen2 and Mistral")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,8 +163,7 @@ def load_qformer(qformer, width, num_frames, seed):
     trained_on = weights["transformer.encoder.layer.0.crossattention.attention.key.weight"].shape[1]
     if trained_on != width:  # BLIP-2's ViT-g has 1408, CLIP ViT-L 1024: these matrices do not fit
         print(f"{qformer}: its cross-attention was trained on features of width {trained_on}, this "
-              f"CLIP has {width}: "
-              "keys and values start from nothing")
+              f"CLIP has {width}: keys and values start from nothing")
         weights = {k: v for k, v in weights.items()
                    if not re.search(r"crossattention\.attention\.(key|value)", k)}
     missing, unknown = parts.load_state_dict(weights, strict=False)

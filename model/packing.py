@@ -89,7 +89,7 @@ class Tree:
     ids, place, number, end   of every node, in the order of the row; place 0 follows the prefix
     read                      for every text: where in the row the tokens of its reply are
                               predicted, -1 at the prefix's last token
-   """
+    """
 
     def __init__(self, texts):
         self.texts, paths = texts, {}
@@ -125,7 +125,7 @@ def tree_rows(heads, trees, pad_id, dtype, window, device):
 
     -> the inputs of `VideoLLM` (without the videos) and (row, column, token), three tensors: where
     in its logits each token of each reply is predicted. Logits are kept from the first such column.
-   """
+    """
     W = max(len(h) + len(t.ids) for h, t in zip(heads, trees))
     A = max(1, *(len(t.ids) for t in trees))
     rows = lambda fill, of_heads, of_trees: torch.tensor(

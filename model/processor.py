@@ -155,8 +155,8 @@ class VideoLLMProcessor(ProcessorMixin):
     def decode_answers(self, tokens, lengths):
         """tokens (B,G,T), lengths (B,G) counted with EOS -> B lists of G strings."""
         text = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return [[text(t[:n]) for t, n in zip(ts.tolist(), ns.tolist())] for ts,
-                ns in zip(tokens, lengths)]
+        return [[text(t[:n]) for t, n in zip(ts.tolist(), ns.tolist())]
+                for ts, ns in zip(tokens, lengths)]
 
 
 def fits(processor, record, max_prompt_tokens):

@@ -24,11 +24,8 @@ def build_if_missing(path, command, duration, rank):
             print(f"{path} is missing; another process makes it: waiting", flush=True)
             processes.lock(building, wait=True)
         if not Path(path).exists():
-            print(
-                f"{path} is missing: `python {' '.join(command)}` makes it ({duration} on two CPU "
-                "cores)",
-                flush=True,
-            )
+            print(f"{path} is missing: `python {' '.join(command)}` makes it ({duration} on two "
+                  "CPU cores)", flush=True)
             run_script(path, command)
         processes.HELD.pop(building.resolve()).close()
     processes.barrier()

@@ -89,8 +89,7 @@ def collect_rows(run, file, parts, rows_of, answered=lambda row: True, flags=Non
             if run.rank == 0:
                 rewrite()
             sys.exit(f"{file}: {source or 'the oracle'} has answered nothing in {lost} rows; when "
-                     "it "
-                     f"can again: {processes.resume_command()}")
+                     f"it can again: {processes.resume_command()}")
     return rows
 
 

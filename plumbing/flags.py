@@ -81,16 +81,13 @@ class ModelArgs(Flags):
     """How a model lies in memory: flags of the training scripts, read in plumbing/run.py."""
 
     # -- memory
-    dtype: str = flag(
-        "float32", "float32, or bfloat16: of the weights that LoRA leaves alone", choices=DTYPES
-    )
+    dtype: str = flag("float32", "float32, or bfloat16: of the weights that LoRA leaves alone",
+                      choices=DTYPES)
     attn_implementation: str = flag("sdpa", "sdpa | eager; flash attention cannot take the "
                                     "mask of packed groups", choices=("sdpa", "eager"))
-    gradient_checkpointing: bool = flag(
-        False,
-        "keep the inputs of layers alone and compute them again: "
-        "a third more time, a fraction of the activations",
-    )
+    gradient_checkpointing: bool = flag(False, "keep the inputs of layers alone and compute them "
+                                               "again: a third more time, a fraction of the "
+                                               "activations")
 
     def check_training(self, batch=None):
         """What the training scripts refuse alike. batch: the flag of the global batch, where
@@ -131,10 +128,8 @@ class ModelArgs(Flags):
 @dataclass
 class ShardArgs(ModelArgs):
     # -- memory
-    shard: bool = flag(
-        False,
-        "FSDP2: each process keeps a share of every layer, for decoders that do not fit one GPU",
-    )
+    shard: bool = flag(False, "FSDP2: each process keeps a share of every layer, for decoders that "
+                              "do not fit one GPU")
 
 
 @dataclass
@@ -142,23 +137,16 @@ class RolloutArgs(Flags):
     """How answers are sampled: flags of the scripts that do it in their loop, read there."""
 
     # -- memory
-    unpack_nf4: bool = flag(
-        True,
-        "unpack an nf4 base once for a rollout, not at every token; takes the "
-        "unquantised size meanwhile (7B: 13 GB)",
-    )
-    cuda_graphs: bool = flag(
-        False,
-        "sample with a CUDA graph a token; takes the room of the longest "
-        "answers at once (not yet measured on a GPU)",
-    )
+    unpack_nf4: bool = flag(True, "unpack an nf4 base once for a rollout, not at every token; "
+                                  "takes the unquantised size meanwhile (7B: 13 GB)")
+    cuda_graphs: bool = flag(False, "sample with a CUDA graph a token; takes the room of the "
+                                    "longest answers at once (not yet measured on a GPU)")
 
     def __post_init__(self):
         super().__post_init__()
         if self.cuda_graphs and getattr(self, "shard", False):
-            raise ValueError(
-                "--cuda_graphs: not with --shard, whose layers are gathered anew for every token"
-            )
+            raise ValueError("--cuda_graphs: not with --shard, whose layers are gathered anew for "
+                             "every token")
         if self.cuda_graphs:
             import torch
 
@@ -171,31 +159,19 @@ class ApiArgs(Flags):
     """The flags of a server, inherited by every script that can ask one."""
 
     # -- server
-    api_url: str = flag(
-        "", f"OpenAI-compatible server, http(s)://host/v1; its key: environment variable {KEY}"
-    )
+    api_url: str = flag("", "OpenAI-compatible server, http(s)://host/v1; its key: environment "
+                            f"variable {KEY}")
     api_model: str = flag("", "the model's name on that server")
-    api_frames: int = flag(
-        8, "frames of the video sent with a question; 0: none, a blind control", low=0, high=64
-    )
-    api_size: int = flag(
-        336,
-        "longer side of a frame in pixels; larger frames are scaled down to it",
-        low=16,
-        high=4096,
-    )
-    api_max_tokens: int = flag(
-        512, "longest reply; models that think before they reply need more", low=1, high=10**6
-    )
-    api_concurrency: int = flag(
-        8, "requests under way at the same time, per process", low=1, high=64
-    )
-    api_timeout: float = flag(
-        60.0,
-        "seconds without a sign of the server before a request is given up",
-        low=0.01,
-        high=3600,
-    )
+    api_frames: int = flag(8, "frames of the video sent with a question; 0: none, a blind control",
+                           low=0, high=64)
+    api_size: int = flag(336, "longer side of a frame in pixels; larger frames are scaled down to "
+                              "it", low=16, high=4096)
+    api_max_tokens: int = flag(512, "longest reply; models that think before they reply need more",
+                               low=1, high=10**6)
+    api_concurrency: int = flag(8, "requests under way at the same time, per process", low=1,
+                                high=64)
+    api_timeout: float = flag(60.0, "seconds without a sign of the server before a request is "
+                                    "given up", low=0.01, high=3600)
     api_retries: int = flag(4, "further attempts after a failed request", low=0, high=20)
     api_extra: str = flag("", "JSON object for every request; null drops a key: "
                            '\'{"reasoning_effort": "low", "temperature": null}\'')
@@ -216,25 +192,18 @@ class OracleArgs(ApiArgs):
     --cache and --seed."""
 
     # -- oracle
-    oracle: str = flag(
-        "context",
-        "context | judge | reward_model | api: AI feedback; reference: token "
-        "F1 with the label; several, comma-separated: the mean of their ranks",
-    )
+    oracle: str = flag("context", "context | judge | reward_model | api: AI feedback; reference: "
+                                  "token F1 with the label; several, comma-separated: the mean of "
+                                  "their ranks")
     oracle_model: str = flag(JUDGE, "the judging model")
     reward_model: str = flag(REWARD_MODEL, "the checkpoint that --oracle reward_model ranks by")
-    oracle_dtype: str = flag(
-        "float32", "float32, or bfloat16: of the oracles' weights", choices=DTYPES
-    )
-    oracle_tokens: int = flag(
-        16384,
-        "tokens that a local judge holds at a time, prompts and padding "
-        "included: fewer take less memory and more time",
-        low=1,
-    )
-    api_mode: str = flag(
-        "listwise", "listwise: one request a group | pairwise: one a pair and order", choices=MODES
-    )
+    oracle_dtype: str = flag("float32", "float32, or bfloat16: of the oracles' weights",
+                             choices=DTYPES)
+    oracle_tokens: int = flag(16384, "tokens that a local judge holds at a time, prompts and "
+                                     "padding included: fewer take less memory and more time",
+                              low=1)
+    api_mode: str = flag("listwise", "listwise: one request a group | pairwise: one a pair and "
+                                     "order", choices=MODES)
 
     @property
     def raters(self):
@@ -244,17 +213,15 @@ class OracleArgs(ApiArgs):
         super().__post_init__()
         for name in self.raters:
             if name not in ORACLES or self.raters.count(name) > 1:
-                raise ValueError(
-                    f"--oracle {self.oracle}: choose of {', '.join(ORACLES)}, each once"
-                )
+                raise ValueError(f"--oracle {self.oracle}: choose of {', '.join(ORACLES)}, each "
+                                 "once")
         # moving shapes are all that the default ones know
         if not getattr(self, "data", WORLD).startswith(WORLD):
             for flag, default, names in (("oracle_model", JUDGE, ("judge", "context")),
                                          ("reward_model", REWARD_MODEL, ("reward_model",))):
                 if set(names) & set(self.raters) and getattr(self, flag) == default:
-                    raise ValueError(
-                        f"--{flag} {default} knows the embedded world only, not --data {self.data}"
-                    )
+                    raise ValueError(f"--{flag} {default} knows the embedded world only, not "
+                                     f"--data {self.data}")
         self.check_api(needed="api" in self.raters)
 
 
@@ -298,10 +265,8 @@ def read(cls):
     global RESUMES
     RESUMES = any(f.name == "resume" for f in fields(cls))
     parser = Parser(cls, allow_abbrev=False, add_help=False)
-    parser.error = lambda message: (
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr),
-        sys.exit(2),
-    )
+    parser.error = lambda message: (print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr),
+                                    sys.exit(2))
     # --preset NAME: other defaults; what stands on the command line still wins
     if hasattr(cls, "PRESETS"):
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -342,11 +307,7 @@ def help_text(cls):
             words = default if isinstance(default, list) else ["" if default is None else default]
             head = f"  --{field.name} {shlex.join(map(str, words))}"
             gap = " " * max(34 - len(head), 2)
-            out += textwrap.wrap(
-                f"{head}{gap}{field.metadata['help']}",
-                width,
-                subsequent_indent=" " * 34,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
+            out += textwrap.wrap(f"{head}{gap}{field.metadata['help']}", width,
+                                 subsequent_indent=" " * 34, break_long_words=False,
+                                 break_on_hyphens=False)
     return "\n".join(out)

@@ -78,15 +78,10 @@ def say(line):
 
 def resume_command():
     """The command that continues this run: the command line as it was given, with --resume."""
-    words = (
-        re.sub(r" --resume(?:[= ](?!-)\S+)?(?= |$)", "", shlex.join(sys.argv))
-        + " --resume" * flags.RESUMES
-    )
-    launcher = (
-        f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}"
-        if world_size() > 1
-        else "python"
-    )
+    words = (re.sub(r" --resume(?:[= ](?!-)\S+)?(?= |$)", "", shlex.join(sys.argv)) + " --resume"
+             * flags.RESUMES)
+    launcher = (f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}"
+                if world_size() > 1 else "python")
     return f"{launcher} {words}"
 
 
@@ -94,11 +89,8 @@ def one_line_if_full(kind, error, trace):
     """sys.excepthook: a full disk is reported in one line, also where a library raises something
     else than OSError."""
     if getattr(error, "errno", None) in FULL or any(f"(os error {n})" in str(error) for n in FULL):
-        say(
-            f"no room on the disk ({' '.join(str(error).split())}); the last checkpoint is whole: "
-            "make room, then "
-            f"continue with: {resume_command()}"
-        )
+        say(f"no room on the disk ({' '.join(str(error).split())}); the last checkpoint is whole: "
+            f"make room, then continue with: {resume_command()}")
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -121,10 +113,8 @@ def lock(path, wait=False):
     except OSError as e:
         if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-        say(
-            f"{path}: this file system has no locks ({e.strerror}); see to it that no second run "
-            "writes there"
-        )
+        say(f"{path}: this file system has no locks ({e.strerror}); see to it that no second run "
+            "writes there")
     HELD[path] = file
     return True
 
@@ -153,9 +143,8 @@ def setup_dist():
     STEP, or after PATIENCE where all may wait."""
     Stop.watch()
     sys.excepthook = one_line_if_full
-    rank, world, local = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    rank, world, local = (int(os.environ.get(k, d))
+                          for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
@@ -216,11 +205,8 @@ def check_same(what, thing):
     digests = all_gather(hashlib.sha256(json.dumps(thing).encode()).hexdigest())
     if len(set(digests)) > 1:
         odd = ", ".join(str(rank) for rank, d in enumerate(digests) if d != digests[0])
-        say(
-            f"{Path(sys.argv[0]).name}: {what}: not the same on all processes (rank {odd} differs "
-            "from rank 0); they "
-            "must see the same files"
-        )
+        say(f"{Path(sys.argv[0]).name}: {what}: not the same on all processes (rank {odd} differs "
+            "from rank 0); they must see the same files")
         sys.exit(1)
 
 
@@ -264,11 +250,8 @@ def distribute(model, device, sharded=False, find_unused=False):
 def no_sync(model, when):
     """Keep gradients local while micro-batches accumulate: only the last backward pass of a step
     communicates."""
-    return (
-        model.no_sync()
-        if when and isinstance(model, DistributedDataParallel)
-        else contextlib.nullcontext()
-    )
+    return (model.no_sync() if when and isinstance(model, DistributedDataParallel)
+            else contextlib.nullcontext())
 
 
 def sum_gradients(params):

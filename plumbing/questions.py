@@ -35,34 +35,25 @@ def usable_questions(run, records, report, cache):
     requests for descriptions (an oracle that compares short answers cannot rank them), prompts too
     long for --max_prompt_tokens."""
     seen_file = Path(run.args.model).parent / "labelled_clips.json"
-    seen = (
-        {real(path) for path in json.loads(seen_file.read_text())} if seen_file.exists() else set()
-    )
+    seen = ({real(path) for path in json.loads(seen_file.read_text())} if seen_file.exists()
+            else set())
     known = {r["clip"] for r in records if r["clip"] and real(r["clip"].path) in seen}
-    records = [
-        r for r in records if r["clip"] and r["question"] != DESCRIBE and r["clip"] not in known
-    ]
+    records = [r for r in records if r["clip"] and r["question"] != DESCRIBE
+               and r["clip"] not in known]
     broken = prepare_videos(run, cache, [r["clip"] for r in records])
     records = [r for r in records if r["clip"] not in broken]
-    processes.check_same(
-        f"{run.args.data}: its records", [[r["id"], r["question"], r["answer"]] for r in records]
-    )
+    processes.check_same(f"{run.args.data}: its records",
+                         [[r["id"], r["question"], r["answer"]] for r in records])
     if longest := getattr(run.args, "max_prompt_tokens", None):
         records, before = [r for r in records if fits(cache.processor, r, longest)], len(records)
         if run.rank == 0 and len(records) < before:
-            print(
-                f"{before - len(records)} questions left out: their prompts cannot be cut to "
-                "--max_prompt_tokens "
-                f"{longest}"
-            )
+            print(f"{before - len(records)} questions left out: their prompts cannot be cut to "
+                  f"--max_prompt_tokens {longest}")
     if run.rank == 0:
         print("\n".join(report_lines(report)))
         left_out = len({clip.path for clip in known})
-        print(
-            f"{len(records)} questions; {left_out} of {len(seen)} clips labelled in SFT are there "
-            "and left out; "
-            f"{len(broken)} broken"
-        )
+        print(f"{len(records)} questions; {left_out} of {len(seen)} clips labelled in SFT are "
+              f"there and left out; {len(broken)} broken")
     return records
 
 
@@ -109,10 +100,8 @@ def choose_questions(run, records, report, cache):
     """-> the questions of RL, and the held-out questions that measure it."""
     records = usable_questions(run, records, report, cache)
     if len(records) < run.args.prompts_per_step:
-        sys.exit(
-            f"{run.args.data}: {len(records)} usable questions, fewer than --prompts_per_step "
-            f"{run.args.prompts_per_step}"
-        )
+        sys.exit(f"{run.args.data}: {len(records)} usable questions, fewer than --prompts_per_step "
+                 f"{run.args.prompts_per_step}")
     return records, held_out_questions(run, cache)
 
 

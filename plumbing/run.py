@@ -57,7 +57,7 @@ class Job:
     """Processes, flags and a folder: what collecting has, and every run.
 
     rank, world, device   this process, how many there are, where its model lies
-  """
+    """
 
     sharded = False
 
@@ -73,7 +73,7 @@ class Run(Job):
     checkpoint            where --resume continues (a folder), None at the start
     first_step            the step to begin with, known after `start`
     log                   see `Log`, there after `start`
-  """
+    """
 
     def __init__(self, script, args):
         super().__init__(args, Path("runs", Path(script).stem, f"{args.name}_s{args.seed}"))
@@ -145,10 +145,8 @@ class Run(Job):
             log.unscored[what] += 1
         silent = log.unscored[what]
         if silent >= (min(3, log.steps) if step < log.steps else 1):
-            sys.exit(
-                f"step {step}: in {silent} steps the {what} has ranked nothing; when it can again: "
-                + processes.resume_command()
-            )
+            sys.exit(f"step {step}: in {silent} steps the {what} has ranked nothing; when it can "
+                     "again: " + processes.resume_command())
         return not silent
 
     def check_finite(self, step, grad_norm, questions, answers):
@@ -157,18 +155,13 @@ class Run(Job):
         batch = [{"question": str(q), "answers": a} for q, a in zip(questions, answers)]
         log = self.log
         if log.not_finite or not torch.isfinite(grad_norm):
-            what = (
-                f"{log.not_finite} is not finite"
-                if log.not_finite
-                else f"the gradient is {float(grad_norm)}"
-            )
+            what = (f"{log.not_finite} is not finite" if log.not_finite
+                    else f"the gradient is {float(grad_norm)}")
             which = f"_rank{self.rank}" if world_size() > 1 else ""
             bad = Path(self.folder, f"not_finite_step{step}{which}.json")
             bad.write_text(json.dumps(batch, indent=2))
-            sys.exit(
-                f"step {step}{which.replace('_', ', ')}: {what}; weights untouched, the batch is "
-                f"in {bad}"
-            )
+            sys.exit(f"step {step}{which.replace('_', ', ')}: {what}; weights untouched, the batch "
+                     f"is in {bad}")
 
     def write_samples(self, step, batch, answers, every=25, first=3, **numbers):
         """Every so many steps the first groups of a batch go to samples.jsonl, each with its share
@@ -177,9 +170,8 @@ class Run(Job):
             with open(self.folder / "samples.jsonl", "a") as f:
                 for b, (r, group) in enumerate(list(zip(batch, answers))[:first]):
                     about = {name: rounded(x[b].tolist()) for name, x in numbers.items()}
-                    row = dict(
-                        step=step, video=str(r["clip"].path), question=r["question"], answers=group
-                    )
+                    row = dict(step=step, video=str(r["clip"].path), question=r["question"],
+                               answers=group)
                     f.write(json.dumps(row | about) + "\n")
 
     def save(self, step, model, processor, optimizer, steps=None, **more):
@@ -188,16 +180,12 @@ class Run(Job):
         on all processes together."""
         steps, stop = steps or self.log.steps, self.log.stop and step < self.log.steps
         if stop or step < steps and step % self.args.save_steps == 0:
-            save_checkpoint(
-                self.folder, f"checkpoint-{step}", model, processor, optimizer, step, **more
-            )
+            save_checkpoint(self.folder, f"checkpoint-{step}", model, processor, optimizer, step,
+                            **more)
         if stop:
             processes.barrier()  # the first process has written it
-            processes.say(
-                f"{signal.Signals(self.log.stop).name}: {self.folder}/checkpoint-{step} is "
-                "written; "
-                f"continue with: {processes.resume_command()}"
-            )
+            processes.say(f"{signal.Signals(self.log.stop).name}: {self.folder}/checkpoint-{step} "
+                          f"is written; continue with: {processes.resume_command()}")
             sys.exit(128 + self.log.stop)
         # not so where answers are collected between the iterations of DPO
         processes.Stop.training = step < steps or step == self.log.steps
@@ -208,15 +196,10 @@ class Run(Job):
         `cost.json` has the peak memory of all processes: of the GPUs where there are some, else of
         the machine."""
         model, folder = getattr(model, "module", model), self.folder
-        cuda, kilobytes = (
-            torch.cuda.is_available(),
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        )
-        peak = sum(
-            processes.all_gather(
-                torch.cuda.max_memory_allocated() / 2**30 if cuda else kilobytes / 2**20
-            )
-        )
+        cuda, kilobytes = (torch.cuda.is_available(),
+                           resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        peak = sum(processes.all_gather(torch.cuda.max_memory_allocated() / 2**30 if cuda
+                                        else kilobytes / 2**20))
         if self.rank == 0:
             device = torch.cuda.get_device_name() if cuda else "cpu"
             cost = dict(peak_gb=peak, device=device, processes=world_size())
@@ -260,11 +243,8 @@ def open_run(folder, args, rank):
     folder that another run is writing to is refused always."""
     folder = Path(folder)
     processes.own(folder / "lock", rank)
-    flags = {
-        f.name: getattr(args, f.name)
-        for f in fields(args)
-        if f.init and f.name not in ("resume", "stage")
-    }
+    flags = {f.name: getattr(args, f.name)
+             for f in fields(args) if f.init and f.name not in ("resume", "stage")}
     last = None
     if {p.name for p in folder.glob("*")} - {"args.json", "lock", "broken_videos.json"}:
         if not args.resume:
@@ -273,9 +253,8 @@ def open_run(folder, args, rank):
         now = json.loads(json.dumps(flags)).items()
         changed = [k for k, v in now if saved["args"].get(k) != v and k not in NEUTRAL]
         if changed:
-            sys.exit(
-                f"{folder} was started with another --{changed[0]}: resume it with the same flags"
-            )
+            sys.exit(f"{folder} was started with another --{changed[0]}: resume it with the same "
+                     "flags")
         if (folder / "final").exists():
             print(f"{folder} is finished") if rank == 0 else None
             sys.exit(0)
@@ -289,13 +268,8 @@ def open_run(folder, args, rank):
         (folder / "broken_videos.json").unlink(missing_ok=True)
         for half in list(folder.rglob("*.tmp")):  # what a killed run left behind
             shutil.rmtree(half) if half.is_dir() else half.unlink(missing_ok=True)
-        about = dict(
-            args=flags,
-            git_commit=git_commit(),
-            torch=torch.__version__,
-            command=" ".join(sys.argv),
-            world_size=world_size(),
-        )
+        about = dict(args=flags, git_commit=git_commit(), torch=torch.__version__,
+                     command=" ".join(sys.argv), world_size=world_size())
         files.write(folder / "args.json", json.dumps(about, indent=2))
     return last
 
@@ -313,9 +287,9 @@ def save_checkpoint(folder, name, model, processor, optimizer=None, step=None, a
         options = dict(full_state_dict=True, cpu_offload=True)  # on rank 0; the others get nothing
         trained = whole.StateDictOptions(**options, ignore_frozen_params=has_adapter(model))
         weights = whole.get_model_state_dict(model, options=trained)
-        moments = optimizer and whole.get_optimizer_state_dict(
-            model, optimizer, options=whole.StateDictOptions(**options)
-        )
+        moments = (optimizer
+                   and whole.get_optimizer_state_dict(model, optimizer,
+                                                      options=whole.StateDictOptions(**options)))
     if dist.is_initialized() and dist.get_rank():
         return
     aside = folder / f"{name}.tmp"
@@ -344,13 +318,11 @@ def save_checkpoint(folder, name, model, processor, optimizer=None, step=None, a
 
 def save_trainer(file, state, step):
     """State of an optimizer, RNG and step as safetensors: nothing in a checkpoint is a pickle."""
-    tensors = {
-        f"{i}.{k}": v.contiguous() for i, of in state["state"].items() for k, v in of.items()
-    }
+    tensors = {f"{i}.{k}": v.contiguous() for i, of in state["state"].items()
+               for k, v in of.items()}
     about = dict(step=step, param_groups=state["param_groups"])
-    save_file(
-        {**tensors, "rng": torch.get_rng_state()}, file, metadata={"trainer": json.dumps(about)}
-    )
+    save_file({**tensors, "rng": torch.get_rng_state()}, file,
+              metadata={"trainer": json.dumps(about)})
 
 
 def load_trainer(checkpoint, optimizer, model=None):
@@ -359,14 +331,11 @@ def load_trainer(checkpoint, optimizer, model=None):
     file = Path(checkpoint, "trainer.safetensors")
     try:
         with safe_open(file, "pt") as f:
-            about, tensors = (
-                json.loads(f.metadata()["trainer"]),
-                {k: f.get_tensor(k) for k in f.keys()},
-            )
+            about, tensors = (json.loads(f.metadata()["trainer"]),
+                              {k: f.get_tensor(k) for k in f.keys()})
     except Exception as e:  # no such file, another format, damaged
-        sys.exit(
-            f"{file} cannot be read ({' '.join(str(e).split())}); remove {checkpoint} to begin anew"
-        )
+        sys.exit(f"{file} cannot be read ({' '.join(str(e).split())}); remove {checkpoint} to "
+                 "begin anew")
     torch.set_rng_state(tensors.pop("rng"))
     state = {}
     for name, value in tensors.items():
@@ -438,9 +407,8 @@ class Log:
         if self.rank == 0:
             now = time.time()
             with open(self.file, "a") as f:
-                f.write(
-                    json.dumps(dict(step=step, **row, **{"time/step_s": now - self.last})) + "\n"
-                )
+                f.write(json.dumps(dict(step=step, **row, **{"time/step_s": now - self.last}))
+                        + "\n")
             self.latest |= {k: v for k, v in row.items() if k.startswith("eval/")}
             shown = self.latest | row
             for k, v in row.items():
@@ -454,27 +422,18 @@ class Log:
                 + f" masked {self.masked:.0f}" * (self.masked > 0)  # groups since the last line
                 + f" | {now - self.last:.2f}s | eta {eta // 60}m{eta % 60:02d}s"
             )
-            tty, due = (
-                sys.stdout.isatty(),
-                done == self.steps or done % max(1, self.steps // 20) == 0,
-            )
+            tty, due = (sys.stdout.isatty(),
+                        done == self.steps or done % max(1, self.steps // 20) == 0)
             if tty or due:  # a terminal sees every step on one line, a log file twenty lines
-                print(
-                    ("\r" if tty else "") + line,
-                    end="" if tty and done < self.steps else "\n",
-                    flush=True,
-                )
+                print(("\r" if tty else "") + line, end="" if tty and done < self.steps else "\n",
+                      flush=True)
                 self.masked = 0
             self.last = now
             if row.get("objective/kl", 0) > KL_WARNING and not self.warned:
                 self.warned = True
-                print(
-                    f"\nwarning: step {done}: the KL to the start is {row['objective/kl']:.3g} "
-                    "nats: lower --lr, or "
-                    "raise the weight of the KL; said once",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print(f"\nwarning: step {done}: the KL to the start is {row['objective/kl']:.3g} "
+                      "nats: lower --lr, or raise the weight of the KL; said once", file=sys.stderr,
+                      flush=True)
         return row
 
 

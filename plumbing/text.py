@@ -105,7 +105,7 @@ def kept_sign(match):
         or sign == "$" and NUMBER.match(rest) and not re.match(r"[\d.,]+\$", rest)  # no LaTeX $5$
         or sign == "^" and re.match(r"[\w(-]", after) and re.match(r"[\w)]", before)
         or sign in "<>=" and before not in ("-", "=") and re.match(r"[=>]?\s*[-$.]*\d", rest)
-    )  # fmt: skip
+    )
     return f" {sign} " if apart else " "
 
 

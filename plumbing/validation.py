@@ -19,7 +19,7 @@ class Validation:
     The policy with the largest margin is kept in best.safetensors. `state` goes into checkpoints.
     It holds the best margin, the step of it, and for how many steps since then the oracle could
     compare nothing.
-   """
+    """
 
     def __init__(self, run, roles, records, cache, oracle, state):
         self.run, self.roles, self.cache = run, roles, cache

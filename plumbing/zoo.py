@@ -232,8 +232,8 @@ def collect_answers(run, folder, k, sources, records, chosen, sample):
         answered = loaded[name]([records[i] for i in numbers], keys)
         about = [dict(record=i, id=records[i]["id"], video=str(records[i]["clip"].path),
                       question=records[i]["question"], source=name) for i in numbers]
-        return [[row | dict(answer=text, ended=ended) for text, ended in group] for row,
-                group in zip(about, answered)]
+        return [[row | dict(answer=text, ended=ended) for text, ended in group]
+                for row, group in zip(about, answered)]
 
     per_item = {name: 1 if is_server(path) else args.samples for name, path in sources.items()}
     parts = [(name, part, per_item[name]) for name in sources
@@ -249,8 +249,7 @@ def collect_answers(run, folder, k, sources, records, chosen, sample):
         groups[row["record"]]["sources"].append(row["source"])
     if run.rank == 0:
         print(f"iteration {k}: {len(rows)} answers to {len(chosen)} questions by "
-              f"{', '.join(sources)}: sampled in "
-              f"{time.time() - began:.0f} s", flush=True)
+              f"{', '.join(sources)}: sampled in {time.time() - began:.0f} s", flush=True)
     return list(groups.values())
 
 
@@ -267,8 +266,8 @@ def collect_scores(run, folder, groups, oracle, score):
         scores = score(oracle, [g["record"]["clip"] for g in part],
                        [g["record"]["question"] for g in part],
                        [g["answers"] for g in part])
-        return [[dict(record=g["number"], id=g["record"]["id"], scores=s)] for g,
-                s in zip(part, scores)]
+        return [[dict(record=g["number"], id=g["record"]["id"], scores=s)]
+                for g, s in zip(part, scores)]
 
     def scored(row):
         asked = any(answers[row["record"]])
@@ -319,18 +318,14 @@ def usable_pairs(run, read, cache, ids_of):
     cut = sum(len(answer) > args.max_new_tokens for p in usable for answer in ids(p))
     if run.rank == 0:
         print(f"{len(usable)} pairs; {len(broken)} broken videos; {cut} answers are cut at "
-              "--max_new_tokens "
-              f"{args.max_new_tokens}; {len(fitting) - len(usable)} pairs left out, equal once "
-              "cut; "
-              f"{len(readable) - len(fitting)} whose prompts cannot be cut to --max_prompt_tokens "
-              f"{args.max_prompt_tokens}")
+              f"--max_new_tokens {args.max_new_tokens}; {len(fitting) - len(usable)} pairs left "
+              f"out, equal once cut; {len(readable) - len(fitting)} whose prompts cannot be cut to "
+              f"--max_prompt_tokens {args.max_prompt_tokens}")
     if not usable:
         sys.exit(f"{args.preferences}: none of {len(read)} pairs can be used "
-                 f"({len(read) - len(with_video)} without "
-                 f"video, {len(with_video) - len(readable)} with a broken one, "
-                 f"{len(readable) - len(fitting)} whose "
-                 f"prompts cannot be cut to --max_prompt_tokens {args.max_prompt_tokens}, "
-                 f"{len(fitting)} equal at "
+                 f"({len(read) - len(with_video)} without video, {len(with_video) - len(readable)} "
+                 f"with a broken one, {len(readable) - len(fitting)} whose prompts cannot be cut "
+                 f"to --max_prompt_tokens {args.max_prompt_tokens}, {len(fitting)} equal at "
                  f"--max_new_tokens {args.max_new_tokens})")
     return usable
 
@@ -354,8 +349,8 @@ def write_card(folder, k, pairs, dropped, groups, lengths, cost):
              if g["record"]["answer"] is not None}
     labelled = [p for p in pairs if p["id"] in truth]
     mean = lambda values: round(sum(values) / max(len(values), 1), 4)
-    missing = Counter(source for g in groups for source,
-                      a in zip(g["sources"], g["answers"]) if a is None)
+    missing = Counter(source for g in groups
+                      for source, a in zip(g["sources"], g["answers"]) if a is None)
     card = dict(iteration=k, questions=len(groups), labelled=len(truth),
                 answers=sum(len(g["answers"]) for g in groups),
                 no_answer=sum(not a for g in groups for a in g["answers"]), missing=dict(missing),

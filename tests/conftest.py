@@ -1,6 +1,8 @@
-"""A miniature of the embedded world, made once per run of the tests: 60 clips, and the weights that come with the code.
+"""A miniature of the embedded world, made once per run of the tests: 60 clips, and the weights that
+come with the code.
 
-Accuracy means nothing in it; files, shapes and equations do. Scripts run inside `world` with the repository's code.
+Accuracy means nothing in it; files, shapes and equations do. Scripts run inside `world` with the
+repository's code.
 """
 
 import contextlib
@@ -28,11 +30,15 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
              "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
     os.environ.pop(name, None)  # of a job, a shell, a company's network
 
-# Nothing here imports torch: the process of pytest-xdist that hands the tests out need not wait for it.
-# Seconds on one core. The slowest files begin, so that at the end no core waits long for another.
-SECONDS = dict(killed=60, distributed=55, machines=50, dpo=45, reward_model=42, ppo=42, checkpoints=28,
-               command_line=28, numbers=26, scripts=26, malformed=24, video_llm=22, evaluate=21, whole_steps=20,
-               resume=20, frames=18, api_oracle=15, ranks=13, moving_shapes=10, memory=10, worked_example=9,
+# Nothing here imports torch: the process of pytest-xdist that hands the tests out need not wait for
+# it. Seconds on one core. The slowest files begin, so that at the end no core waits long for
+# another.
+SECONDS = dict(killed=60, distributed=55, machines=50, dpo=45, reward_model=42, ppo=42,
+               checkpoints=28,
+               command_line=28, numbers=26, scripts=26, malformed=24, video_llm=22, evaluate=21,
+               whole_steps=20,
+               resume=20, frames=18, api_oracle=15, ranks=13, moving_shapes=10, memory=10,
+               worked_example=9,
                oracle=9, weights=8, paid_oracle=6, untrusted=4, videos=4, forks=3)
 
 
@@ -67,8 +73,8 @@ def forked(pytestconfig):
 
 @pytest.fixture(autouse=True)
 def as_after_the_end():
-    """What the end of a process undoes, for the scripts that a test runs inside this one: a handler of signals that
-    stayed would be that of every process forked by a later test."""
+    """What the end of a process undoes, for the scripts that a test runs inside this one: a handler
+    of signals that stayed would be that of every process forked by a later test."""
     with a_process():
         yield
 
@@ -85,13 +91,16 @@ def a_process():
 
 
 def run(cwd, *command, check=True, env=None, timeout=600):
-    """Run one of the repository's scripts (or `torchrun ...`) in `cwd` -> CompletedProcess with text output."""
+    """Run one of the repository's scripts (or `torchrun ...`) in `cwd` -> CompletedProcess with
+    text output."""
     head = [sys.executable]
     if command[0] == "torchrun":
         head, command = [sys.executable, "-m", "torch.distributed.run", "--standalone"], command[1:]
-    command = [str(REPO / c) if (REPO / c).suffix == ".py" and (REPO / c).exists() else c for c in map(str, command)]
+    command = [str(REPO / c) if (REPO / c).suffix == ".py" and (REPO / c).exists() else c
+               for c in map(str, command)]
     env = {**os.environ, **(env or {})}
-    done = subprocess.run(head + command, cwd=cwd, capture_output=True, text=True, env=env, timeout=timeout)
+    done = subprocess.run(head + command, cwd=cwd, capture_output=True, text=True, env=env,
+                          timeout=timeout)
     if check and done.returncode:
         printed = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{printed}")
@@ -104,7 +113,8 @@ def of_all(folder):
 
 
 def made_once(tmp_path_factory, name, make):
-    """A copy of our own of the folder `name`, which one of the processes of pytest-xdist makes for all of them."""
+    """A copy of our own of the folder `name`, which one of the processes of pytest-xdist makes for
+    all of them."""
     ours = tmp_path_factory.getbasetemp()
     shared = of_all(ours)
     with open(shared / f"{name}.lock", "a") as lock:
@@ -125,7 +135,8 @@ def make_in(folder, script, *flags):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with data/moving_shapes (videos, annotations), in which every script's defaults work."""
+    """A folder with data/moving_shapes (videos, annotations), in which every script's defaults
+    work."""
     def make(folder):
         make_in(folder, "embedded_world/moving_shapes.py", "--clips", "60", "--workers", "1")
 
@@ -138,7 +149,8 @@ def policy(world, tmp_path_factory):
     def make(folder):
         folder.mkdir()
         (folder / "data").symlink_to(world / "data")
-        make_in(folder, "sft.py", "--name", "policy", "--data", "data/moving_shapes/train.json", "--num_clips", "6",
+        make_in(folder, "sft.py", "--name", "policy", "--data", "data/moving_shapes/train.json",
+                "--num_clips", "6",
                 "--steps", "4", "--batch_size", "8", "--micro_batch_size", "8")
 
     made = made_once(tmp_path_factory, "policy", make)

@@ -1,9 +1,10 @@
-"""Scripts as processes that import nothing: a server has imported everything once and forks for every run. So a script
-can be killed twenty times in a minute. Ranks are forked too, without torchrun, which would end the others of a dead
-one: here each has to end by itself.
+"""Scripts as processes that import nothing: a server has imported everything once and forks for
+every run. So a script can be killed twenty times in a minute. Ranks are forked too, without
+torchrun, which would end the others of a dead one: here each has to end by itself.
 
-There are two servers, a copy of this process and a fresh interpreter, because the processes of a run do not hash
-strings alike: neighbouring ranks come of different ones, and so do a run, its resumption and a run inside this process.
+There are two servers, a copy of this process and a fresh interpreter, because the processes of a
+run do not hash strings alike: neighbouring ranks come of different ones, and so do a run, its
+resumption and a run inside this process.
 """
 
 import contextlib
@@ -20,8 +21,10 @@ import types
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-MODULES = ("sft", "grpo_rank", "reward_model", "ppo_rlaif", "dpo_iter_w2s", "evaluate", "peft", "torch.distributed.nn",
-           "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.utils.tensorboard")
+MODULES = ("sft", "grpo_rank", "reward_model", "ppo_rlaif", "dpo_iter_w2s", "evaluate", "peft",
+           "torch.distributed.nn",
+           "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict",
+           "torch.utils.tensorboard")
 
 
 def prepare():
@@ -35,7 +38,8 @@ def prepare():
 
 
 def listen(file):
-    """Import everything, then serve whoever asks at the port in `file`, until standard input ends."""
+    """Import everything, then serve whoever asks at the port in `file`, until standard input
+    ends."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         Path(f"{file}.tmp").write_text(str(server.getsockname()[1]))
         os.replace(f"{file}.tmp", file)
@@ -87,8 +91,12 @@ def serve(jobs, told):
         log = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.closerange(3, 1024)
-        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False, encoding="utf-8") for fd in (1, 2))
-        signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False, encoding="utf-8")
+                                  for fd in (1, 2))
+        (
+            signal.signal(signal.SIGINT, signal.default_int_handler),
+            signal.signal(signal.SIGTERM, signal.SIG_DFL),
+        )
         random.seed(), numpy.random.seed()
         os.environ.update(job["env"])
         if job["world"] > 1:
@@ -141,7 +149,8 @@ class Forked:
 
                 faulthandler.disable()
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                keep = sorted((jobs, told))  # nothing else: who waits for the end of a pipe must see it
+                # nothing else: who waits for the end of a pipe must see it
+                keep = sorted((jobs, told))
                 for low, high in zip((2, *keep), (*keep, 4096)):
                     os.closerange(low + 1, high)
                 prepare()
@@ -176,16 +185,19 @@ class Forked:
         return int(told.readline())
 
     def start(self, cwd, *argv, world=1, plant="", **env):
-        """-> process ids, one per rank. plant: Python run first, with `plumbing`, `processes`, `rank`, and the script
-        as `module`, unless it is named by its path; it then runs as `__main__`, as it does where nothing is planted."""
+        """-> process ids, one per rank. plant: Python run first, with `plumbing`, `processes`,
+        `rank`, and the script as `module`, unless it is named by its path; it then runs as
+        `__main__`, as it does where nothing is planted."""
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.log = Path(cwd, "said")
-        job = dict(cwd=str(cwd), argv=list(map(str, argv)), log=str(self.log), world=world, port=port, plant=plant,
+        job = dict(cwd=str(cwd), argv=list(map(str, argv)), log=str(self.log), world=world,
+                   port=port, plant=plant,
                    env=env)
         which = [(rank + ("--resume" not in argv)) % 2 for rank in range(world)]
-        self.running = [(server, self.ask(server, dict(job, rank=rank))) for rank, server in enumerate(which)]
+        self.running = [(server, self.ask(server, dict(job, rank=rank)))
+                        for rank, server in enumerate(which)]
         return [pid for _, pid in self.running]
 
     def wait(self):
@@ -211,7 +223,8 @@ class Forked:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         if self.fresh:
-            self.fresh.stdin.close()  # it ends by itself, once it has taken up those who have asked meanwhile
+            # it ends by itself, once it has taken up those who have asked meanwhile
+            self.fresh.stdin.close()
             self.fresh.wait()
 
 
@@ -226,8 +239,8 @@ def until(condition, limit=300):
 
 
 def a_world(world, folder, cold=False):
-    """Another folder with the data and the SFT start of `world`, in which the same command makes the same run.
-    cold: and with a cache of its own, so that videos are read anew."""
+    """Another folder with the data and the SFT start of `world`, in which the same command makes
+    the same run. cold: and with a cache of its own, so that videos are read anew."""
     folder.mkdir()
     if not cold:
         (world / "cache").mkdir(exist_ok=True)

@@ -1,4 +1,5 @@
-"""A script run inside this process, as from the command line: that saves importing torch each time."""
+"""A script run inside this process, as from the command line: that saves importing torch each
+time."""
 
 import importlib
 import sys
@@ -31,10 +32,11 @@ def apart(a, b, start):
     """How far the weights of two runs lie from each other, in parts of their way from the start.
     -> (part, name) of the tensor of which it is the largest.
 
-    By length: Adam's first steps are as long as the learning rate whatever the gradient, so an entry
-    whose gradient is rounding goes either way, and a few such entries are no fault. Left out is what
-    moves by rounding alone, the bias of an attention's keys: it adds the same to all logits of a
-    query, softmax takes that out again, the gradient is zero (where positions are not rotated in)."""
+    By length: Adam's first steps are as long as the learning rate whatever the gradient, so an
+    entry whose gradient is rounding goes either way, and a few such entries are no fault. Left out
+    is what moves by rounding alone, the bias of an attention's keys: it adds the same to all logits
+    of a query, softmax takes that out again, the gradient is zero (where positions are not rotated
+    in)."""
     a, b, start = (load_file(folder / "model.safetensors") for folder in (a, b, start))
     assert a.keys() == b.keys() == start.keys()
     names = [n for n in a if not n.endswith(("key.bias", "k_proj.bias"))]

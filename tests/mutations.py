@@ -1,5 +1,5 @@
-"""Damage as it comes over the net and off old disks, seeded: what `inputs/check_videos.py` and the decoder are tried
-on."""
+"""Damage as it comes over the net and off old disks, seeded: what `inputs/check_videos.py` and the
+decoder are tried on."""
 
 import random
 
@@ -7,7 +7,8 @@ KINDS = ("cut", "bits", "header", "zeros", "gone", "twice", "noise")
 
 
 def mutated(data, others, seed):
-    """-> kind of damage, bytes. others: contents of other good files, whose beginnings are put before this one."""
+    """-> kind of damage, bytes. others: contents of other good files, whose beginnings are put
+    before this one."""
     rng = random.Random(seed)
     kind, data = rng.choice(KINDS), bytearray(data)
     a, b = sorted(rng.randrange(len(data)) for _ in range(2))

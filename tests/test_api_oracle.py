@@ -1,4 +1,5 @@
-"""The API oracle against a real HTTP server on loopback: one that answers, one that is slow, rude, broken or wrong."""
+"""The API oracle against a real HTTP server on loopback: one that answers, one that is slow, rude,
+broken or wrong."""
 
 import base64
 import io
@@ -28,7 +29,14 @@ from inputs.frames import VideoError, read_frames
 from inputs.records import Clip
 from oracle import COUNTERS, ApiOracle
 from plumbing import api_client
-from plumbing.api_client import ApiClient, ApiError, ReplyError, frames_as_urls, parse_json, retry_after
+from plumbing.api_client import (
+    ApiClient,
+    ApiError,
+    ReplyError,
+    frames_as_urls,
+    parse_json,
+    retry_after,
+)
 from plumbing.flags import ApiArgs
 from plumbing.replies import read_choice, read_ranking, read_scores
 
@@ -37,8 +45,9 @@ USAGE = dict(prompt_tokens=7, completion_tokens=3, total_tokens=10)
 
 
 class Server(ThreadingHTTPServer):
-    """`act(body)` says what to do with each request: a string is the content of a proper reply, a dict with `status`
-    is an error; else one of the acts below. `seen`: the bodies, `headers`: what came with them."""
+    """`act(body)` says what to do with each request: a string is the content of a proper reply, a
+    dict with `status` is an error; else one of the acts below. `seen`: the bodies, `headers`: what
+    came with them."""
 
     daemon_threads, request_queue_size = True, 64
 
@@ -81,8 +90,10 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if isinstance(act, str) and act not in ("HALF", "HALF JSON", "LIST", "EMPTY"):
-            choice = dict(index=0, message=dict(role="assistant", content=act), finish_reason="stop")
-            return self.say(200, dict(id="1", object="chat.completion", choices=[choice], usage=USAGE))
+            choice = dict(index=0, message=dict(role="assistant", content=act),
+                          finish_reason="stop")
+            return self.say(200,
+                            dict(id="1", object="chat.completion", choices=[choice], usage=USAGE))
         if isinstance(act, dict):
             body = act.get("body", dict(error=dict(message=act.get("says", "no"))))
             return self.say(act["status"], body, act.get("headers", {}))
@@ -93,13 +104,16 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b'{"choices": [')
             self.close_connection = True
         else:
-            text = {"HALF JSON": b'{"choices": [{"message"', "LIST": b"[1, 2]", "EMPTY": b'{"choices": []}'}[act]
+            text = {"HALF JSON": b'{"choices": [{"message"', "LIST": b"[1, 2]",
+                    "EMPTY": b'{"choices": []}'}[act]
             self.say(200, text)
 
     def say(self, status, content, headers=()):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in dict(headers, **{"content-length": len(body), "content-type": "application/json"}).items():
+        for name, value in dict(
+            headers, **{"content-length": len(body), "content-type": "application/json"}
+        ).items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
@@ -127,14 +141,15 @@ def client(server, tmp_path):
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-# --- asking, paying, not paying twice -------------------------------------------------------------------------------
+# --- asking, paying, not paying twice -------------------------------------------------------------
 def test_a_reply_and_what_it_costs(server, client):
     assert client.ask(HELLO, 16) == "hello"
     (body,) = server.seen
     assert {k: body[k] for k in ("model", "messages", "max_tokens", "temperature")} == dict(
         model="judge-1", messages=HELLO, max_tokens=16, temperature=0.0)
     assert 0 < client.counts.pop("seconds") < 60
-    assert client.counts == dict(requests=1, retries=0, cached=0, repairs=0, prompt_tokens=7, completion_tokens=3)
+    assert client.counts == dict(requests=1, retries=0, cached=0, repairs=0, prompt_tokens=7,
+                                 completion_tokens=3)
 
 
 def test_a_cached_reply_costs_nothing_and_needs_no_server(server, client, tmp_path):
@@ -145,7 +160,8 @@ def test_a_cached_reply_costs_nothing_and_needs_no_server(server, client, tmp_pa
     server.shutdown()
     server.server_close()
     assert again.ask(HELLO, 16) == "hello"
-    assert again.counts == dict(requests=0, retries=0, cached=1, repairs=0, prompt_tokens=0, completion_tokens=0,
+    assert again.counts == dict(requests=0, retries=0, cached=1, repairs=0, prompt_tokens=0,
+                                completion_tokens=0,
                                 seconds=0)
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -158,7 +174,8 @@ def test_everything_that_is_sent_is_part_of_the_key(server, client, tmp_path):
     client.ask([{"role": "system", "content": "Hello"}], 16)
     client.ask([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], 16)
     ApiClient(server.url, "judge-2", tmp_path).ask(HELLO, 16)
-    ApiClient(server.url + "/", "judge-1", tmp_path).ask(HELLO, 16)  # another address may be another server
+    # another address may be another server
+    ApiClient(server.url + "/", "judge-1", tmp_path).ask(HELLO, 16)
     assert len(server.seen) == 8 and len(list(tmp_path.rglob("*.json"))) == 8
 
 
@@ -178,8 +195,9 @@ def test_the_same_question_at_the_same_time_is_paid_once(server, client):
     assert len(server.seen) == 1 and client.counts["cached"] == 7
 
 
-# --- a server that fails --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("trouble", [dict(status=500), dict(status=503), dict(status=429), dict(status=408), "CUT",
+# --- a server that fails --------------------------------------------------------------------------
+@pytest.mark.parametrize("trouble", [dict(status=500), dict(status=503), dict(status=429),
+                                     dict(status=408), "CUT",
                                      "HALF", "HALF JSON", "LIST", "EMPTY"], ids=str)
 def test_what_may_pass_is_tried_again(server, client, trouble):
     server.script(trouble, trouble, "hello")
@@ -189,7 +207,8 @@ def test_what_may_pass_is_tried_again(server, client, trouble):
     assert server.seen[0] == server.seen[2]
 
 
-@pytest.mark.parametrize("trouble", [dict(status=500, says="out of\nmemory"), "CUT", "HALF JSON"], ids=str)
+@pytest.mark.parametrize("trouble", [dict(status=500, says="out of\nmemory"), "CUT", "HALF JSON"],
+                         ids=str)
 def test_attempts_are_bounded(server, tmp_path, trouble):
     server.script(trouble)
     client = ApiClient(server.url, "judge-1", tmp_path, max_retries=2, first_wait=0.01)
@@ -211,7 +230,8 @@ def test_what_will_not_pass_is_not_tried_again(server, client, status, fatal):
     assert len(server.seen) == 1 and e.value.fatal == fatal and client.counts["retries"] == 0
 
 
-@pytest.mark.parametrize("body", [b'{"detail": "the reason"}', b"the reason", b'{"error": "the reason"}'])
+@pytest.mark.parametrize("body",
+                         [b'{"detail": "the reason"}', b"the reason", b'{"error": "the reason"}'])
 def test_the_servers_own_words_are_shown(server, client, body):
     server.script(dict(status=400, body=body))
     with pytest.raises(ApiError, match="HTTP 400.*the reason"):
@@ -230,7 +250,8 @@ def test_nobody_there(tmp_path):
 def test_a_slow_server_is_waited_for_within_the_limit(server, tmp_path):
     server.act = lambda body: time.sleep(0.3) or "at last"
     assert ApiClient(server.url, "judge-1", tmp_path, timeout=60).ask(HELLO, 16) == "at last"
-    impatient = ApiClient(server.url, "judge-2", tmp_path, timeout=0.1, max_retries=1, first_wait=0.01)
+    impatient = ApiClient(server.url, "judge-2", tmp_path, timeout=0.1, max_retries=1,
+                          first_wait=0.01)
     with pytest.raises(ApiError, match="no answer in time"):
         impatient.ask(HELLO, 16)
     assert impatient.counts["requests"] == 2
@@ -245,9 +266,16 @@ def test_waits_grow_and_a_server_that_says_how_long_is_obeyed(server, tmp_path, 
     assert len(waits) == 4 and all(0.75 * 2**k <= w <= 1.25 * 2**k for k, w in enumerate(waits))
     waits.clear()
     clock = time.monotonic()
-    monkeypatch.setattr(api_client.time, "monotonic", lambda: clock + sum(waits))  # it is as late as was waited
-    for headers in ({"Retry-After": "30"}, {"retry-after": format_datetime(datetime.now(timezone.utc)
-                                                                          + timedelta(seconds=30), usegmt=True)}):
+    # it is as late as was waited
+    monkeypatch.setattr(api_client.time, "monotonic", lambda: clock + sum(waits))
+    for headers in (
+        {"Retry-After": "30"},
+        {
+            "retry-after": format_datetime(
+                datetime.now(timezone.utc) + timedelta(seconds=30), usegmt=True
+            )
+        },
+    ):
         server.script(dict(status=429, headers=headers), "hello")
         before = sum(waits)
         client.ask(HELLO, 16 + len(server.seen))
@@ -626,7 +654,7 @@ def test_a_proxy_that_cannot_be_used_is_one_line(monkeypatch, proxy, words):
     assert "pw" not in str(e.value)
 
 
-# --- the key ---------------------------------------------------------------------------------------------------------
+# --- the key --------------------------------------------------------------------------------------
 def test_the_key_reaches_the_server_and_nothing_else(server, tmp_path, monkeypatch, capfd, caplog):
     caplog.set_level(logging.DEBUG)
     logging.getLogger("huggingface_hub").setLevel(logging.DEBUG)
@@ -637,10 +665,20 @@ def test_the_key_reaches_the_server_and_nothing_else(server, tmp_path, monkeypat
     server.act = lambda body: f"you sent {heard()}"
     assert client.ask(HELLO, 16) == "you sent Bearer ***" and heard() == f"Bearer {SECRET}"
     texts = [str(client), repr(client), repr(vars(client)["http"])]
-    for act in (lambda body: dict(status=401, says=f"bad key {heard()}"), lambda body: "CUT", lambda body: "HALF",
-                lambda body: dict(status=500, says=heard(), headers=dict.fromkeys(("X-Error-Message", "X-Request-Id",
-                                                                                   "Warning", "Retry-After"), heard())),
-                lambda body: "HALF JSON", lambda body: dict(status=400, says=heard())):
+    for act in (
+        lambda body: dict(status=401, says=f"bad key {heard()}"),
+        lambda body: "CUT",
+        lambda body: "HALF",
+        lambda body: dict(
+            status=500,
+            says=heard(),
+            headers=dict.fromkeys(
+                ("X-Error-Message", "X-Request-Id", "Warning", "Retry-After"), heard()
+            ),
+        ),
+        lambda body: "HALF JSON",
+        lambda body: dict(status=400, says=heard()),
+    ):
         server.act = act
         try:
             client.ask(HELLO, len(server.seen) + 50)
@@ -685,28 +723,35 @@ def test_another_key_finds_the_same_cache(server, tmp_path, monkeypatch):
     assert len(server.seen) == 1
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/v1", "http://", "https://me:pw@x/v1", "https://x/v1?key=1"])
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/v1", "http://", "https://me:pw@x/v1",
+                                 "https://x/v1?key=1"])
 def test_addresses(url, tmp_path):
     with pytest.raises(ValueError, match="--api_url") as e:
         ApiClient(url, "judge-1", tmp_path)
     assert "pw" not in str(e.value) and "key=1" not in str(e.value)
 
 
-# --- replies ---------------------------------------------------------------------------------------------------------
+# --- replies --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("text, value", [
     ('{"ranking": [2, 1, 3]}', [2, 1, 3]), (' \n{"ranking": [3, 2, 1], "why": "so"}\n', [3, 2, 1]),
-    ('```json\n{"ranking": [1, 2, 3]}\n```', [1, 2, 3]), ('```\n{"ranking": [1, 2, 3]}```', [1, 2, 3]),
-    ("2, 1, 3", "no_json"), ("[2, 1, 3]", "no_json"), ('{"ranking": [2, 1, 3]', "no_json"), ("", "no_json"),
-    ('The ranking is {"ranking": [2, 1, 3]}', "no_json"), ('{"ranking": [2, 1, 3]} Hope it helps!', "no_json"),
-    ('{"ranking": "2, 1, 3"}', "no_json"), ('{"ranks": [2, 1, 3]}', "no_json"), ('{"ranking": [[2, 1, 3]]}', "no_json"),
-    ('{"ranking": ["2", "1", "3"]}', "no_json"), ('{"ranking": [2.0, 1, 3]}', "no_json"), ("null", "no_json"),
-    ('{"ranking": [true, 2, 3]}', "no_json"), ('{"ranking": [2, 1, 3]}{"ranking": [1, 2, 3]}', "no_json"),
+    ('```json\n{"ranking": [1, 2, 3]}\n```', [1, 2, 3]),
+    ('```\n{"ranking": [1, 2, 3]}```', [1, 2, 3]),
+    ("2, 1, 3", "no_json"), ("[2, 1, 3]", "no_json"), ('{"ranking": [2, 1, 3]', "no_json"),
+    ("", "no_json"),
+    ('The ranking is {"ranking": [2, 1, 3]}', "no_json"),
+    ('{"ranking": [2, 1, 3]} Hope it helps!', "no_json"),
+    ('{"ranking": "2, 1, 3"}', "no_json"), ('{"ranks": [2, 1, 3]}', "no_json"),
+    ('{"ranking": [[2, 1, 3]]}', "no_json"),
+    ('{"ranking": ["2", "1", "3"]}', "no_json"), ('{"ranking": [2.0, 1, 3]}', "no_json"),
+    ("null", "no_json"),
+    ('{"ranking": [true, 2, 3]}', "no_json"),
+    ('{"ranking": [2, 1, 3]}{"ranking": [1, 2, 3]}', "no_json"),
     ('{"ranking": [2, 1, 3], "ranking": [1, 2, 3]}', "no_json"), ("[" * 100000, "no_json"),
     ('{"ranking": [2, 1]}', "no_permutation"), ('{"ranking": [2, 1, 1]}', "no_permutation"),
     ('{"ranking": [1, 2, 3, 3]}', "no_permutation"), ('{"ranking": []}', "no_permutation"),
     ('{"ranking": [2, 1, 4]}', "missing_answer"), ('{"ranking": [0, 1, 2]}', "missing_answer"),
     ('{"ranking": [-1, 1, 2]}', "missing_answer"), ('{"ranking": [1, 2, 3, 4]}', "missing_answer"),
-], ids=lambda x: str(x)[:30])  # fmt: skip
+], ids=lambda x: str(x)[:30])
 def test_rankings_are_read_strictly(text, value):
     if isinstance(value, list):
         assert read_ranking(parse_json(text), 3) == value
@@ -718,14 +763,16 @@ def test_rankings_are_read_strictly(text, value):
 
 def test_choices_and_scores_are_read_strictly():
     assert read_choice({"better": 2}) == 2
-    for reply, reason in (({"better": "1"}, "no_json"), ({"better": True}, "no_json"), ({}, "no_json"),
+    for reply, reason in (({"better": "1"}, "no_json"), ({"better": True}, "no_json"),
+                          ({}, "no_json"),
                           ({"better": 0}, "missing_answer"), ({"better": 3}, "missing_answer")):
         with pytest.raises(ReplyError) as e:
             read_choice(reply)
         assert e.value.reason == reason
     good = dict(clarity=0, relevance=5, accuracy=3.5, detail=1)
     assert read_scores(good) == [5, 3.5, 1, 0]
-    for bad in (dict(good, detail=5.1), dict(good, detail=-1), dict(good, detail="4"), dict(good, detail=None),
+    for bad in (dict(good, detail=5.1), dict(good, detail=-1), dict(good, detail="4"),
+                dict(good, detail=None),
                 dict(good, detail=True), dict(good, detail=float("nan")), {"relevance": 3}):
         with pytest.raises(ReplyError):
             read_scores(bad)
@@ -735,12 +782,15 @@ def test_one_repair_which_says_what_was_wrong(server, client):
     server.script('{"ranking": [1, 1]}', '{"ranking": [2, 1]}')
     ApiOracle(client, frames=0).score([None], ["what?"], [["a", "b"]])
     first, second = (body["messages"] for body in server.seen)
-    assert second[: len(first)] == first and second[1] == {"role": "assistant", "content": '{"ranking": [1, 1]}'}
+    assert second[: len(first)] == first and second[1] == {
+        "role": "assistant",
+        "content": '{"ranking": [1, 1]}',
+    }
     assert "does not name each of the 2 answers once" in second[2]["content"]
     assert client.counts["repairs"] == 1 and client.counts["requests"] == 2
 
 
-# --- the oracle ------------------------------------------------------------------------------------------------------
+# --- the oracle -----------------------------------------------------------------------------------
 def text_of(body):
     content = body["messages"][0]["content"]
     return content if isinstance(content, str) else " ".join(p.get("text", "") for p in content)
@@ -773,16 +823,19 @@ def test_a_server_that_knows_is_understood(server, client, mode, requests):
         before = len(server.seen)
         _, ranks, ok = oracle.rank([None], ["what is there?"], [list(WORTH)])
         assert ranks.tolist() == [[2, 4, 3, 0, 1]] and ok.tolist() == [True]
-        assert len(server.seen) - before == (requests if mode == "listwise" or seed == 0 else 0)  # pairs are pairs
+        # pairs are pairs
+        assert len(server.seen) - before == (requests if mode == "listwise" or seed == 0 else 0)
     scores, _ = oracle.score([None], ["what is there?"], [list(WORTH)])
     torch.testing.assert_close(scores, torch.tensor([[0.5, 0.0, 0.25, 1.0, 0.75]]))
-    shown = {question for body in server.seen for question in re.findall(r"^Question.*", text_of(body), re.M)}
+    shown = {question for body in server.seen
+             for question in re.findall(r"^Question.*", text_of(body), re.M)}
     assert shown == {'Question about the video: "what is there?"'}
     assert all(sorted(listed(body)) == sorted(WORTH) for body in server.seen) or mode == "pairwise"
 
 
 def test_a_server_that_likes_the_first_place_gets_no_say(server, client):
-    """Listwise: what is liked depends on the draw for the question, over many questions nobody is; pairwise: tied."""
+    """Listwise: what is liked depends on the draw for the question, over many questions nobody is;
+    pairwise: tied."""
     server.act = lambda body: json.dumps({"ranking": list(range(1, 1 + len(listed(body))))}
                                          if "ranking" in text_of(body) else {"better": 1})
     answers, questions = [list("abcd")] * 200, [f"question {k}?" for k in range(200)]
@@ -803,7 +856,9 @@ def test_the_order_shown_is_drawn_by_seed_question_and_answers_alone(server, cli
     assert count == 2  # the third group is the first one in another order: the same request
     assert whole.tolist() == [[0, 2, 1], [2, 0, 1], [1, 2, 0]]
     for b, question in ((1, "two?"), (0, "one?")):  # another batch, another order of the groups
-        assert ApiOracle(client, frames=0).rank([None], [question], [groups[b]])[1][0].equal(whole[b])
+        assert (
+            ApiOracle(client, frames=0).rank([None], [question], [groups[b]])[1][0].equal(whole[b])
+        )
     assert len(server.seen) == count
 
 
@@ -816,10 +871,13 @@ def test_identical_answers_are_asked_once_and_tied(server, client):
     assert len(server.seen) == 1 and len(listed(server.seen[0])) == 3
 
 
-def test_groups_without_a_usable_reply_are_masked_and_counted_by_reason(server, client, tmp_path, capsys):
+def test_groups_without_a_usable_reply_are_masked_and_counted_by_reason(
+    server, client, tmp_path, capsys
+):
     def act(body):
         text = text_of(body)
-        for word, reply in {"prose": "The second one is best.", "half": '{"ranking": [1,', "gone": "CUT",
+        for word, reply in {"prose": "The second one is best.", "half": '{"ranking": [1,',
+                            "gone": "CUT",
                             "twice": '{"ranking": [1, 1]}', "third": '{"ranking": [1, 3]}',
                             "down": dict(status=400)}.items():
             if word in text:
@@ -827,7 +885,8 @@ def test_groups_without_a_usable_reply_are_masked_and_counted_by_reason(server, 
         return '{"ranking": [1, 2]}'
 
     server.act = act
-    questions = ["fine", "prose", "half", "fine too", "twice", "third", "down", "gone", "prose again"]
+    questions = ["fine", "prose", "half", "fine too", "twice", "third", "down", "gone",
+                 "prose again"]
     client.max_retries = 1
     oracle = ApiOracle(client, frames=0)
     scores, ok = oracle.score([None] * 9, questions, [["a", "b"]] * 9)
@@ -835,18 +894,24 @@ def test_groups_without_a_usable_reply_are_masked_and_counted_by_reason(server, 
     assert (scores[~ok] == 0).all() and (scores[ok].sum(1) == 1).all()
     counts = oracle.counters
     assert {k: v for k, v in counts.items() if k.startswith("masked")} == dict(
-        masked_no_json=3, masked_no_permutation=1, masked_missing_answer=1, masked_no_reply=2, masked_no_video=0)
-    assert set(counts) == set(COUNTERS) and counts["repairs"] == 5 and counts["requests"] == 2 + 10 + 1 + 2
+        masked_no_json=3, masked_no_permutation=1, masked_missing_answer=1, masked_no_reply=2,
+        masked_no_video=0)
+    assert (set(counts) == set(COUNTERS) and counts["repairs"] == 5
+            and counts["requests"] == 2 + 10 + 1 + 2)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4 and all(line.startswith("oracle: a group is masked (") for line in lines)  # once a reason
+    # once a reason
+    assert len(lines) == 4 and all(line.startswith("oracle: a group is masked (") for line in lines)
     oracle.score([None], ["fine"], [["a", "b"]])
-    assert oracle.counters["requests"] == counts["requests"] and oracle.counters["cached"] == counts["cached"] + 1
+    assert (oracle.counters["requests"] == counts["requests"]
+            and oracle.counters["cached"] == counts["cached"] + 1)
 
 
 def test_one_lost_pair_masks_its_group(server, client):
-    server.act = lambda body: "no" if "green" in listed(body) and "red" in listed(body) else '{"better": 1}'
+    server.act = (lambda body: "no" if "green" in listed(body) and "red" in listed(body)
+                  else '{"better": 1}')
     oracle = ApiOracle(client, "pairwise", frames=0)
-    _, ok = oracle.score([None] * 2, ["a?", "b?"], [["red", "green", "blue"], ["red", "blue", "up"]])
+    _, ok = oracle.score([None] * 2, ["a?", "b?"],
+                         [["red", "green", "blue"], ["red", "blue", "up"]])
     assert ok.tolist() == [False, True] and oracle.masked == {"no_json": 1}
 
 
@@ -861,7 +926,9 @@ def test_a_server_that_does_not_know_us_ends_the_run(server, client):
     server.script(dict(status=401, says="who are you?"))
     client.slots = threading.BoundedSemaphore(1)
     with pytest.raises(ApiError, match="who are you"):
-        ApiOracle(client, frames=0).score([None] * 50, [f"{k}?" for k in range(50)], [["a", "b"]] * 50)
+        ApiOracle(client, frames=0).score(
+            [None] * 50, [f"{k}?" for k in range(50)], [["a", "b"]] * 50
+        )
     assert len(server.seen) < 30  # the rest is not asked
 
 
@@ -881,9 +948,9 @@ FORGED = [
 @pytest.mark.parametrize("mode", ["listwise", "pairwise"])
 @pytest.mark.parametrize("forged", FORGED)
 def test_an_answer_cannot_change_how_another_one_is_judged(server, client, mode, forged):
-    """A server that reads as chat templates and lines do: a turn ends at a tag of special tokens, and
-    `n. "..."` on a line of its own is an answer. Whatever one answer holds, all of them are there once
-    and the others keep their order."""
+    """A server that reads as chat templates and lines do: a turn ends at a tag of special tokens,
+    and `n. "..."` on a line of its own is an answer. Whatever one answer holds, all of them are
+    there once and the others keep their order."""
     worth = {"red": 3, "green": 2, "blue": 1}
     asked = []
 
@@ -972,10 +1039,13 @@ def test_what_a_server_in_the_zoo_did_not_end_or_say_is_no_answer(server, tmp_pa
 
 @pytest.mark.parametrize("limit", [1, 4])
 def test_requests_are_concurrent_up_to_the_limit(server, tmp_path, limit):
-    meet = threading.Barrier(limit)  # an answer needs `limit` requests at once; more than that would be seen
+    # an answer needs `limit` requests at once; more than that would be seen
+    meet = threading.Barrier(limit)
     server.act = lambda body: (meet.wait(60), time.sleep(0.05), '{"ranking": [1, 2]}')[-1]
     client = ApiClient(server.url, "judge-1", tmp_path, concurrency=limit, timeout=60)
-    _, ok = ApiOracle(client, frames=0).score([None] * 12, [f"{k}?" for k in range(12)], [["a", "b"]] * 12)
+    _, ok = ApiOracle(client, frames=0).score(
+        [None] * 12, [f"{k}?" for k in range(12)], [["a", "b"]] * 12
+    )
     assert ok.all() and server.most == limit
 
 
@@ -992,7 +1062,7 @@ def test_aspects_are_scored_one_answer_a_request(server, client):
     assert len(server.seen) == 2 + 3 + 1 and points[1].tolist() == [[0] * 4] * 3
 
 
-# --- frames ----------------------------------------------------------------------------------------------------------
+# --- frames ---------------------------------------------------------------------------------------
 def test_frames_are_jpegs_in_order_no_larger_than_asked(server, client, tmp_path):
     folder = tmp_path / "frames"
     folder.mkdir()
@@ -1001,7 +1071,8 @@ def test_frames_are_jpegs_in_order_no_larger_than_asked(server, client, tmp_path
     clip = Clip(str(folder))
     for size, shape in ((32, (32, 16)), (500, (80, 40))):
         urls = frames_as_urls(clip, 3, size)
-        images = [Image.open(io.BytesIO(base64.b64decode(u.removeprefix("data:image/jpeg;base64,")))) for u in urls]
+        images = [Image.open(
+            io.BytesIO(base64.b64decode(u.removeprefix("data:image/jpeg;base64,")))) for u in urls]
         assert [i.format for i in images] == ["JPEG"] * 3 and {i.size for i in images} == {shape}
         assert [round(np.asarray(i).mean() / 50) for i in images] == [0, 2, 4]
     assert frames_as_urls(Clip(str(folder), 1.0, 3.0), 2, 32) != frames_as_urls(clip, 2, 32)
@@ -1013,7 +1084,8 @@ def test_frames_are_jpegs_in_order_no_larger_than_asked(server, client, tmp_path
     content = server.seen[0]["messages"][0]["content"]
     assert [p["type"] for p in content] == ["text", "image_url", "image_url", "image_url", "text"]
     assert [p["image_url"]["url"] for p in content[1:4]] == frames_as_urls(clip, 3, 32)
-    ApiOracle(client, frames=2, size=32).score([clip], ["what?"], [["a", "b"]])  # other frames: another request
+    # other frames: another request
+    ApiOracle(client, frames=2, size=32).score([clip], ["what?"], [["a", "b"]])
     assert len(server.seen) == 2
 
 
@@ -1022,17 +1094,21 @@ def test_frames_of_a_real_video(world):
     urls = frames_as_urls(Clip(str(file)), 4, 64)
     frames, _ = read_frames(str(file), 4)
     for url, frame in zip(urls, frames):
-        seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"), float)
+        seen = np.asarray(
+            Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"), float)
         assert seen.shape == frame.shape and np.abs(seen - frame).mean() < 8
 
 
-# --- flags and scripts -----------------------------------------------------------------------------------------------
+# --- flags and scripts ----------------------------------------------------------------------------
 @pytest.mark.parametrize("flags", [dict(), dict(api_url="http://x/v1"), dict(api_model="m"),
-                                   dict(api_url="x", api_model="m"), dict(api_frames=-1), dict(api_size=0),
-                                   dict(api_concurrency=0), dict(api_timeout=0), dict(api_retries=-1),
+                                   dict(api_url="x", api_model="m"), dict(api_frames=-1),
+                                   dict(api_size=0),
+                                   dict(api_concurrency=0), dict(api_timeout=0),
+                                   dict(api_retries=-1),
                                    dict(api_max_tokens=0), dict(api_timeout=float("nan"))], ids=str)
 def test_flags_out_of_range(flags):
-    good = dict(api_url="http://x/v1", api_model="m") if set(flags) - {"api_url", "api_model"} else {}
+    good = (dict(api_url="http://x/v1", api_model="m") if set(flags) - {"api_url", "api_model"}
+            else {})
     with pytest.raises(ValueError, match="--api_"):
         ApiArgs(**good, **flags).check_api(needed=True)
     ApiArgs().check_api(needed=False)
@@ -1045,12 +1121,16 @@ def test_grpo_rank_learns_from_a_server(server, world, policy, monkeypatch, caps
 
     def act(body):
         answers = listed(body)
-        return "I cannot." if len(answers) == 2 else json.dumps({"ranking": list(range(1, len(answers) + 1))})
+        return ("I cannot." if len(answers) == 2
+                else json.dumps({"ranking": list(range(1, len(answers) + 1))}))
 
     server.act = act
-    flags = ["--oracle", "api", "--api_url", server.url, "--api_model", "m", "--api_frames", "2", "--api_size", "32",
-             "--steps", "2", "--prompts_per_step", "4", "--tokens_per_micro_batch", "99", "--G", "3",
-             "--max_new_tokens", "6", "--eval_data", "", "--model", policy, "--name", "served", "--api_retries", "1"]
+    flags = ["--oracle", "api", "--api_url", server.url, "--api_model", "m", "--api_frames", "2",
+             "--api_size", "32",
+             "--steps", "2", "--prompts_per_step", "4", "--tokens_per_micro_batch", "99", "--G",
+             "3",
+             "--max_new_tokens", "6", "--eval_data", "", "--model", policy, "--name", "served",
+             "--api_retries", "1"]
     main_of(monkeypatch, world, "grpo_rank.py", *flags)
     folder = world / "runs/grpo_rank/served_s0"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

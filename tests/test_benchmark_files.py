@@ -1,4 +1,5 @@
-"""Every public shape is read as its makers publish it, and gives the official number; what is broken is named."""
+"""Every public shape is read as its makers publish it, and gives the official number; what is
+broken is named."""
 
 import json
 import re
@@ -29,7 +30,7 @@ def mean(benchmark, rows, metric, group=None):
     return part[metric]["mean"]
 
 
-# --- questions -------------------------------------------------------------------------------------------------------
+# --- questions ------------------------------------------------------------------------------------
 def test_activitynet_files_are_joined_by_id_and_videos_found_with_v(tmp_path):
     put(tmp_path, "activitynet_qa/test_q.json", [
         {"video_name": "abc", "question": "is it red", "question_id": "v_abc_1"},
@@ -48,26 +49,35 @@ def test_activitynet_files_are_joined_by_id_and_videos_found_with_v(tmp_path):
 
 
 def test_msvd_originals_use_the_mapping_file_in_both_directions(tmp_path):
-    put(tmp_path, "test_qa.json", [{"answer": "someone", "id": 5, "question": "who is it?", "video_id": 2},
-                                   {"answer": "cat", "id": 6, "question": "what is it?", "video_id": 1}])
+    put(tmp_path, "test_qa.json",
+        [{"answer": "someone", "id": 5, "question": "who is it?", "video_id": 2},
+                                   {"answer": "cat", "id": 6, "question": "what is it?",
+                                    "video_id": 1}])
     put(tmp_path, "youtube_mapping.txt", "-x_1_5 vid1\nyt_0_9 vid2\n")
     put(tmp_path, "videos/yt_0_9.avi", "-")
     (tmp_path / "vid1").mkdir()
     put(tmp_path, "vid1/0001.jpg", "-")
     rows, _ = bf.questions("msvd_qa", str(tmp_path))
     assert [r["id"] for r in rows] == ["5", "6"] and rows[0]["groups"] == {"first word": "who"}
-    assert rows[0]["clip"].path.endswith("yt_0_9.avi") and rows[1]["clip"].path.endswith("vid1")  # a folder of frames
+    # a folder of frames
+    assert rows[0]["clip"].path.endswith("yt_0_9.avi") and rows[1]["clip"].path.endswith("vid1")
 
 
 def test_video_mme_flat_nested_and_subtitles(tmp_path):
-    flat = {"video_id": "001", "duration": "short", "domain": "Knowledge", "sub_category": "Law", "videoID": "yT-x",
+    flat = {"video_id": "001", "duration": "short", "domain": "Knowledge", "sub_category": "Law",
+            "videoID": "yT-x",
             "question_id": "001-1", "task_type": "Counting Problem", "question": "How many?",
             "options": ["A. 1", "B. 2", "C. 3", "D. 4"], "answer": "B"}
     put(tmp_path, "videomme.json", [flat])
     put(tmp_path, "data/yT-x.MP4", "-")
     (row,), _ = bf.questions("video_mme", str(tmp_path))
-    assert row["clip"].path.endswith("yT-x.MP4") and row["answer"] == "B" and row["groups"]["duration"] == "short"
-    assert row["asks"][0].splitlines()[-6:] == ["How many?", *flat["options"], "The best answer is:"]
+    assert (row["clip"].path.endswith("yT-x.MP4") and row["answer"] == "B"
+            and row["groups"]["duration"] == "short")
+    assert row["asks"][0].splitlines()[-6:] == [
+        "How many?",
+        *flat["options"],
+        "The best answer is:",
+    ]
     assert "(A, B, C, or D)" in row["asks"][0]
     nested = pf.in_own_format("video_mme", [row | {"said": ["B. 2"]}])["video_mme"]
     assert nested[0]["questions"][0]["response"] == "B. 2" and nested[0]["video_id"] == "001"
@@ -78,9 +88,11 @@ def test_video_mme_flat_nested_and_subtitles(tmp_path):
 def test_subtitles_are_those_at_the_sampled_frames(tmp_path, monkeypatch):
     put(tmp_path, "subtitle/x.srt",
         '\ufeff1\r\n00:00:00,000 --> 00:00:01,000\r\n<font color="white">Hello</font>\r\n\r\n'
-        "2\n00:00:04,000 --> 00:00:04,500\nnever seen\n\n3\n00:00:09,500 --> 00:01:00,000\nthe end\n")
+        "2\n00:00:04,000 --> 00:00:04,500\nnever seen\n\n3\n00:00:09,500 --> 00:01:00,000\nthe "
+        "end\n")
     monkeypatch.setattr(bf, "clip_seconds", lambda clip: (0.0, 10.0))
-    assert bf.subtitles(bf.Clip("a/x.mp4"), str(tmp_path), 3) == "Hello\nthe end"  # at 0, 5 and 10 s
+    # at 0, 5 and 10 s
+    assert bf.subtitles(bf.Clip("a/x.mp4"), str(tmp_path), 3) == "Hello\nthe end"
     assert bf.subtitles(bf.Clip("a/y.mp4"), str(tmp_path), 3) is None
     prompt = bf.choice_prompt("Q", ["A. 1", "B. 2"], "Hello")
     assert prompt.startswith("This video's subtitles are listed below:\nHello\n")
@@ -88,11 +100,13 @@ def test_subtitles_are_those_at_the_sampled_frames(tmp_path, monkeypatch):
 
 def test_next_qa_tables_and_their_map(tmp_path):
     head = "video,frame_count,width,height,question,answer,qid,type"
-    put(tmp_path, "nextqa/val.csv", head + ',a0,a1,a2,a3,a4\n40,9,6,4,"how, then",1,6,TP,a,b,c,d,e\n')
+    put(tmp_path, "nextqa/val.csv",
+        head + ',a0,a1,a2,a3,a4\n40,9,6,4,"how, then",1,6,TP,a,b,c,d,e\n')
     put(tmp_path, "nextqa/map_vid_vidorID.json", {"40": "0101/40"})
     put(tmp_path, "nextqa/videos/0101/40.mp4", "-")
     (row,), _ = bf.questions("nextqa", str(tmp_path))
-    assert (row["id"], row["answer"], row["groups"]["type"], row["options"][1]) == ("40_6", "B", "TN", "B. b")
+    assert ((row["id"], row["answer"], row["groups"]["type"], row["options"][1])
+            == ("40_6", "B", "TN", "B. b"))
     assert row["clip"].path.endswith("0101/40.mp4") and row["question"] == "how, then"
     put(tmp_path, "nextoe/val.csv", head + "\n40,9,6,4,how,by hand,6,CH\n")
     (row,), _ = bf.questions("nextoe", str(tmp_path))
@@ -123,7 +137,8 @@ def test_action_lists_and_their_classes(tmp_path):
     rows, report = bf.questions("ucf101", str(tmp_path))
     assert rows[0]["answer"] == "Apply Lipstick" and rows[0]["clip"]
     assert bf.class_names("ucf101", str(tmp_path / "ucf101"), rows) == ["Apply Lipstick", "Diving"]
-    put(tmp_path, "hmdb51/splits/brush_hair_test_split1.txt", "a b.avi 1 \nc_brush.avi 2 \nd.avi 0 \n")
+    put(tmp_path, "hmdb51/splits/brush_hair_test_split1.txt",
+        "a b.avi 1 \nc_brush.avi 2 \nd.avi 0 \n")
     put(tmp_path, "hmdb51/splits/sit_test_split1.txt", "e.avi 1 \n")
     rows, _ = bf.questions("hmdb51", str(tmp_path))
     assert [(r["id"], r["answer"]) for r in rows] == [("c_brush", "brush hair")]
@@ -145,10 +160,13 @@ def test_every_split_of_the_action_lists(tmp_path, k):
 
 
 def test_a_split_is_chosen_by_a_pattern(tmp_path):
-    """All splits lie in one folder, as HMDB51's are published; without a pattern the first is meant."""
+    """All splits lie in one folder, as HMDB51's are published; without a pattern the first is
+    meant."""
     for k in (1, 2, 3):
-        put(tmp_path, f"sit_test_split{k}.txt", "\n".join(f"{n}.avi {2 if n == k else 1} " for n in (1, 2, 3)))
-    for data, ids in ((tmp_path, ["1"]), (tmp_path / "*_split2.txt", ["2"]), (tmp_path / "sit_test_split3.txt", ["3"])):
+        put(tmp_path, f"sit_test_split{k}.txt",
+            "\n".join(f"{n}.avi {2 if n == k else 1} " for n in (1, 2, 3)))
+    for data, ids in ((tmp_path, ["1"]), (tmp_path / "*_split2.txt", ["2"]),
+                      (tmp_path / "sit_test_split3.txt", ["3"])):
         rows, _ = bf.questions("hmdb51", str(data))
         assert [r["id"] for r in rows] == ids and {r["answer"] for r in rows} == {"sit"}
         assert bf.class_names("hmdb51", str(tmp_path), rows) == ["sit"]
@@ -159,7 +177,8 @@ def test_video_chatgpt_parts_and_the_two_rows_of_a_pair(tmp_path):
     put(tmp_path, "temporal_qa.json", [{"Q": "when?", "A": "then", "video_name": "v_1"}])
     halves = [("a?", "None"), ("None", "b?")]
     put(tmp_path, "consistency_qa.json", [
-        {"video_name": "v_2", "question_1": one, "question_2": two, "answer": "x"} for one, two in halves])
+        {"video_name": "v_2", "question_1": one, "question_2": two, "answer": "x"}
+        for one, two in halves])
     put(tmp_path, "Test_Videos/v_1.mp4", "-")
     rows, _ = bf.questions("video_chatgpt", str(tmp_path))
     by = {r["groups"]["part"]: r for r in rows}
@@ -168,15 +187,17 @@ def test_video_chatgpt_parts_and_the_two_rows_of_a_pair(tmp_path):
     said = [r | {"said": [r["answer"]] * len(r["asks"])} for r in rows]
     said[0]["said"] = ["x", "y"] if len(said[0]["asks"]) == 2 else said[0]["said"]
     values, _ = score_rows("video_chatgpt", said, ExactJudge())
-    assert summarise(values, said)["metrics"]["consistency"]["mean"] == 0  # one of two is wrong: the worse one counts
+    # one of two is wrong: the worse one counts
+    assert summarise(values, said)["metrics"]["consistency"]["mean"] == 0
     assert summarise(values, said)["metrics"]["temporal"]["mean"] == 5
     for name, content in pf.in_own_format("video_chatgpt", said).items():
         put(tmp_path, f"mine/{name}.json", content)
     columns, report = pf.predictions("video_chatgpt", [str(tmp_path / "mine")])
-    assert sorted(len(r["said"]) for r in pf.join(rows, columns[""], report)) == [1, 1, 2] and not report["without"]
+    assert (sorted(len(r["said"]) for r in pf.join(rows, columns[""], report)) == [1, 1, 2]
+            and not report["without"])
 
 
-# --- predictions -----------------------------------------------------------------------------------------------------
+# --- predictions ----------------------------------------------------------------------------------
 QA = [{"id": "q1", "question": "what?", "answer": "cat", "pred": "a cat"},
       {"id": "q2", "question": "who?", "answer": "man", "pred": ""},
       {"id": "q1", "question": "what?", "answer": "cat", "pred": "dog"}]
@@ -187,34 +208,46 @@ QA = [{"id": "q1", "question": "what?", "answer": "cat", "pred": "a cat"},
     lambda rows: ("p.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n"),
     lambda rows: ("p.json", "\n".join(map(json.dumps, rows)) + "\n"),  # as Video-LLaVA writes them
     lambda rows: ("p.tsv", "\n".join(["\t".join(rows[0]), *("\t".join(r.values()) for r in rows)])),
-    lambda rows: ("p.json", json.dumps(rows)[:-1] + ",]"), lambda rows: ("p.json", json.dumps(rows).replace("}", ",}")),
-])  # fmt: skip
+    lambda rows: ("p.json", json.dumps(rows)[:-1] + ",]"),
+    lambda rows: ("p.json", json.dumps(rows).replace("}", ",}")),
+])
 def test_predictions_with_marks_commas_blanks_and_doubles(tmp_path, write):
     columns, report = pf.predictions("msvd_qa", [put(tmp_path, *write(QA))])
-    assert [(r["id"], r["said"]) for r in columns[""]] == [("q1", ["dog"]), ("q2", [""])]  # the last counts, once
+    # the last counts, once
+    assert [(r["id"], r["said"]) for r in columns[""]] == [("q1", ["dog"]), ("q2", [""])]
     assert report["duplicates"] == ["q1"] and report["blank"] == 1
     assert mean("msvd_qa", columns[""], "accuracy") == 0
 
 
 def test_activitynets_own_predictions_and_a_split_alone(tmp_path):
-    """{question_id, answer} beside val_q.json and val_a.json, as in its repository: the answer is the prediction."""
-    asked = [{"video_name": v, "question": f"is it {k}", "question_id": f"v_{v}_{k}"} for v in "ab" for k in (1, 2)]
+    """{question_id, answer} beside val_q.json and val_a.json, as in its repository: the answer is
+    the prediction."""
+    asked = [{"video_name": v, "question": f"is it {k}", "question_id": f"v_{v}_{k}"} for v in "ab"
+             for k in (1, 2)]
     put(tmp_path, "val_q.json", asked)
-    put(tmp_path, "val_a.json", [{"answer": "yes", "type": 3, "question_id": q["question_id"]} for q in asked])
+    put(tmp_path, "val_a.json",
+        [{"answer": "yes", "type": 3, "question_id": q["question_id"]} for q in asked])
     rows, _ = bf.questions("activitynet_qa", str(tmp_path))
     assert [r["answer"] for r in rows] == ["yes"] * 4
-    said = [{"question_id": q["question_id"], "answer": a} for q, a in zip(asked, ("yes", "no", "Yes.", ""))]
+    said = [{"question_id": q["question_id"], "answer": a}
+            for q, a in zip(asked, ("yes", "no", "Yes.", ""))]
     columns, report = pf.predictions("activitynet_qa", [put(tmp_path, "p/mine.json", said)])
-    assert [r["video"] for r in columns[""]] == ["a", "a", "b", "b"] and not any(r["unnamed"] for r in columns[""])
+    assert [r["video"] for r in columns[""]] == ["a", "a", "b", "b"] and not any(
+        r["unnamed"] for r in columns[""]
+    )
     rows = pf.join(rows, columns[""], report)
     assert [r["said"] for r in rows] == [["yes"], ["no"], ["Yes."], [""]] and not report["without"]
-    assert mean("activitynet_qa", rows, "exact") == 0.5 == mean("activitynet_qa", rows, "accuracy_all")
-    columns, _ = pf.predictions("video_mme", [put(tmp_path, "mme.json", [{"question_id": "001-1", "answer": "B"}])])
+    assert (mean("activitynet_qa", rows, "exact") == 0.5
+            == mean("activitynet_qa", rows, "accuracy_all"))
+    columns, _ = pf.predictions(
+        "video_mme", [put(tmp_path, "mme.json", [{"question_id": "001-1", "answer": "B"}])]
+    )
     assert columns[""][0]["said"] == ["B"] and columns[""][0]["answer"] is None
 
 
 @pytest.mark.parametrize("benchmark, name, content", [
-    ("activitynet_qa", "test_q.json", [{"question_id": "v_a_1", "video_name": "a", "question": "what"}]),
+    ("activitynet_qa", "test_q.json",
+     [{"question_id": "v_a_1", "video_name": "a", "question": "what"}]),
     ("msvd_qa", "qa.json", [{"id": 1, "question": "what?", "answer": "cat", "video_id": 1}]),
     ("msvd_qa", "blank.json", [{"id": k, "question": "what?", "answer": "cat", "pred": blank}
                                for k, blank in enumerate(["", " ", None])]),
@@ -225,7 +258,8 @@ def test_activitynets_own_predictions_and_a_split_alone(tmp_path):
     ("video_mme", "wide.csv", "sample_id,16f,32f\n1-1,A,\n1-2,B,\n"),
     ("hmdb51", "captions.json", [{"video_id": "v", "gt": ["sit"]}])])
 def test_a_file_without_a_prediction_is_refused(tmp_path, benchmark, name, content):
-    with pytest.raises(DataError, match=f"{name}: no predictions.*read under pred, prediction") as e:
+    with pytest.raises(DataError,
+                       match=f"{name}: no predictions.*read under pred, prediction") as e:
         pf.predictions(benchmark, [put(tmp_path, name, content)])
     assert "\n" not in str(e.value)
 
@@ -246,10 +280,12 @@ def test_files_of_other_kinds_are_refused_with_what_is_read(tmp_path):
 
 
 def test_a_folder_of_one_judged_file_a_question(tmp_path):
-    """As Video-ChatGPT's scripts write them: <id>.json with [verdict, record]; the folder's name has the criterion."""
+    """As Video-ChatGPT's scripts write them: <id>.json with [verdict, record]; the folder's name
+    has the criterion."""
     said = [("v_a_0", "yes", 4), ("v_a_1", "no", 1), ("v_b_0", "yes", 5)]
     for id, pred, score in said:
-        put(tmp_path, f"qa/{id}.json", [{"pred": pred, "score": score}, {"q": "is it", "a": "yes", "pred": "it is"}])
+        put(tmp_path, f"qa/{id}.json",
+            [{"pred": pred, "score": score}, {"q": "is it", "a": "yes", "pred": "it is"}])
     columns, _ = pf.predictions("activitynet_qa", [str(tmp_path / "qa")])
     assert [(r["id"], r["video"], r["said"]) for r in columns[""]] == [
         ("v_a_0", "a", ["it is"]), ("v_a_1", "a", ["it is"]), ("v_b_0", "b", ["it is"])]
@@ -267,17 +303,22 @@ def test_a_folder_of_one_judged_file_a_question(tmp_path):
 
 
 def test_a_file_without_videos_says_so_and_ours_name_them(tmp_path, monkeypatch, capsys):
-    """Ten questions about two videos, all right about one of them: only over videos the interval is from 0 to 1."""
+    """Ten questions about two videos, all right about one of them: only over videos the interval is
+    from 0 to 1."""
     monkeypatch.chdir(tmp_path)
-    rows = [{"id": f"q{k}", "question": "what?", "answer": "cat", "pred": "cat" if k < 5 else "dog"} for k in range(10)]
+    rows = [{"id": f"q{k}", "question": "what?", "answer": "cat", "pred": "cat" if k < 5 else "dog"}
+            for k in range(10)]
     put(tmp_path, "bare.json", rows)
     put(tmp_path, "named.json", [r | {"video": "ab"[k // 5]} for k, r in enumerate(rows)])
     width, told = {}, "10 predictions name no video: intervals are over questions"
     for name in ("bare", "named"):
-        script(monkeypatch, "--predictions", f"{name}.json", "--benchmark", "msvd_qa", "--out", name)
-        cell = json.loads((tmp_path / f"{name}.json").read_text())["results"][0]["benchmarks"]["msvd_qa"]["metrics"]
+        script(monkeypatch, "--predictions", f"{name}.json", "--benchmark", "msvd_qa", "--out",
+               name)
+        result = json.loads((tmp_path / f"{name}.json").read_text())["results"][0]
+        cell = result["benchmarks"]["msvd_qa"]["metrics"]
         width[name] = cell["exact"]["high"] - cell["exact"]["low"]
-        assert (told in capsys.readouterr().out) == (name == "bare") == (told in (tmp_path / f"{name}.md").read_text())
+        assert ((told in capsys.readouterr().out) == (name == "bare")
+                == (told in (tmp_path / f"{name}.md").read_text()))
     assert width["named"] == 1 and width["bare"] < 0.8
     row = bf.row_of("q", "a", "what?", "cat", {}, said=["cat"])
     (saved,) = pf.in_own_format("msvd_qa", [row])["msvd_qa"]
@@ -286,9 +327,11 @@ def test_a_file_without_videos_says_so_and_ours_name_them(tmp_path, monkeypatch,
 
 
 def test_an_id_without_a_prediction_is_dropped_in_one_convention_and_wrong_in_the_other(tmp_path):
-    put(tmp_path, "test_qa.json", [{"answer": "cat", "id": k, "question": "what?", "video_id": k} for k in (1, 2)])
+    put(tmp_path, "test_qa.json",
+        [{"answer": "cat", "id": k, "question": "what?", "video_id": k} for k in (1, 2)])
     rows, _ = bf.questions("msvd_qa", str(tmp_path))
-    columns, report = pf.predictions("msvd_qa", [put(tmp_path, "p.json", {"1": "cat", "77": "dog"})])
+    columns, report = pf.predictions("msvd_qa",
+                                     [put(tmp_path, "p.json", {"1": "cat", "77": "dog"})])
     rows = pf.join(rows, columns[""], report)
     assert report["without"] == ["2"] and report["unknown"] == ["77"]
     assert mean("msvd_qa", rows, "accuracy") == 1 and mean("msvd_qa", rows, "accuracy_all") == 0.5
@@ -297,10 +340,13 @@ def test_an_id_without_a_prediction_is_dropped_in_one_convention_and_wrong_in_th
 
 
 def test_judged_files_give_the_official_numbers(tmp_path):
-    """CVRR-ES's parser by hand: lists in lists, another key, a fraction, a verdict that is neither."""
+    """CVRR-ES's parser by hand: lists in lists, another key, a fraction, a verdict that is
+    neither."""
     record = {"q": "x", "a": "y", "pred": "z"}
-    rows = [[{"pred": "correct", "score": 4.5}, record], [[{"pred": "incorrect", "score": 1}], record],
-            [{"type": "correct", "score": 5}, record], [{"pred": "partially correct", "score": 3}, record]]
+    rows = [[{"pred": "correct", "score": 4.5}, record],
+            [[{"pred": "incorrect", "score": 1}], record],
+            [{"type": "correct", "score": 5}, record],
+            [{"pred": "partially correct", "score": 3}, record]]
     put(tmp_path, "part.json", rows)
     columns, _ = pf.predictions("cvrr_es", [str(tmp_path)])
     group = ("dimension", "part")
@@ -318,36 +364,55 @@ MATCH = "Which caption matches the video better?\nCaption A: a man runs.\nCaptio
 
 
 def test_tempcompass_caption_matching_and_captions(tmp_path):
-    said = [(" Caption A: a man runs. </s>", 1), ("a man runs.", 1), ("A", 1), ("B.", 0), ("Caption A.", 1),
+    said = [(" Caption A: a man runs. </s>", 1), ("a man runs.", 1), ("A", 1), ("B.", 0),
+            ("Caption A.", 1),
             ("A) a man sits.", 0), ("Caption A: a man sits.", None), ("It is caption A.", None)]
-    items = [{"question": MATCH, "answer": "Caption A: a man runs.", "prediction": text} for text, _ in said]
+    items = [{"question": MATCH, "answer": "Caption A: a man runs.", "prediction": text}
+             for text, _ in said]
     put(tmp_path, "caption_matching.json", {"7": {"action": items}})
-    put(tmp_path, "yes_no.json", {"7": {"action": [{"question": "q", "answer": "yes", "prediction": " Yes."}] * 2}})
+    put(tmp_path, "yes_no.json",
+        {"7": {"action": [{"question": "q", "answer": "yes", "prediction": " Yes."}] * 2}})
     caption = {"question": "..\nGenerated Caption:", "answer": "x", "prediction": "y"}
     put(tmp_path, "captioning.json", {"7": {"order": [caption]}})
     columns, report = pf.predictions("tempcompass", [str(tmp_path)])
     values, problems = score_rows("tempcompass", columns[""], ExactJudge())
-    of = lambda task: [v["accuracy"] for v, r in zip(values, columns[""]) if r["groups"]["task"] == task]
-    assert of("caption_matching") == [right for _, right in said] and of("yes_no") == [1, 1] and not of("captioning")
-    assert report["left_out"] == {"captions without a judge's rating": 1} and problems == {"no match": 2}
+    of = lambda task: [v["accuracy"]
+                       for v, r in zip(values, columns[""]) if r["groups"]["task"] == task]
+    assert (of("caption_matching") == [right for _, right in said] and of("yes_no") == [1, 1]
+            and not of("captioning"))
+    assert (report["left_out"] == {"captions without a judge's rating": 1}
+            and problems == {"no match": 2})
     tables = group_tables({"benchmarks": {"tempcompass": summarise(values, columns[""])}})
     table = next(t for t in tables if ", task" in t)
     line = next(line for line in table.splitlines() if line.startswith("| caption_matching"))
-    assert line.endswith("| 6, 8 |") and "| 66.67 [" in line  # counted by accuracy and by accuracy_all
+    # counted by accuracy and by accuracy_all
+    assert line.endswith("| 6, 8 |") and "| 66.67 [" in line
 
 
 def test_tempcompass_ratings_need_no_question(tmp_path):
     rated = [{"rating": 1, "gt-answer": "A. x", "video-llm-prediction": "x"},
-             {"rating": 0, "video-llm-prediction": "y"}, {"rating": -1, "video-llm-prediction": "z"},
+             {"rating": 0, "video-llm-prediction": "y"},
+             {"rating": -1, "video-llm-prediction": "z"},
              {"rating": 1, "question": "q", "video-llm-prediction": None}]
-    columns, report = pf.predictions("tempcompass", [put(tmp_path, "captioning.json", {"7": {"order": rated}})])
+    columns, report = pf.predictions("tempcompass",
+                                     [put(tmp_path, "captioning.json", {"7": {"order": rated}})])
     assert mean("tempcompass", columns[""], "accuracy") == pytest.approx(2 / 3)
     assert report["left_out"] == {"captions without a judge's rating": 1}  # -1: the judge failed
 
 
 def test_other_prediction_shapes(tmp_path):
-    put(tmp_path, "multi-choice.json", {"7": {"action": [{"question": "q", "answer": "A. x", "prediction": "A"},
-                                                         {"question": "q", "answer": "B. y", "prediction": "yes"}]}})
+    put(
+        tmp_path,
+        "multi-choice.json",
+        {
+            "7": {
+                "action": [
+                    {"question": "q", "answer": "A. x", "prediction": "A"},
+                    {"question": "q", "answer": "B. y", "prediction": "yes"},
+                ]
+            }
+        },
+    )
     columns, _ = pf.predictions("tempcompass", [str(tmp_path / "multi-choice.json")])
     assert mean("tempcompass", columns[""], "accuracy", ("aspect", "multi-choice action")) == 1
     assert mean("tempcompass", columns[""], "accuracy_all") == 0.5
@@ -358,34 +423,46 @@ def test_other_prediction_shapes(tmp_path):
     rows = [columns[""][0] | {"said": [text]} for text in said]
     own = [pf.in_own_format("nextqa", [row])["nextqa"]["40_6"] for row in rows]
     assert own == [dict(prediction=n, answer=1) for n in (1, 1, -1, 1)]
-    columns, _ = pf.predictions("video_mme", [put(tmp_path, "wide.csv", "sample_id,16f,32f\n001-1,A,B\n001-2,C,C\n")])
-    assert {k: [r["said"][0] for r in v] for k, v in columns.items()} == {"16f": ["A", "C"], "32f": ["B", "C"]}
+    columns, _ = pf.predictions(
+        "video_mme", [put(tmp_path, "wide.csv", "sample_id,16f,32f\n001-1,A,B\n001-2,C,C\n")]
+    )
+    assert ({k: [r["said"][0] for r in v] for k, v in columns.items()}
+            == {"16f": ["A", "C"], "32f": ["B", "C"]})
     line = {"doc_id": 0, "target": "C", "filtered_resps": ["C."], "videomme_perception_score": {
-        "question_id": "001-1", "duration": "short", "category": "Knowledge", "sub_category": "Law", "answer": "C",
+        "question_id": "001-1", "duration": "short", "category": "Knowledge", "sub_category": "Law",
+        "answer": "C",
         "task_category": "Counting Problem", "pred_answer": "C"}}
     columns, _ = pf.predictions("video_mme", [put(tmp_path, "samples.jsonl", json.dumps(line))])
     assert mean("video_mme", columns[""], "acc_answered", ("domain", "Knowledge")) == 1
     hound = {"id": "x_1", "modal_path": "x", "query": "<video>\nwhat?", "answer": "cat",
              "model_prediction": {"status": "success", "message": "cat"}}
     columns, _ = pf.predictions("mmaip_v", [put(tmp_path, "hound.jsonl", json.dumps(hound))])
-    assert (columns[""][0]["said"], columns[""][0]["video"], columns[""][0]["question"]) == (["cat"], "x", "what?")
+    assert (columns[""][0]["said"], columns[""][0]["video"],
+            columns[""][0]["question"]) == (["cat"], "x", "what?")
 
 
-# --- what is broken --------------------------------------------------------------------------------------------------
+# --- what is broken -------------------------------------------------------------------------------
 @pytest.mark.parametrize("benchmark, name, content, message", [
-    ("msvd_qa", "p.json", "[{]", "p.json: no JSON"), ("msvd_qa", "p.json", "3", "p.json: neither a list"),
-    ("msvd_qa", "p.json", [QA[0], 5], "p.json record 2: no record"), ("msvd_qa", "p.json", [], "no predictions"),
+    ("msvd_qa", "p.json", "[{]", "p.json: no JSON"),
+    ("msvd_qa", "p.json", "3", "p.json: neither a list"),
+    ("msvd_qa", "p.json", [QA[0], 5], "p.json record 2: no record"),
+    ("msvd_qa", "p.json", [], "no predictions"),
     ("msvd_qa", "p.jsonl", '{"id": 1, "pred": "a"}\n{half', "p.jsonl line 2: no JSON"),
     ("msvd_qa", "p.json", [{"id": 1, "pred": {"a": 1}}], "record 1: the prediction is no text"),
-    ("video_mme", "p.json", [{"question_id": "1", "answer": "E"}], "record 1: the answer is no letter"),
+    ("video_mme", "p.json", [{"question_id": "1", "answer": "E"}],
+     "record 1: the answer is no letter"),
     ("video_mme", "p.json", [{"response": "A"}], "record 1: no question_id or sample_id"),
-    ("video_mme", "p.json", [{"video_id": "1", "questions": ["x"]}], "record 1 question 1: no record"),
-    ("video_chatgpt", "p.json", [{"Q": "a", "A": "b", "video_name": "v", "pred": "c"}], "the file's name must say so"),
-    ("nextqa", "p.json", {"1_2": {"prediction": 1, "answer": 9}}, "the answer is no number of an option"),
+    ("video_mme", "p.json", [{"video_id": "1", "questions": ["x"]}],
+     "record 1 question 1: no record"),
+    ("video_chatgpt", "p.json", [{"Q": "a", "A": "b", "video_name": "v", "pred": "c"}],
+     "the file's name must say so"),
+    ("nextqa", "p.json", {"1_2": {"prediction": 1, "answer": 9}},
+     "the answer is no number of an option"),
     ("tempcompass", "p.json", {"1": ["x"]}, "record '1': no {aspect"),
-    ("msrvtt_retrieval", "p.json", [{"video_id": "v", "answer": "x", "gt": []}], "record 1: no caption"),
+    ("msrvtt_retrieval", "p.json", [{"video_id": "v", "answer": "x", "gt": []}],
+     "record 1: no caption"),
     ("nextqa", "p.csv", "video,qid,answer\n1,2\n", "p.csv record 1: not as many fields"),
-])  # fmt: skip
+])
 def test_broken_files_are_named_with_the_record(tmp_path, benchmark, name, content, message):
     with pytest.raises(DataError) as e:
         pf.predictions(benchmark, [put(tmp_path, name, content)])
@@ -403,7 +480,7 @@ def test_missing_files_are_named(tmp_path):
         bf.questions("msvd_qa", str(tmp_path))
 
 
-# --- the script ------------------------------------------------------------------------------------------------------
+# --- the script -----------------------------------------------------------------------------------
 def script(monkeypatch, *flags):
     import evaluate
 
@@ -413,7 +490,8 @@ def script(monkeypatch, *flags):
 
 def test_prediction_files_side_by_side(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    base = [{"id": f"v_{k}_1", "question": "what?", "answer": "cat", "pred": "dog" if k > 3 else "cat"}
+    base = [{"id": f"v_{k}_1", "question": "what?", "answer": "cat",
+             "pred": "dog" if k > 3 else "cat"}
             for k in range(8)]
     put(tmp_path, "a.json", base)
     put(tmp_path, "b.json", [r | {"pred": "cat"} for r in base])
@@ -422,7 +500,8 @@ def test_prediction_files_side_by_side(tmp_path, monkeypatch, capsys):
     d = saved["differences"]["b"]["msvd_qa"]["exact"]
     assert d["mean"] == 0.5 and 0 < d["low"] < 0.5 < d["high"] < 1 and d["n"] == 8
     assert saved["results"][0]["benchmarks"]["msvd_qa"]["judge"].startswith("exact")
-    assert (tmp_path / "out/r.png").stat().st_size > 5000 and "+50.00 [" in (tmp_path / "out/r.md").read_text()
+    assert ((tmp_path / "out/r.png").stat().st_size > 5000
+            and "+50.00 [" in (tmp_path / "out/r.md").read_text())
     items = [json.loads(line) for line in (tmp_path / "out/r_items.jsonl").read_text().splitlines()]
     assert len(items) == 16 and items[0]["values"]["exact"] == 1
     assert "difference to a" in capsys.readouterr().out
@@ -430,12 +509,15 @@ def test_prediction_files_side_by_side(tmp_path, monkeypatch, capsys):
 
 def test_columns_that_count_other_items_are_warned_about(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    rows = [{"id": f"v_{k}_1", "question": "what?", "answer": "cat", "pred": "cat"} for k in range(8)]
+    rows = [{"id": f"v_{k}_1", "question": "what?", "answer": "cat", "pred": "cat"}
+            for k in range(8)]
     put(tmp_path, "a.json", rows)
     put(tmp_path, "b.json", rows[:6])
     script(monkeypatch, "--compare", "a.json", "b.json", "--benchmark", "msvd_qa", "--out", "r")
-    warning = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: ")]
-    assert len(warning) == 1 and "msvd_qa exact 8, 6" in warning[0] and warning[0] in (tmp_path / "r.md").read_text()
+    warning = [line
+               for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: ")]
+    assert (len(warning) == 1 and "msvd_qa exact 8, 6" in warning[0]
+            and warning[0] in (tmp_path / "r.md").read_text())
     script(monkeypatch, "--compare", "a.json", "./a.json", "--benchmark", "msvd_qa")
     assert "Warning" not in capsys.readouterr().out
 
@@ -447,13 +529,19 @@ def test_columns_that_count_other_items_are_warned_about(tmp_path, monkeypatch, 
     (["--predictions", "a.json", "--benchmark", "msvd_qa", "--judge", "api"], 2, "--api_url"),
     (["--predictions", "a.json", "--benchmark", "msvd_qa", "--limit", "-1"], 2, "--limit"),
     (["--predictions", "a.json", "--benchmark", "msvd_qa"], 1, "a.json: cannot be read"),
-    (["--predictions", "b.json", "--benchmark", "msvd_qa"], 1, "give the benchmark's files with --data"),
-    (["--predictions", "b.json", "--benchmark", "cvrr_es", "--data", "."], 1, "--data is not for cvrr_es"),
-])  # fmt: skip
+    (["--predictions", "b.json", "--benchmark", "msvd_qa"], 1,
+     "give the benchmark's files with --data"),
+    (["--predictions", "b.json", "--benchmark", "cvrr_es", "--data", "."], 1,
+     "--data is not for cvrr_es"),
+])
 def test_wrong_flags_and_files_are_one_line(tmp_path, monkeypatch, capsys, flags, code, message):
     monkeypatch.chdir(tmp_path)
     put(tmp_path, "b.json", {"1": "x"})
     with pytest.raises(SystemExit) as e:
         script(monkeypatch, *flags)
     err = capsys.readouterr().err if e.value.code == 2 else str(e.value.code)
-    assert (e.value.code if e.value.code == 2 else 1) == code and message in err and len(err.strip().splitlines()) == 1
+    assert (
+        (e.value.code if e.value.code == 2 else 1) == code
+        and message in err
+        and len(err.strip().splitlines()) == 1
+    )

@@ -1,5 +1,5 @@
-"""The sides of benchmarks/ that need no TRL take their steps, in this process; and what the tables of benchmarks/ and
-experiments/ are made of."""
+"""The sides of benchmarks/ that need no TRL take their steps, in this process; and what the tables
+of benchmarks/ and experiments/ are made of."""
 
 import json
 import sys
@@ -15,7 +15,8 @@ import turns  # noqa: E402
 
 
 def arguments(module, *flags):
-    args = turns.parser_of(module.__doc__, module.POINTS, rounds=1).parse_args(["--threads", "1", *flags])
+    args = turns.parser_of(module.__doc__, module.POINTS,
+                           rounds=1).parse_args(["--threads", "1", *flags])
     args.shape = "tiny"
     return args
 
@@ -46,18 +47,25 @@ def test_both_sides_have_one_gradient(module, point, monkeypatch):
 
 def test_ratios_are_taken_within_a_round():
     row = lambda seconds: dict(seconds=seconds, sampling=seconds / 2, peak_mib=10 * seconds)
-    rows = dict(ours=[row(1), row(10), row(2)], trl=[row(3), row(20), row(8)])  # the second round was disturbed
+    # the second round was disturbed
+    rows = dict(ours=[row(1), row(10), row(2)], trl=[row(3), row(20), row(8)])
     found = turns.summary(rows, floor=1.0, arithmetic=0.5, tokens=100)
-    assert (found["trl"]["ratio"], found["trl"]["ratio_low"], found["trl"]["ratio_high"]) == (3, 2, 4)
+    assert ((found["trl"]["ratio"], found["trl"]["ratio_low"], found["trl"]["ratio_high"])
+            == (3, 2, 4))
     ours = found["ours"]
-    assert (ours["seconds"], ours["tokens_per_second"], ours["of_floor"], ours["mfu"]) == (2, 50, 0.5, 0.25)
+    assert (ours["seconds"], ours["tokens_per_second"], ours["of_floor"],
+            ours["mfu"]) == (2, 50, 0.5, 0.25)
     assert found["trl"]["peak_mib"] == 200
 
 
 def test_the_floor_of_a_step_by_hand():
-    """10 weights, 2 prompts of 3 tokens, 2 answers of 4, one FLOP a second, a bandwidth that never limits: 2 FLOPs a
-    weight for 6 tokens of prompts, 3 tokens of 4 answers, and 8 in training for 2 rows of 11 tokens."""
-    assert grpo_step.floor_seconds(10, 3, 4, 2, 2, 1, 1e9, "float32") == 2 * 10 * 6 + 3 * 2 * 10 * 4 + 8 * 10 * 22
+    """10 weights, 2 prompts of 3 tokens, 2 answers of 4, one FLOP a second, a bandwidth that never
+    limits: 2 FLOPs a weight for 6 tokens of prompts, 3 tokens of 4 answers, and 8 in training for 2
+    rows of 11 tokens."""
+    assert (
+        grpo_step.floor_seconds(10, 3, 4, 2, 2, 1, 1e9, "float32")
+        == 2 * 10 * 6 + 3 * 2 * 10 * 4 + 8 * 10 * 22
+    )
     assert dpo_step.floor_seconds(10, 3, 4, 2, 1, "float32") == 8 * 10 * 2 * 11
 
 
@@ -84,5 +92,6 @@ def test_ranks_against_scores_are_paired(tmp_path, monkeypatch, capsys):
     assert "the SFT start: 25.0 ± 35.4" in lines[-3]
     for seed in (0, 1):
         (tmp_path / f"runs/grpo_rank/tail_score_s{seed}/predictions_test.json").unlink()
-    with pytest.raises(SystemExit, match=r"runs/grpo_rank/tail_score_s\*: no predictions_test.json"):
+    with pytest.raises(SystemExit,
+                       match=r"runs/grpo_rank/tail_score_s\*: no predictions_test.json"):
         distortions.main()

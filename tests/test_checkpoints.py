@@ -1,4 +1,5 @@
-"""Published checkpoints: every class that --clip, --qformer and --llm name, written small in the hub's own layout."""
+"""Published checkpoints: every class that --clip, --qformer and --llm name, written small in the
+hub's own layout."""
 
 import copy
 import json
@@ -8,7 +9,16 @@ import re
 import pytest
 import torch
 import transformers
-from hub import DECODERS, as_hub_cache, shards, write_blip2, write_clip, write_decoder, write_qformer, write_tokenizer
+from hub import (
+    DECODERS,
+    as_hub_cache,
+    shards,
+    write_blip2,
+    write_clip,
+    write_decoder,
+    write_qformer,
+    write_tokenizer,
+)
 from inside import flags_of, main_of
 from safetensors.torch import load_file
 from test_video_llm import assert_capturable
@@ -68,26 +78,31 @@ def answers_of(processor, G=3, T=8):
 
 
 def embedded(model, prefix, b):
-    """(P,D): one prompt without padding, its video in place, as the decoder's own class takes it."""
+    """(P,D): one prompt without padding, its video in place, as the decoder's own class takes
+    it."""
     ids = prefix.input_ids[b][prefix.attention_mask[b].bool()]
     words = model.get_input_embeddings()(ids)
-    words[ids == model.config.video_token_id] = model.encode_video(prefix.video_features[b : b + 1],
-                                                                   prefix.frame_mask[b : b + 1])[0].to(words.dtype)
+    here = slice(b, b + 1)
+    video = model.encode_video(prefix.video_features[here], prefix.frame_mask[here])[0]
+    words[ids == model.config.video_token_id] = video.to(words.dtype)
     return words
 
 
 def test_the_files_are_those_of_the_hub(start, clip):
     name, folder, *_ = start
     files = {p.name for p in folder.iterdir()}
-    assert files >= {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert files >= {"config.json", "generation_config.json", "tokenizer.json",
+                     "tokenizer_config.json"}
     assert len(shards(folder)) > 2 if DECODERS[name][7] == "60KB" else "model.safetensors" in files
     assert "<video>" not in (folder / "tokenizer.json").read_text()
-    assert (AutoTokenizer.from_pretrained(folder).pad_token is None) == (name != "qwen2")  # its class brings one
+    # its class brings one
+    assert (AutoTokenizer.from_pretrained(folder).pad_token is None) == (name != "qwen2")
 
 
 @torch.no_grad()
 def test_packed_answers_score_as_the_decoders_own_class_scores_them(start):
-    """The decoder as written, read by `transformers` alone, one answer at a time, no padding, no packing."""
+    """The decoder as written, read by `transformers` alone, one answer at a time, no padding, no
+    packing."""
     name, folder, _, model, processor = start
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prefix, (tokens, lengths) = prefix_of(processor), answers_of(processor)
@@ -103,7 +118,8 @@ def test_packed_answers_score_as_the_decoders_own_class_scores_them(start):
             expected = logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
             torch.testing.assert_close(found[b, g, : len(answer)], expected, rtol=1e-4, atol=1e-4)
     assert found.std() > 0.5
-    if name == "mistral":  # the window is shorter than prompt and answer: without it the numbers are others
+    # the window is shorter than prompt and answer: without it the numbers are others
+    if name == "mistral":
         model.config.text_config.sliding_window = None
         wide = token_logprobs(model, prefix, tokens, lengths)[0].view(2, 3, 8)
         model.config.text_config.sliding_window = 9
@@ -112,21 +128,28 @@ def test_packed_answers_score_as_the_decoders_own_class_scores_them(start):
 
 @torch.no_grad()
 def test_texts_of_a_tree_score_as_the_decoders_own_class_scores_them(start):
-    """What two texts share is computed once: the numbers of one pass a text, with any decoder (Mistral's window)."""
+    """What two texts share is computed once: the numbers of one pass a text, with any decoder
+    (Mistral's window)."""
     _, folder, _, model, processor = start
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prefix, (tokens, _) = prefix_of(processor), answers_of(processor)
-    heads = [ids[mask.bool()].tolist() for ids, mask in zip(prefix.input_ids, prefix.attention_mask)]
+    heads = [ids[mask.bool()].tolist()
+             for ids, mask in zip(prefix.input_ids, prefix.attention_mask)]
     one, two, three = tokens[0].tolist()
-    texts = [(one[:4], two[:3]), (one[:4], three[:2]), (one[:2] + two[4:], three), ([], three[:2] + one)]
-    inputs, read = tree_rows(heads, [Tree(texts), Tree(texts[1:])], processor.tokenizer.pad_token_id,
+    texts = [(one[:4], two[:3]), (one[:4], three[:2]), (one[:2] + two[4:], three),
+             ([], three[:2] + one)]
+    inputs, read = tree_rows(heads, [Tree(texts), Tree(texts[1:])],
+                             processor.tokenizer.pad_token_id,
                              *mask_kind(model), "cpu")
     logits = model(**inputs, **prefix.model_inputs()).logits.log_softmax(-1)
-    found = iter(logits[read[0], read[1], read[2]].split([len(reply) for _, reply in texts + texts[1:]]))
+    found = iter(
+        logits[read[0], read[1], read[2]].split([len(reply) for _, reply in texts + texts[1:]])
+    )
     for b, group in enumerate((texts, texts[1:])):
         prompt = embedded(model, prefix, b)
         for text, reply in group:
-            words = torch.cat([prompt, plain.get_input_embeddings()(torch.tensor(text + reply))])[None]
+            words = torch.cat([prompt,
+                               plain.get_input_embeddings()(torch.tensor(text + reply))])[None]
             logits = plain(inputs_embeds=words, use_cache=False).logits[0, -len(reply) - 1 : -1]
             logits[:, model.config.video_token_id :][:, :1] = -torch.inf
             expected = logits.log_softmax(-1).gather(1, torch.tensor(reply)[:, None])[:, 0]
@@ -138,13 +161,17 @@ def test_greedy_answers_are_those_of_transformers(start):
     _, folder, _, model, processor = start
     prefix, eos = prefix_of(processor), processor.tokenizer.eos_token_id
     ours, lengths, _ = generate(model, prefix, torch.zeros(2, 1, 12), eos, temperature=0)
-    assert torch.equal(generate(model, prefix, torch.zeros(2, 1, 12), eos, temperature=0, cuda_graphs=True)[0], ours)
+    assert torch.equal(generate(model, prefix, torch.zeros(2, 1, 12), eos, temperature=0,
+                                cuda_graphs=True)[0], ours)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for b in range(2):
         words = embedded(model, prefix, b)[None]
-        theirs = plain.generate(inputs_embeds=words, attention_mask=torch.ones(words.shape[:2]), do_sample=False,
-                                max_new_tokens=12, eos_token_id=eos, pad_token_id=eos, temperature=None, top_p=None,
-                                suppress_tokens=[model.config.video_token_id] if model.config.video_token_id
+        theirs = plain.generate(inputs_embeds=words, attention_mask=torch.ones(words.shape[:2]),
+                                do_sample=False,
+                                max_new_tokens=12, eos_token_id=eos, pad_token_id=eos,
+                                temperature=None, top_p=None,
+                                suppress_tokens=[model.config.video_token_id]
+                                if model.config.video_token_id
                                 < plain.config.vocab_size else None)
         assert ours[b, 0, : lengths[b, 0]].tolist() == theirs[0].tolist()[: lengths[b, 0]]
     assert lengths.max() > 3 and len(set(ours.flatten().tolist())) > 3
@@ -158,15 +185,21 @@ def test_a_step_of_every_decoder_can_be_captured(start, monkeypatch):
 def test_prompts_follow_the_tokenizers_own_template(start):
     name, folder, _, model, processor = start
     own = AutoTokenizer.from_pretrained(folder).chat_template
-    assert processor.chat_template == (own or VICUNA_TEMPLATE) and (own is None) == (name in ("llama-2", "vicuna"))
+    assert (processor.chat_template == (own or VICUNA_TEMPLATE)
+            and (own is None) == (name in ("llama-2", "vicuna")))
     ids = processor.prompt_ids("what happens in the video?")
     assert ids.count(model.config.video_token_id) == 5
     text = processor.tokenizer.decode([i for i in ids if i != model.config.video_token_id])
-    said = {"llama-2": "USER:", "vicuna": "USER:", "llama-3": "<|start_header_id|>user", "tinyllama": "<|user|>",
+    said = {"llama-2": "USER:", "vicuna": "USER:", "llama-3": "<|start_header_id|>user",
+            "tinyllama": "<|user|>",
             "qwen2": "<|im_start|>user", "mistral": "[INST]"}[name]
     assert said in text and "what happens in the video?" in text
     bos = processor.tokenizer.bos_token_id
-    assert ids.count(bos) == (0 if name in ("qwen2", "tinyllama") else 1) if bos is not None else name == "qwen2"
+    assert (
+        ids.count(bos) == (0 if name in ("qwen2", "tinyllama") else 1)
+        if bos is not None
+        else name == "qwen2"
+    )
     answer = processor.answer_ids("a red circle moves left")
     assert answer[-1] == processor.tokenizer.eos_token_id
     tokens, lengths = torch.tensor([[answer]]), torch.tensor([[len(answer)]])
@@ -195,23 +228,29 @@ def test_a_tied_head_is_written_once(start, tmp_path):
 
 def test_a_prompt_has_the_ids_that_the_tokenizer_gives_its_template(start):
     processor, Q = start[4], start[4].num_query_tokens
-    chat = [{"role": "user", "content": "what happens in the video?"}, {"role": "assistant", "content": "É, a cat 漢"},
+    chat = [{"role": "user", "content": "what happens in the video?"},
+            {"role": "assistant", "content": "É, a cat 漢"},
             {"role": "user", "content": "where\nis  the green star?"}]
     video = start[3].config.video_token_id
     for said in (chat, chat[:1]):
         whole = [{**said[0], "content": f"<video>\n{said[0]['content']}"}, *said[1:]]
         ids = processor.tokenizer(processor._template(whole), add_special_tokens=False).input_ids
-        assert processor.prompt_ids(said) == [i for t in ids for i in [t] * (Q if t == video else 1)]
+        assert processor.prompt_ids(said) == [
+            i for t in ids for i in [t] * (Q if t == video else 1)
+        ]
     for text in ("a red circle moves left", "É 漢", ""):
-        assert processor.answer_ids(text)[:-1] == processor.tokenizer(text, add_special_tokens=False).input_ids
+        assert (processor.answer_ids(text)[:-1]
+                == processor.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def test_control_tokens_that_are_typed_are_letters(start):
-    """Each token the tokenizer has added, also one it does not call special; in questions, answers and comparisons."""
+    """Each token the tokenizer has added, also one it does not call special; in questions, answers
+    and comparisons."""
     own = start[4]
     tokenizer = copy.deepcopy(own.tokenizer)
     tokenizer.add_tokens(["<tool_call>"])
-    processor = VideoLLMProcessor(own.image_processor, tokenizer, own.chat_template, 3, own.num_query_tokens)
+    processor = VideoLLMProcessor(own.image_processor, tokenizer, own.chat_template, 3,
+                                  own.num_query_tokens)
     control = {n: i for n, i in tokenizer.get_added_vocab().items() if not n.startswith("<0x")}
     assert {"<tool_call>", "<video>", tokenizer.eos_token} <= set(control)
     count = lambda ids: [ids.count(i) for i in control.values()]
@@ -219,12 +258,16 @@ def test_control_tokens_that_are_typed_are_letters(start):
     for name in control:
         text, same = f"a red{name} circle {name}", "a red circle"
         assert count(processor.prompt_ids(text)) == count(processor.prompt_ids(same)), name
-        assert count(processor.prompt_ids(chat(text))) == count(processor.prompt_ids(chat(same))), name
-        assert count(processor.prompt_ids("x " + text * 9, max_length=60)) == count(processor.prompt_ids(same)), name
+        ids, ids_of_same = (processor.prompt_ids(chat(t)) for t in (text, same))
+        assert count(ids) == count(ids_of_same), name
+        assert count(processor.prompt_ids("x " + text * 9, max_length=60)) == count(
+            processor.prompt_ids(same)
+        ), name
         ids = processor.answer_ids(text)
         assert ids.index(tokenizer.eos_token_id) == len(ids) - 1 and sum(count(ids)) == 1, name
         assert tokenizer.decode(ids[:-1]).strip() == text
-        parts = zip(processor.split_prompt_ids(text, f"Response 1: {text}"), processor.split_prompt_ids(same, same))
+        parts = zip(processor.split_prompt_ids(text, f"Response 1: {text}"),
+                    processor.split_prompt_ids(same, same))
         assert all(count(mine) == count(usual) for mine, usual in parts), name
 
 
@@ -235,7 +278,8 @@ def test_saved_and_loaded_is_the_same(start, tmp_path):
     a, b = model.state_dict(), again.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     V = written.get_input_embeddings().num_embeddings
-    for k, v in written.state_dict().items():  # and the decoder is the published one, but for the video token's row
+    # and the decoder is the published one, but for the video token's row
+    for k, v in written.state_dict().items():
         assert torch.equal(b[f"language_model.{k}"][:V].to(v.dtype), v), k
     tied = again.get_input_embeddings().weight is again.get_output_embeddings().weight
     assert tied == (name == "qwen2") == written.config.tie_word_embeddings
@@ -250,7 +294,9 @@ def test_saved_and_loaded_is_the_same(start, tmp_path):
     assert again.generation_config.eos_token_id == written.generation_config.eos_token_id
 
 
-@pytest.mark.parametrize("quantize, dtype", [("none", torch.float32), ("none", torch.bfloat16), ("nf4", torch.float32)])
+@pytest.mark.parametrize(
+    "quantize, dtype", [("none", torch.float32), ("none", torch.bfloat16), ("nf4", torch.float32)]
+)
 def test_lora_finds_its_layers_trains_and_merges(start, tmp_path, quantize, dtype):
     """Two steps, saved as a plain PEFT adapter, loaded, merged: the same scores."""
     name, _, _, model, processor = start
@@ -275,20 +321,31 @@ def test_lora_finds_its_layers_trains_and_merges(start, tmp_path, quantize, dtyp
         tuned.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
         save_model(tuned, processor, tmp_path / "adapter")
         files = {p.name for p in (tmp_path / "adapter").iterdir()}
-        assert files >= {"adapter_config.json", "adapter_model.safetensors"} and "model.safetensors" not in files
+        assert (
+            files >= {"adapter_config.json", "adapter_model.safetensors"}
+            and "model.safetensors" not in files
+        )
         again, _ = load_model(tmp_path / "adapter", quantize, dtype)
         assert torch.equal(token_logprobs(again, prefix, *answers)[0], found)
-        a, b = (({n: p for n, p in m.named_parameters() if p.requires_grad}) for m in (tuned, again))
-        assert a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+        a, b = (({n: p for n, p in m.named_parameters() if p.requires_grad})
+                for m in (tuned, again))
+        assert a.keys() == b.keys() and all(
+            a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a
+        )
 
 
-# --- the Q-Former ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind, shard", [("blip-2", "120KB"), ("blip-2", "9GB"), ("instructblip", "120KB")])
+# --- the Q-Former ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind, shard",
+                         [("blip-2", "120KB"), ("blip-2", "9GB"), ("instructblip", "120KB")])
 def test_a_published_qformer_says_what_it_said(tmp_path, kind, shard):
-    """The queries of one frame are those that transformers' own class gives; the language model is never opened."""
+    """The queries of one frame are those that transformers' own class gives; the language model is
+    never opened."""
     whole = write_blip2(tmp_path, kind, shard=shard)
-    holders = {s for k, s in json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].items()
-               if re.search("qformer|query_tokens", k)} if shard != "9GB" else {"model.safetensors"}
+    holders = {"model.safetensors"}
+    if shard != "9GB":
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        holders = {file for key, file in index["weight_map"].items()
+                   if re.search("qformer|query_tokens", key)}
     for other in set(shards(tmp_path)) - holders:
         (tmp_path / other).unlink()
     assert shard == "9GB" or len(holders) < len(shards(tmp_path))
@@ -299,7 +356,8 @@ def test_a_published_qformer_says_what_it_said(tmp_path, kind, shard):
         found = parts(features, torch.ones(2, 1, dtype=torch.bool))
         queries = inside.query_tokens.expand(2, -1, -1)
         if kind == "blip-2":
-            expected = inside.qformer(query_embeds=queries, encoder_hidden_states=features[:, 0]).last_hidden_state
+            expected = inside.qformer(query_embeds=queries,
+                                      encoder_hidden_states=features[:, 0]).last_hidden_state
         else:  # it reads text as well, which queries do not see when there is none
             ids = torch.zeros(2, 1, dtype=torch.long)
             mask = torch.cat([torch.ones(2, 6), torch.zeros(2, 1)], 1).long()
@@ -316,7 +374,9 @@ def test_a_qformer_of_another_width_says_what_starts_from_nothing(tmp_path, caps
     assert "width 40, this CLIP has 48" in said and "keys and values start from nothing" in said
     inside = whole if hasattr(whole, "qformer") else whole.model
     cross = parts.transformer.encoder.layer[0].crossattention
-    assert cross.attention.key.weight.shape == (64, 48) and parts.time_embedding.num_embeddings == 80
+    assert (
+        cross.attention.key.weight.shape == (64, 48) and parts.time_embedding.num_embeddings == 80
+    )
     published = inside.qformer.encoder.layer[0].crossattention
     assert torch.equal(cross.attention.query.weight, published.attention.query.weight)
     assert torch.equal(parts.query_tokens, inside.query_tokens)
@@ -325,30 +385,36 @@ def test_a_qformer_of_another_width_says_what_starts_from_nothing(tmp_path, caps
 @pytest.mark.parametrize("break_it, told", [
     (lambda f: (f / "config.json").unlink(), "no Q-Former there"),
     (lambda f: [p.unlink() for p in f.glob("*.safetensors")], "is missing"),
-    (lambda f: (f / "config.json").write_text("{}"), "no Q-Former there")])  # fmt: skip
+    (lambda f: (f / "config.json").write_text("{}"), "no Q-Former there")])
 def test_a_folder_without_a_qformer_is_refused(tmp_path, break_it, told):
     write_blip2(tmp_path)
     break_it(tmp_path)
     with pytest.raises(OSError) as error:
         load_qformer(str(tmp_path), 48, 8, seed=0)
-    assert told in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert (told in str(error.value) and str(tmp_path) in str(error.value)
+            and "\n" not in str(error.value))
 
 
 def test_decoders_of_other_classes_are_refused(tmp_path):
     write_tokenizer(tmp_path, "bytes", "<s>", "</s>", [], None)
-    transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=300).save_pretrained(tmp_path)
+    transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2,
+                            vocab_size=300).save_pretrained(tmp_path)
     with pytest.raises(OSError, match="a gpt2 has no .*q_proj.*LLaMA class"):
         check_decoder(str(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path))
-    mixed = transformers.Qwen2Config(num_hidden_layers=4, use_sliding_window=True, max_window_layers=2)
+    mixed = transformers.Qwen2Config(num_hidden_layers=4, use_sliding_window=True,
+                                     max_window_layers=2)
     with pytest.raises(OSError, match="attend in 2 ways"):
         check_decoder("mixed", mixed)
     for name in DECODERS:
         check_decoder(name, DECODERS[name][0])
 
 
-# --- vision towers ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("patch, image, binary", [(16, 32, False), (8, 32, True)])  # B/32 has 50 tokens, L/14-336 577
-def test_features_are_the_second_last_layer_of_the_published_tower(tmp_path, qformer, patch, image, binary):
+# --- vision towers --------------------------------------------------------------------------------
+# B/32 has 50 tokens, L/14-336 577
+@pytest.mark.parametrize("patch, image, binary", [(16, 32, False), (8, 32, True)])
+def test_features_are_the_second_last_layer_of_the_published_tower(
+    tmp_path, qformer, patch, image, binary
+):
     whole = write_clip(tmp_path / "clip", patch, image, binary).eval()
     assert (tmp_path / "clip/pytorch_model.bin").exists() == binary
     write_decoder("vicuna", tmp_path / "llm")
@@ -362,14 +428,17 @@ def test_features_are_the_second_last_layer_of_the_published_tower(tmp_path, qfo
     assert found.shape == (2, (image // patch) ** 2 + 1, 48) and torch.equal(found, expected)
 
 
-# --- how a model lies in memory --------------------------------------------------------------------------------------
+# --- how a model lies in memory -------------------------------------------------------------------
 def gradients(model, prefix, answers):
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.append(t.numel()) or t, lambda t: t
+    ):
         logprobs, _ = token_logprobs(model, prefix, *answers)
     model.zero_grad()
     logprobs.sum().backward()
-    return logprobs.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, sum(sizes)
+    return logprobs.detach(), {n: p.grad for n, p in model.named_parameters()
+                               if p.grad is not None}, sum(sizes)
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +459,8 @@ def test_checkpointing_gives_the_same_gradient_from_less(saved, lora):
         model, _ = load_model(folder, gradient_checkpointing=option)
         torch.manual_seed(0)
         model = add_lora(model, 4, 8) if lora else model
-        tokens = generate(model, prefix, torch.rand(2, 2, 6, generator=torch.Generator().manual_seed(0)), -1)[0]
+        tokens = generate(model, prefix,
+                          torch.rand(2, 2, 6, generator=torch.Generator().manual_seed(0)), -1)[0]
         found.append((*gradients(model, prefix, answers), tokens))
     (plain, grads, size, tokens), (again, same, less, drawn) = found
     assert torch.equal(tokens, drawn)  # the cache is used while sampling
@@ -406,7 +476,8 @@ def test_attention_as_written_out_scores_the_same(saved):
     scores = []
     for name in ("sdpa", "eager"):
         model, _ = load_model(folder, attn_implementation=name)
-        parts = (model, model.vision_tower, model.qformer, model.qformer.transformer, model.language_model)
+        parts = (model, model.vision_tower, model.qformer, model.qformer.transformer,
+                 model.language_model)
         assert {m.config._attn_implementation for m in parts} == {name}
         with torch.no_grad():
             scores.append(token_logprobs(model, prefix_of(processor), *answers_of(processor))[0])
@@ -427,13 +498,14 @@ def test_a_base_in_bfloat16_is_merged_in_float32_and_stays_bfloat16(saved, tmp_p
     assert all(torch.equal(p, exact[n].bfloat16()) for n, p in whole.state_dict().items())
 
 
-# --- at full size ----------------------------------------------------------------------------------------------------
+# --- at full size ---------------------------------------------------------------------------------
 def llama_2_7b():
     yield "model.embed_tokens.weight", (32000, 4096)
     for i in range(32):
         for name in "qkvo":
             yield f"model.layers.{i}.self_attn.{name}_proj.weight", (4096, 4096)
-        for name, shape in (("gate", (11008, 4096)), ("up", (11008, 4096)), ("down", (4096, 11008))):
+        for name, shape in (("gate", (11008, 4096)), ("up", (11008, 4096)),
+                            ("down", (4096, 11008))):
             yield f"model.layers.{i}.mlp.{name}_proj.weight", shape
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"model.layers.{i}.{name}.weight", (4096,)
@@ -445,7 +517,8 @@ def clip_large_336():
     yield "vision_model.embeddings.class_embedding", (1024,)
     yield "vision_model.embeddings.patch_embedding.weight", (1024, 3, 14, 14)
     yield "vision_model.embeddings.position_embedding.weight", (577, 1024)
-    both = lambda name, *shape: [(f"vision_model.{name}.weight", shape), (f"vision_model.{name}.bias", shape[:1])]
+    both = lambda name, *shape: [(f"vision_model.{name}.weight", shape),
+                                 (f"vision_model.{name}.bias", shape[:1])]
     yield from both("pre_layrnorm", 1024)
     for i in range(24):
         for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
@@ -458,11 +531,13 @@ def clip_large_336():
 
 
 def blip_2_qformer(width=1408):
-    both = lambda name, *shape: [(f"qformer.{name}.weight", shape), (f"qformer.{name}.bias", shape[:1])]
+    both = lambda name, *shape: [(f"qformer.{name}.weight", shape),
+                                 (f"qformer.{name}.bias", shape[:1])]
     yield "query_tokens", (1, 32, 768)
     yield from both("layernorm", 768)
     for i in range(12):
-        for kind, reads in (("attention", 768), *([("crossattention", width)] if i % 2 == 0 else [])):
+        for kind, reads in (("attention", 768),
+                            *([("crossattention", width)] if i % 2 == 0 else [])):
             yield from both(f"encoder.layer.{i}.{kind}.attention.query", 768, 768)
             yield from both(f"encoder.layer.{i}.{kind}.attention.key", 768, reads)
             yield from both(f"encoder.layer.{i}.{kind}.attention.value", 768, reads)
@@ -474,7 +549,8 @@ def blip_2_qformer(width=1408):
 
 
 def write_empty(path, tensors):
-    """A safetensors file with these names and shapes in float16 and a hole for its data: no disk, no memory."""
+    """A safetensors file with these names and shapes in float16 and a hole for its data: no disk,
+    no memory."""
     header, end = {}, 0
     for name, shape in tensors:
         begin, end = end, end + 2 * math.prod(shape)
@@ -487,7 +563,8 @@ def write_empty(path, tensors):
 
 
 def test_seven_billion_parameters_have_their_published_names_and_shapes(tmp_path, monkeypatch):
-    """Files with the headers of LLaMA-2-7B, CLIP ViT-L/14-336 and BLIP-2's Q-Former, loaded without memory for them."""
+    """Files with the headers of LLaMA-2-7B, CLIP ViT-L/14-336 and BLIP-2's Q-Former, loaded without
+    memory for them."""
     llama, clip, qformer = (list(f()) for f in (llama_2_7b, clip_large_336, blip_2_qformer))
     assert [len(x) for x in (llama, clip, qformer)] == [291, 391, 255]
     for name in ("llm", "clip", "qformer"):
@@ -497,21 +574,30 @@ def test_seven_billion_parameters_have_their_published_names_and_shapes(tmp_path
     words = tokenizer["model"]["vocab"]
     words |= {f"word{i}": i for i in range(len(words), 32000)}
     (tmp_path / "llm/tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    transformers.LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+    transformers.LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008,
+                             num_hidden_layers=32,
                              num_attention_heads=32, max_position_embeddings=4096,
                              architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "llm")
     cut = next(i for i, (name, _) in enumerate(llama) if ".24." in name)
-    files = {f"model-0000{i + 1}-of-00002.safetensors": part for i, part in enumerate((llama[:cut], llama[cut:]))}
+    files = {f"model-0000{i + 1}-of-00002.safetensors": part
+             for i, part in enumerate((llama[:cut], llama[cut:]))}
     for file, part in files.items():
         write_empty(tmp_path / "llm" / file, part)
     where = {name: file for file, part in files.items() for name, _ in part}
-    (tmp_path / "llm/model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=where)))
-    tower = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+    (tmp_path / "llm/model.safetensors.index.json").write_text(
+        json.dumps(dict(metadata={}, weight_map=where))
+    )
+    tower = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                 num_attention_heads=16,
                  image_size=336, patch_size=14)
-    transformers.CLIPConfig(vision_config=tower, projection_dim=768).save_pretrained(tmp_path / "clip")
+    transformers.CLIPConfig(vision_config=tower,
+                            projection_dim=768).save_pretrained(tmp_path / "clip")
     write_empty(tmp_path / "clip/model.safetensors", clip)
-    transformers.CLIPImageProcessorPil(size={"shortest_edge": 336}).save_pretrained(tmp_path / "clip")
-    transformers.Blip2Config().save_pretrained(tmp_path / "qformer")  # its defaults are those of the hub's blip2
+    transformers.CLIPImageProcessorPil(size={"shortest_edge": 336}).save_pretrained(
+        tmp_path / "clip"
+    )
+    # its defaults are those of the hub's blip2
+    transformers.Blip2Config().save_pretrained(tmp_path / "qformer")
     write_empty(tmp_path / "qformer/model.safetensors", qformer)
 
     reports, load = [], transformers.PreTrainedModel.from_pretrained.__func__
@@ -522,13 +608,16 @@ def test_seven_billion_parameters_have_their_published_names_and_shapes(tmp_path
         return model
 
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(on_meta))
-    model, _ = compose(*(str(tmp_path / name) for name in ("clip", "qformer", "llm")), num_frames=50)
+    model, _ = compose(*(str(tmp_path / name) for name in ("clip", "qformer", "llm")),
+                       num_frames=50)
     assert len(reports) == 2 and not any(r["missing_keys"] or r["mismatched_keys"] for r in reports)
     shapes = {k: tuple(p.shape) for k, p in model.state_dict().items()}
-    ours = {k: shapes.pop(k) for k in list(shapes) if k.startswith(("projection", "qformer.time_embedding"))}
+    ours = {k: shapes.pop(k)
+            for k in list(shapes) if k.startswith(("projection", "qformer.time_embedding"))}
     assert ours == {"projection.weight": (4096, 768), "projection.bias": (4096,),
                     "qformer.time_embedding.weight": (64, 1024)}
-    expected = {f"language_model.{k}": (32001, 4096) if s[0] == 32000 else s for k, s in llama}  # and the video token
+    # and the video token
+    expected = {f"language_model.{k}": (32001, 4096) if s[0] == 32000 else s for k, s in llama}
     expected |= {f"vision_tower.{k.removeprefix('vision_model.')}": s for k, s in clip}
     for k, s in blip_2_qformer(1024):  # on features of this CLIP's width
         expected["qformer." + re.sub("^qformer", "transformer", k)] = s
@@ -536,36 +625,45 @@ def test_seven_billion_parameters_have_their_published_names_and_shapes(tmp_path
     assert sum(math.prod(s) for k, s in llama) == 6_738_415_616  # as published
 
 
-# --- from the command line -------------------------------------------------------------------------------------------
+# --- from the command line ------------------------------------------------------------------------
 def test_hub_names_and_the_papers_flags_from_parts_to_rl(world, tmp_path, monkeypatch):
-    """sft.py and grpo_rank.py --preset paper: NF4 with double quantisation on a BLIP-2 Q-Former and a LLaMA-2 in
-    shards, by hub name; plain PEFT adapters, merged, read again."""
+    """sft.py and grpo_rank.py --preset paper: NF4 with double quantisation on a BLIP-2 Q-Former and
+    a LLaMA-2 in shards, by hub name; plain PEFT adapters, merged, read again."""
     names = dict(clip="openai/clip", qformer="Salesforce/blip2", llm="meta-llama/llama-2")
-    for write, name in ((write_clip, "clip"), (write_blip2, "qformer"), (lambda f: write_decoder("llama-2", f), "llm")):
+    for write, name in ((write_clip, "clip"), (write_blip2, "qformer"),
+                        (lambda f: write_decoder("llama-2", f), "llm")):
         write(tmp_path / name)
         as_hub_cache(tmp_path / "cache", names[name], tmp_path / name)
-    for name, value in dict(HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE=True).items():  # read at import
+    # read at import
+    for name, value in dict(HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE=True).items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     parts = [word for name, hub in names.items() for word in (f"--{name}", hub)]
     few = ["--data", "data/moving_shapes/train.json", "--preset", "paper", "--steps", "3"]
-    main_of(monkeypatch, world, "sft.py", *few, *parts, "--batch_size", "4", "--micro_batch_size", "2", "--name",
+    main_of(monkeypatch, world, "sft.py", *few, *parts, "--batch_size", "4", "--micro_batch_size",
+            "2", "--name",
             "published", "--lr", "1e-2")
     start = world / "runs/sft/published_s0"
     settings = json.loads((start / "final/processor_config.json").read_text())
-    assert (settings["num_frames"], settings["num_query_tokens"]) == (50, 6)  # the small Q-Former has six
+    # the small Q-Former has six
+    assert (settings["num_frames"], settings["num_query_tokens"]) == (50, 6)
     as_hub_cache(tmp_path / "cache", "lab/start", start / "final")
-    main_of(monkeypatch, world, "grpo_rank.py", *few, "--epochs", "0", "--model", "lab/start", "--oracle", "reference",
-            "--advantage", "random", "--prompts_per_step", "4", "--max_new_tokens", "6", "--eval_data", "", "--name",
+    main_of(monkeypatch, world, "grpo_rank.py", *few, "--epochs", "0", "--model", "lab/start",
+            "--oracle", "reference",
+            "--advantage", "random", "--prompts_per_step", "4", "--max_new_tokens", "6",
+            "--eval_data", "", "--name",
             "published", "--lr", "1e-2")
     tuned = world / "runs/grpo_rank/published_s0"
     saved = json.loads((tuned / "args.json").read_text())["args"]
-    assert (saved["G"], saved["lora_r"], saved["lora_alpha"], saved["quantize"]) == (5, 64, 16, "nf4")
-    assert {p.name for p in (tuned / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert ((saved["G"], saved["lora_r"], saved["lora_alpha"], saved["quantize"])
+            == (5, 64, 16, "nf4"))
+    assert ({p.name for p in (tuned / "adapter").iterdir()}
+            >= {"adapter_config.json", "adapter_model.safetensors"})
     for folder in (start / "adapter", tuned / "adapter"):
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["peft_type"] == "LORA" and config["lora_alpha"] in (16, 32)
     whole, _ = load_model(tuned / "final")
-    assert load_model(tuned / "final", "nf4")[0].language_model.model.layers[0].mlp.up_proj.weight.quant_state.nested
+    assert load_model(tuned / "final",
+                      "nf4")[0].language_model.model.layers[0].mlp.up_proj.weight.quant_state.nested
     assert whole.config.text_config.model_type == "llama" and json.loads(
         (tuned / "final/config.json").read_text())["dtype"] == "bfloat16"
 
@@ -575,6 +673,7 @@ def test_the_papers_flags(monkeypatch):
     assert (args.quantize, args.lora_r, args.lora_alpha, args.G) == ("nf4", 64, 16, 5)
     assert (args.prompts_per_step, args.epochs, args.dtype) == (64, 4, "bfloat16")
     args = flags_of(monkeypatch, "sft.py", "--preset", "paper", "--num_frames", "8")
-    assert (args.clip, args.llm) == ("openai/clip-vit-large-patch14-336", "meta-llama/Llama-2-7b-hf")
+    assert (args.clip, args.llm) == ("openai/clip-vit-large-patch14-336",
+                                     "meta-llama/Llama-2-7b-hf")
     assert (args.qformer, args.num_frames, args.quantize) == ("32", 8, "nf4")  # what is typed wins
     assert flags_of(monkeypatch, "sft.py", "--preset", "paper").num_frames == 50

@@ -1,4 +1,5 @@
-"""What a script prints before it does anything: help, one line for a wrong flag, and nothing of other people's."""
+"""What a script prints before it does anything: help, one line for a wrong flag, and nothing of
+other people's."""
 
 import re
 import subprocess
@@ -9,7 +10,8 @@ import pytest
 from conftest import REPO, run
 from inside import flags_of
 
-SCRIPTS = sorted(p.name for p in REPO.glob("*.py") if re.search(r"^class Args", p.read_text(encoding="utf-8"), re.M))
+SCRIPTS = sorted(p.name for p in REPO.glob("*.py")
+                 if re.search(r"^class Args", p.read_text(encoding="utf-8"), re.M))
 LATE = ("peft", "bitsandbytes", "tensorboard", "torch.utils.tensorboard", "matplotlib")
 PLANTED = """
 import logging, sys
@@ -55,7 +57,8 @@ def test_the_nearest_flag_is_named(tmp_path):
 
 def test_help_names_defaults_and_groups(tmp_path):
     out = run(tmp_path, "grpo_rank.py", "--help", env={"COLUMNS": "100"}).stdout
-    assert "\n  --G 5 " in out and "\n  --video_root '' " in out and max(map(len, out.split("\n"))) <= 120
+    assert ("\n  --G 5 " in out and "\n  --video_root '' " in out
+            and max(map(len, out.split("\n"))) <= 120)
     groups = re.findall(r"^(\w[\w ]+):$", out, re.M)
     assert groups[:4] == ["algorithm", "budget", "data and models", "plumbing"]
     assert set(groups[4:]) == {"oracle", "server", "memory"}
@@ -63,16 +66,18 @@ def test_help_names_defaults_and_groups(tmp_path):
 
 @pytest.mark.parametrize("flags, divided", [
     ([], True), (["--advantage", "score"], True), (["--advantage", "published"], False),
-    (["--advantage", "signed"], False), (["--advantage", "published", "--scale_advantages", "True"], True),
-    (["--scale_advantages", "False"], False)])  # fmt: skip
+    (["--advantage", "signed"], False),
+    (["--advantage", "published", "--scale_advantages", "True"], True),
+    (["--scale_advantages", "False"], False)])
 def test_published_is_what_was_published(monkeypatch, flags, divided):
     assert flags_of(monkeypatch, "grpo_rank.py", *flags).scale_advantages is divided
 
 
 def test_slow_libraries_wait_until_they_are_needed_and_say_nothing(planted):
-    """PEFT imports bitsandbytes; scripts import neither before there is an adapter. Whatever that import logs, a user
-    does not see it."""
-    code = (f"import sys; sys.path.insert(0, {str(REPO)!r}); import {', '.join(s[:-3] for s in SCRIPTS)}; "
+    """PEFT imports bitsandbytes; scripts import neither before there is an adapter. Whatever that
+    import logs, a user does not see it."""
+    code = (f"import sys; sys.path.insert(0, {str(REPO)!r}); import "
+            f"{', '.join(s[:-3] for s in SCRIPTS)}; "
             f"print(sorted(set({LATE}) & set(sys.modules))); import peft")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "[]\n")

@@ -1,4 +1,5 @@
-"""The distortions of experiments/distorted_rewards.py do to an order what their page says, and no more."""
+"""The distortions of experiments/distorted_rewards.py do to an order what their page says, and no
+more."""
 
 import sys
 
@@ -40,7 +41,10 @@ def test_flips_exchange_scores_and_leave_copies_alike(percent):
     for rewards, rng in groups(1):
         seen = distort(f"flip{percent}", rewards, ONE, rng)
         distinct = [0, 1, 2, 4]
-        assert sorted(seen[i] for i in distinct) == sorted(rewards[i] for i in distinct) and seen[2] == seen[3]
+        assert (
+            sorted(seen[i] for i in distinct) == sorted(rewards[i] for i in distinct)
+            and seen[2] == seen[3]
+        )
         moved += seen != rewards
     assert 0.7 * percent / 100 < moved / 400 < 4 * percent / 100  # one of four, most exchanges show
 
@@ -50,4 +54,5 @@ def test_an_offset_or_a_factor_for_a_question_changes_nothing():
     scores = torch.rand(50, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     advantages = lambda s: scale_by_std(s - s.mean(-1, keepdim=True))
     offset, factor = torch.linspace(-9, 9, 50).unsqueeze(1), torch.logspace(-3, 3, 50).unsqueeze(1)
-    torch.testing.assert_close(advantages(scores * factor + offset), advantages(scores), rtol=0, atol=1e-9)
+    torch.testing.assert_close(advantages(scores * factor + offset), advantages(scores), rtol=0,
+                               atol=1e-9)

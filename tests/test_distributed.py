@@ -1,6 +1,8 @@
-"""Two processes, one in trouble: the job ends with a non-zero code and with that process's own words, and nobody waits.
+"""Two processes, one in trouble: the job ends with a non-zero code and with that process's own
+words, and nobody waits.
 
-The ranks are forked without torchrun, which would end the others of a dead one: here each of them has to notice.
+The ranks are forked without torchrun, which would end the others of a dead one: here each of them
+has to notice.
 """
 
 import json
@@ -20,7 +22,8 @@ FOLDER = SCRIPTS["grpo_rank"][1]
 
 def at_step_2(what):
     """Python that does `what` on rank 1 when the sampling of step 2 begins."""
-    return ("import os, sys, signal\ncount, sample = [0], module.generate\ndef wrong(*args, **more):\n"
+    return ("import os, sys, signal\ncount, sample = [0], module.generate\ndef wrong(*args, "
+            "**more):\n"
             f"    count[0] += 1\n    if rank == 1 and count[0] == 3:\n        {what}\n"
             "    return sample(*args, **more)\nmodule.generate = wrong")
 
@@ -49,7 +52,8 @@ def test_one_rank_hangs_in_a_video(world, policy, forked, tmp_path):
 
 
 def test_one_rank_hangs_in_sampling(world, policy, forked, tmp_path):
-    """It is given up after STEP; only what may take long on one process (videos, narratives) is waited for longer."""
+    """It is given up after STEP; only what may take long on one process (videos, narratives) is
+    waited for longer."""
     place = a_world(world, tmp_path / "hangs")
     plant = "from datetime import timedelta\nprocesses.STEP = timedelta(seconds=5)\n" + at_step_2(
         "import time; time.sleep(12)")
@@ -58,21 +62,25 @@ def test_one_rank_hangs_in_sampling(world, policy, forked, tmp_path):
 
 
 def test_ranks_that_see_different_checkpoints_do_not_begin(world, policy, forked, tmp_path):
-    """As on two machines with disks of their own: rank 1 finds no checkpoint, and would begin anew with other data."""
+    """As on two machines with disks of their own: rank 1 finds no checkpoint, and would begin anew
+    with other data."""
     place = a_world(world, tmp_path / "apart")
     forked.run(place, *GRPO, world=2,
                plant="plumbing.run.Log.step = lambda log, step, show, old=plumbing.run.Log.step: "
                "os.kill(os.getpid(), 9) if step == 4 else old(log, step, show)\nimport os")
     plant = ("from pathlib import Path\nseen = Path.glob\n"
-             "Path.glob = lambda path, what: [] if rank == 1 and what.startswith('checkpoint') else seen(path, what)")
+             "Path.glob = lambda path, what: [] if rank == 1 and what.startswith('checkpoint') "
+             "else seen(path, what)")
     codes = forked.run(place, *GRPO, "--resume", world=2, plant=plant)
     assert codes == [1, 1]
-    assert "its last checkpoint: not the same on all processes (rank 1 differs from rank 0)" in forked.said()
+    assert ("its last checkpoint: not the same on all processes (rank 1 differs from rank 0)"
+            in forked.said())
 
 
 def test_ranks_that_read_different_records_do_not_begin(world, policy, forked, tmp_path):
     place = a_world(world, tmp_path / "records")
-    plant = ("from plumbing import questions\nread = questions.read_records\ndef fewer(*args, **more):\n    records, "
+    plant = ("from plumbing import questions\nread = questions.read_records\ndef fewer(*args, "
+             "**more):\n    records, "
              "report = read(*args, **more)\n"
              "    return records[:: 1 + rank], report\nquestions.read_records = fewer")
     codes = forked.run(place, *GRPO, world=2, plant=plant)
@@ -81,10 +89,12 @@ def test_ranks_that_read_different_records_do_not_begin(world, policy, forked, t
 
 @pytest.mark.parametrize("number", ["float('nan')", "float('inf')"])
 def test_one_rank_meets_a_number_that_is_none(world, policy, forked, tmp_path, number):
-    """Its loss is not finite: the run stops before the weights change, and its batch is written out."""
+    """Its loss is not finite: the run stops before the weights change, and its batch is written
+    out."""
     place = a_world(world, tmp_path / "nan")
     plant = ("count, kl = [0], module.kl_k3\ndef wrong(a, b):\n    count[0] += 1\n"
-             f"    return kl(a, b) + ({number} if rank == 1 and count[0] == 3 else 0)\nmodule.kl_k3 = wrong")
+             f"    return kl(a, b) + ({number} if rank == 1 and count[0] == 3 else "
+             "0)\nmodule.kl_k3 = wrong")
     codes = forked.run(place, *GRPO, world=2, plant=plant)
     assert codes == [1, 1], forked.said()
     said = [line for line in forked.said(1).splitlines() if "not_finite_step2_rank1.json" in line]
@@ -120,7 +130,8 @@ def test_a_signal_stops_all_ranks_at_the_same_step(world, policy, forked, whole,
 
 
 def damaged_data(world, folder):
-    """train.json where a tenth of the videos, unevenly spread, cannot be read. -> file, names of the broken ones."""
+    """train.json where a tenth of the videos, unevenly spread, cannot be read. -> file, names of
+    the broken ones."""
     records = json.loads((world / "data/moving_shapes/train.json").read_text())
     names = sorted({r["video"] for r in records})
     broken = names[: len(names) // 10 + 1]  # neighbours: more of them on one rank than on the other
@@ -139,7 +150,8 @@ def test_a_tenth_of_the_videos_broken_on_two_ranks(world, policy, forked, tmp_pa
     place = a_world(world, tmp_path / "tenth")
     (place / "mine").mkdir()
     file, broken = damaged_data(world, place / "mine")
-    flags = [str(file) if last == "--data" else f for last, f in zip(["", *SCRIPTS[name][0]], SCRIPTS[name][0])]
+    flags = [str(file) if last == "--data" else f
+             for last, f in zip(["", *SCRIPTS[name][0]], SCRIPTS[name][0])]
     if "--data" not in flags:
         flags += ["--data", str(file)]
     flags += ["--micro_batch_size", "2"] if name != "grpo_rank" else []
@@ -148,7 +160,8 @@ def test_a_tenth_of_the_videos_broken_on_two_ranks(world, policy, forked, tmp_pa
     assert forked.run(place, *flags, world=2) == [0, 0], forked.said() + forked.said(1)
     folder = place / SCRIPTS[name][1]
     assert (folder / "final/model.safetensors").exists() and len(rows(folder)) > 3
-    lists = [json.loads(f.read_text()) for f in place.rglob("broken_videos.json") if "policy_s0" not in str(f)]
+    lists = [json.loads(f.read_text())
+             for f in place.rglob("broken_videos.json") if "policy_s0" not in str(f)]
     listed = {Path(place).name and key.split(" [")[0] for part in lists for key in part}
     assert {Path(p).name for p in listed} == {Path(b).name for b in broken}
     assert all("\n" not in why for part in lists for why in part.values())
@@ -157,8 +170,11 @@ def test_a_tenth_of_the_videos_broken_on_two_ranks(world, policy, forked, tmp_pa
 def test_torchrun_of_a_dead_rank_ends_with_an_error(world, policy, forked, tmp_path):
     place = a_world(world, tmp_path / "torchrun")
     (place / "fault.py").write_text(
-        "import os, sys\nimport grpo_rank\nfrom plumbing.flags import parse_args\nsample = grpo_rank.generate\n"
-        "def wrong(*args):\n    if os.environ['RANK'] == '1':\n        sys.exit('rank 1 gives up')\n"
-        "    return sample(*args)\ngrpo_rank.generate = wrong\ngrpo_rank.main(parse_args(grpo_rank.Args))")
+        "import os, sys\nimport grpo_rank\nfrom plumbing.flags import parse_args\nsample = "
+        "grpo_rank.generate\n"
+        "def wrong(*args):\n    if os.environ['RANK'] == '1':\n        sys.exit('rank 1 gives "
+        "up')\n"
+        "    return sample(*args)\ngrpo_rank.generate = "
+        "wrong\ngrpo_rank.main(parse_args(grpo_rank.Args))")
     command = ["torchrun", "--standalone", "--nproc_per_node=2", place / "fault.py", *GRPO[1:]]
     assert forked.run(place, *command) == [1] and "rank 1 gives up" in forked.said()

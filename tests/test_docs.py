@@ -1,4 +1,5 @@
-"""The documentation says what the code does: metric keys, command lines, annotation examples and links."""
+"""The documentation says what the code does: metric keys, command lines, annotation examples and
+links."""
 
 import ast
 import importlib
@@ -18,11 +19,16 @@ REPO = Path(__file__).resolve().parent.parent
 PAGES = [p for p in [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))] if p.exists()]
 
 
-# --- metric keys -----------------------------------------------------------------------------------------------------
+# --- metric keys ----------------------------------------------------------------------------------
 def loop_values(loop, constants):
-    """{variable: [its values]} of a `for` over literals, over a module constant, or over zip(literals, ...)."""
+    """{variable: [its values]} of a `for` over literals, over a module constant, or over
+    zip(literals, ...)."""
     over, target = loop.iter, loop.target
-    if isinstance(over, ast.Call) and getattr(over.func, "id", "") == "zip" and isinstance(target, ast.Tuple):
+    if (
+        isinstance(over, ast.Call)
+        and getattr(over.func, "id", "") == "zip"
+        and isinstance(target, ast.Tuple)
+    ):
         over, target = over.args[0], target.elts[0]
     if isinstance(target, ast.Name):
         if isinstance(over, ast.Name) and over.id in constants:
@@ -33,7 +39,8 @@ def loop_values(loop, constants):
 
 
 def logged_keys(source):
-    """All keys that a script hands to log.add(key, ...), f-strings over a loop's values included."""
+    """All keys that a script hands to log.add(key, ...), f-strings over a loop's values
+    included."""
     tree, keys, constants = ast.parse(source), set(), {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
@@ -46,8 +53,10 @@ def logged_keys(source):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "log.add":
             key = node.args[0]
             if isinstance(key, ast.JoinedStr):
-                (name,) = [part.value.id for part in key.values if isinstance(part, ast.FormattedValue)]
-                keys.update(eval(compile(ast.Expression(key), "", "eval"), {name: v}) for v in values[name])
+                (name,) = [part.value.id for part in key.values
+                           if isinstance(part, ast.FormattedValue)]
+                keys.update(eval(compile(ast.Expression(key), "", "eval"), {name: v})
+                            for v in values[name])
             else:
                 keys.add(ast.literal_eval(key))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "log.mark" and node.args:
@@ -64,7 +73,8 @@ def documented_keys(page):
     """The keys of the first column of the table in the section `## Logged metrics`, each once."""
     section = page.split("\n## Logged metrics\n")[1].split("\n## ")[0]
     keys = re.findall(r"^\| `([^`]+)` \|", section, re.M)
-    assert len(keys) == len(set(keys)) == len(re.findall(r"^\|", section, re.M)) - 2  # all rows but head and rule
+    # all rows but head and rule
+    assert len(keys) == len(set(keys)) == len(re.findall(r"^\|", section, re.M)) - 2
     return set(keys)
 
 
@@ -79,10 +89,12 @@ for step in range(3):
     log.add("plain", 1)
     log.mark("rollout")
 """
-    assert logged_keys(source) == {"x/a", "x/b", "time/p_s", "time/q_s", "plain", "time/rollout_s", "time/step_s"}
+    assert logged_keys(source) == {"x/a", "x/b", "time/p_s", "time/q_s", "plain", "time/rollout_s",
+                                   "time/step_s"}
 
 
-@pytest.mark.parametrize("script", ["sft", "grpo_rank", "reward_model", "ppo_rlaif", "dpo_iter_w2s"])
+@pytest.mark.parametrize("script",
+                         ["sft", "grpo_rank", "reward_model", "ppo_rlaif", "dpo_iter_w2s"])
 def test_metrics_of_the_page_are_those_of_the_script(script):
     page = REPO / "docs" / f"{script}.md"
     if not page.exists():
@@ -96,17 +108,20 @@ def test_metrics_of_the_page_are_those_of_the_script(script):
 
 
 def test_metrics_of_servers_are_explained_once():
-    assert documented_keys((REPO / "docs" / "oracle.md").read_text()) == {f"oracle/{key}" for key in COUNTERS}
+    assert (documented_keys((REPO / "docs" / "oracle.md").read_text())
+            == {f"oracle/{key}" for key in COUNTERS})
 
 
-# --- equations and departures ------------------------------------------------------------------------------------
+# --- equations and departures ---------------------------------------------------------------------
 SCRIPTS = ["sft", "grpo_rank", "reward_model", "ppo_rlaif", "dpo_iter_w2s", "oracle", "evaluate"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_equation_names_a_function_and_a_test_that_knows_it(script):
-    """| equation | function | test (tests/test_x.py) |: functions are defined here, the test file speaks of each."""
-    section = (REPO / "docs" / f"{script}.md").read_text().split("\n## Equations\n")[1].split("\n## ")[0]
+    """| equation | function | test (tests/test_x.py) |: functions are defined here, the test file
+    speaks of each."""
+    section = (REPO / "docs"
+               / f"{script}.md").read_text().split("\n## Equations\n")[1].split("\n## ")[0]
     (tests,) = re.findall(r"\| tests? \((tests/\w+\.py(?:, tests/\w+\.py)*)\) \|", section)
     tested = "\n".join((REPO / file).read_text() for file in tests.split(", "))
     modules = "\n".join(path.read_text() for path in [*REPO.glob("*.py"), *REPO.glob("*/*.py")])
@@ -133,12 +148,13 @@ def test_every_page_says_what_a_run_costs(script):
     assert "\n## Run time and memory\n" in (REPO / "docs" / f"{script}.md").read_text()
 
 
-# --- command lines ---------------------------------------------------------------------------------------------------
+# --- command lines --------------------------------------------------------------------------------
 def command_lines(text):
-    """The words of every `python x.py ..` and `torchrun .. x.py ..` in a fenced block or in backticks."""
+    """The words of every `python x.py ..` and `torchrun .. x.py ..`, in a fenced block or not."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"(?<!`)`((?:python|torchrun) [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    lines += re.findall(r"(?<!`)`((?:python|torchrun) [^`]+)`",
+                        re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     for line in map(str.strip, lines):
         if re.match(r"(\.venv/bin/)?python3? (?!-c|-m pytest)|torchrun ", line):
             yield shlex.split(line, comments=True)
@@ -147,19 +163,23 @@ def command_lines(text):
 COMMANDS = [(page.name, words) for page in PAGES for words in command_lines(page.read_text())]
 
 
-@pytest.mark.parametrize("page, words", COMMANDS, ids=[f"{page}: {' '.join(words)}" for page, words in COMMANDS])
+@pytest.mark.parametrize("page, words", COMMANDS,
+                         ids=[f"{page}: {' '.join(words)}" for page, words in COMMANDS])
 def test_command_lines_are_valid(page, words, tmp_path, monkeypatch):
     if words[1] == "-m":  # a module of a folder
         words = [words[0], words[2].replace(".", "/") + ".py", *words[3:]]
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     script, flags = words[at], words[at + 1 :]
-    copied = re.match(r"grpo_rank_\w+\.py", script)  # a fork of docs/ablations.md has the flags of what it is a copy of
+    # a fork of docs/ablations.md has the flags of what it is a copy of
+    copied = re.match(r"grpo_rank_\w+\.py", script)
     script = "grpo_rank.py" if copied else script
     assert (REPO / script).exists()
-    processes = [word.partition("=")[2] for word in words[:at] if word.startswith("--nproc_per_node=")]
+    processes = [word.partition("=")[2]
+                 for word in words[:at] if word.startswith("--nproc_per_node=")]
     monkeypatch.setenv("WORLD_SIZE", processes[0] if processes else "1")
     other = script.split("/")[0] in ("benchmarks", "experiments", "docs", "tests")
-    cls = None if other else getattr(importlib.import_module(script[:-3].replace("/", ".")), "Args", None)
+    cls = None if other else getattr(importlib.import_module(script[:-3].replace("/", ".")), "Args",
+                                     None)
     if cls is None or flags == ["--help"]:
         return
     parser = Parser(cls, allow_abbrev=False)
@@ -171,11 +191,13 @@ def test_command_lines_are_valid(page, words, tmp_path, monkeypatch):
                 (tmp_path / run.replace("*", seed) / "final").mkdir(parents=True, exist_ok=True)
                 (tmp_path / run.replace("*", seed) / "final" / "config.json").write_text("{}")
         monkeypatch.chdir(tmp_path)
-    parser.parse_args_into_dataclasses(flags)  # a ValueError of __post_init__ fails the test with its message
+    # a ValueError of __post_init__ fails the test with its message
+    parser.parse_args_into_dataclasses(flags)
 
 
 def test_commands_are_found_and_wrong_ones_noticed(tmp_path, monkeypatch):
-    text = "```bash\ntorchrun --nproc_per_node=4 sft.py \\\n  --lr 1  # why\npython -c 1\n```\n`python sft.py --help`"
+    text = ("```bash\ntorchrun --nproc_per_node=4 sft.py \\\n  --lr 1  # why\npython -c 1\n```\n"
+            "`python sft.py --help`")
     assert list(command_lines(text)) == [["torchrun", "--nproc_per_node=4", "sft.py", "--lr", "1"],
                                          ["python", "sft.py", "--help"]]
     for words in (["python", "sft.py", "--learning_rate", "1"], ["python", "nothing.py"],
@@ -184,10 +206,11 @@ def test_commands_are_found_and_wrong_ones_noticed(tmp_path, monkeypatch):
             test_command_lines_are_valid("page", words, tmp_path, monkeypatch)
 
 
-# --- annotation examples and links -----------------------------------------------------------------------------------
+# --- annotation examples and links ----------------------------------------------------------------
 def test_every_annotation_example_is_read(tmp_path):
     page = (REPO / "docs" / "sft.md").read_text()
-    lines = [line for block in re.findall(r"^```json\n(.*?)^```", page, re.M | re.S) for line in block.splitlines()]
+    lines = [line for block in re.findall(r"^```json\n(.*?)^```", page, re.M | re.S)
+             for line in block.splitlines()]
     (tmp_path / "cat").mkdir()
     for name in ("cat.mp4", "cat/01.jpg", "cat/02.jpg"):
         (tmp_path / name).touch()
@@ -201,17 +224,21 @@ def test_every_annotation_example_is_read(tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-    for link in re.findall(r"\]\(([^)\s]+)", text) + re.findall(r"<img[^>]* src=\"([^\"]+)\"", text):
+    for link in re.findall(r"\]\(([^)\s]+)", text) + re.findall(
+        r"<img[^>]* src=\"([^\"]+)\"", text
+    ):
         if not link.startswith(("http://", "https://", "#", "mailto:")):
             assert (page.parent / link.partition("#")[0]).exists(), f"{page.name} links to {link}"
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tables_are_those_of_the_files(page):
     sys.path.insert(0, str(REPO / "docs"))
     import fill
 
     text = page.read_text()
-    assert text.count("<!-- end -->") == len(fill.BLOCK.findall(text)) == text.count("<!-- results/")
-    assert fill.filled(text) == text, f"python docs/fill.py: {page.name} shows other numbers than docs/results"
+    assert (text.count("<!-- end -->") == len(fill.BLOCK.findall(text))
+            == text.count("<!-- results/"))
+    assert fill.filled(text) == text, (
+        f"python docs/fill.py: {page.name} shows other numbers than docs/results")

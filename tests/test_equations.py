@@ -1,4 +1,5 @@
-"""The equations of grpo_rank.py that are GRPO's: surrogate, KL, schedule, control; by hand, none restates a formula.
+"""The equations of grpo_rank.py that are GRPO's: surrogate, KL, schedule, control; by hand, none
+restates a formula.
 
 Ranks and their advantages: test_ndcg_advantages.py.
 """
@@ -22,22 +23,26 @@ def near(a, b, tolerance=1e-6):
 # --- advantages of scores ---
 def test_scores_of_the_good_unlikely_answer():
     """GRPO: scores 1, 0, 0, 0, 0 have mean .2 and standard deviation .4."""
-    near(scale_by_std(torch.tensor([[0.8, -0.2, -0.2, -0.2, -0.2]])), [[2.0, -0.5, -0.5, -0.5, -0.5]])
+    near(scale_by_std(torch.tensor([[0.8, -0.2, -0.2, -0.2, -0.2]])),
+         [[2.0, -0.5, -0.5, -0.5, -0.5]])
 
 
 def test_scale_by_std():
-    A = torch.tensor([[3.0, -1, -1, -1], [0, 0, 0, 0], [1e-12, -1e-12, 0, 0], [0.01, -0.01, 0.01, -0.01]])
-    near(scale_by_std(A), [[1.7320508, -0.5773503, -0.5773503, -0.5773503], [0] * 4, [0] * 4, [1.0, -1, 1, -1]])
+    A = torch.tensor([[3.0, -1, -1, -1], [0, 0, 0, 0], [1e-12, -1e-12, 0, 0],
+                      [0.01, -0.01, 0.01, -0.01]])
+    near(scale_by_std(A),
+         [[1.7320508, -0.5773503, -0.5773503, -0.5773503], [0] * 4, [0] * 4, [1.0, -1, 1, -1]])
 
 
-# --- the surrogate -------------------------------------------------------------------------------------------------
+# --- the surrogate --------------------------------------------------------------------------------
 @pytest.mark.parametrize("A, ratio, J, moves", [
     (+1, 1.5, +1.2, False),  # good and already likelier: enough
     (+1, 0.5, +0.5, True),  # good but less likely: pull it back
     (-1, 1.5, -1.5, True),  # bad but likelier: push it back, without limit
     (-1, 0.5, -0.8, False),  # bad and already less likely: enough
-    (+1, 1.1, +1.1, True), (-1, 1.1, -1.1, True), (+1, 0.9, +0.9, True), (-1, 0.9, -0.9, True),  # inside the range
-])  # fmt: skip
+    # inside the range
+    (+1, 1.1, +1.1, True), (-1, 1.1, -1.1, True), (+1, 0.9, +0.9, True), (-1, 0.9, -0.9, True),
+])
 def test_clipped_surrogate_sign_table(A, ratio, J, moves):
     old = torch.tensor([[-2.0, -0.5]])
     logprobs = (old + torch.tensor([[ratio, 1.0]]).log()).requires_grad_()
@@ -50,10 +55,11 @@ def test_clipped_surrogate_sign_table(A, ratio, J, moves):
 
 def test_every_answer_has_its_own_advantage_on_all_of_its_tokens():
     logprobs = torch.zeros(3, 2)
-    near(clipped_surrogate(logprobs, logprobs, torch.tensor([1.0, -2.0, 0.0]), 0.2), [[1, 1], [-2, -2], [0, 0]])
+    near(clipped_surrogate(logprobs, logprobs, torch.tensor([1.0, -2.0, 0.0]), 0.2),
+         [[1, 1], [-2, -2], [0, 0]])
 
 
-# --- KL ------------------------------------------------------------------------------------------------------------
+# --- KL -------------------------------------------------------------------------------------------
 def test_kl_by_hand():
     ln2 = 0.6931472
     # the reference half as likely: 1/2 - 1 + ln 2; twice as likely: 2 - 1 - ln 2; equal: 0
@@ -68,16 +74,17 @@ def test_kl_is_never_negative_and_zero_only_for_equal_probabilities():
 
 
 def test_kl_gradient_on_policy_is_that_of_kl_of_ref_and_pi():
-    """pi = (.5, .3, .2), ref = (.2, .5, .3). The gradient of KL(ref || pi) in the logits is pi - ref; the other
-    direction would give another vector: (.3462, -.2204, -.1259)."""
+    """pi = (.5, .3, .2), ref = (.2, .5, .3). The gradient of KL(ref || pi) in the logits is pi -
+    ref; the other direction would give another vector: (.3462, -.2204, -.1259)."""
     pi = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     ref = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     logits = pi.log().requires_grad_()
-    (pi * kl_k3(logits.log_softmax(-1)[None], ref.log()[None])[0]).sum().backward()  # the exact mean over pi
+    # the exact mean over pi
+    (pi * kl_k3(logits.log_softmax(-1)[None], ref.log()[None])[0]).sum().backward()
     near(logits.grad, [0.3, -0.2, -0.1], 1e-12)
 
 
-# --- schedule, order of the questions, control -----------------------------------------------------------------------
+# --- schedule, order of the questions, control ----------------------------------------------------
 def test_learning_rate():
     near([lr_at(s, 100, 2.0) for s in (0, 4, 9, 50, 99)], [0.2, 1.0, 1.82, 1.0, 0.02], 1e-12)
     assert max(lr_at(s, 100, 2.0) for s in range(100)) <= 2.0
@@ -93,17 +100,24 @@ def test_every_question_comes_once_per_epoch(count, per_step):
     epochs = [tuple(asked[i : i + count]) for i in range(0, len(asked) - count + 1, count)]
     assert all(sorted(e) == list(range(count)) for e in epochs)
     assert len(set(epochs)) > 1  # another order each time
-    assert asked != sum((question_indices(count, s, SimpleNamespace(prompts_per_step=per_step, seed=1))
-                         for s in range(3 * count)), [])
+    assert asked != sum(
+        (
+            question_indices(count, s, SimpleNamespace(prompts_per_step=per_step, seed=1))
+            for s in range(3 * count)
+        ),
+        [],
+    )
 
 
 PICKS = [(11, 0), (5, 0), (8, 0), (2, 0)]
 
 
 def test_random_scores_tie_equal_answers_and_ignore_the_number_of_processes():
-    answers = [["red", "blue", "red", "green"], ["a", "a", "a", "a"], ["x", "y", "z", "x"], ["red", "blue", "w", "v"]]
+    answers = [["red", "blue", "red", "green"], ["a", "a", "a", "a"], ["x", "y", "z", "x"],
+               ["red", "blue", "w", "v"]]
     whole = random_scores(answers, PICKS, step=3, seed=0)
-    assert whole[0, 0] == whole[0, 2] and whole[2, 0] == whole[2, 3] and (whole[1] == whole[1, 0]).all()
+    assert (whole[0, 0] == whole[0, 2] and whole[2, 0] == whole[2, 3]
+            and (whole[1] == whole[1, 0]).all())
     assert [len(set(row)) for row in whole.tolist()] == [3, 1, 3, 4]
     for rank in (0, 1):
         near(random_scores(answers[rank::2], PICKS[rank::2], step=3, seed=0), whole[rank::2], 0)

@@ -1,5 +1,5 @@
-"""The forks of docs/ablations.md: a copy of a script and a small diff. Each applies to the code as it is, and
-trains."""
+"""The forks of docs/ablations.md: a copy of a script and a small diff. Each applies to the code as
+it is, and trains."""
 
 import json
 import re
@@ -12,7 +12,8 @@ import torch
 from inside import main_of
 
 REPO = Path(__file__).resolve().parent.parent
-FLAGS = ["--data", "data/moving_shapes/train.json", "--steps", "2", "--G", "3", "--max_new_tokens", "6",
+FLAGS = ["--data", "data/moving_shapes/train.json", "--steps", "2", "--G", "3", "--max_new_tokens",
+         "6",
          "--eval_data", "", "--prompts_per_step", "8", "--oracle", "reference", "--name", "fork"]
 DIFFS = sorted((REPO / "docs/forks").glob("*.diff"))
 FORKS = ("no_kl", "borda", "majority", "linear", "k3_corrected")
@@ -33,7 +34,8 @@ def copied(folder, name):
 def test_a_fork_applies_and_trains(world, policy, monkeypatch, tmp_path, name):
     monkeypatch.syspath_prepend(copied(tmp_path, name).parent)
     main_of(monkeypatch, world, f"grpo_rank_{name}.py", *FLAGS)
-    run = world / f"runs/grpo_rank_{name}/fork_s0"  # of its own: a copy never writes into its parent's runs
+    # of its own: a copy never writes into its parent's runs
+    run = world / f"runs/grpo_rank_{name}/fork_s0"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and ("objective/kl" in rows[0]) == (name != "no_kl")
     assert (run / "final/model.safetensors").exists()
@@ -54,11 +56,13 @@ def test_what_the_forks_change_by_hand(tmp_path):
     assert A.tolist() == [[2, 0.5, 0.5, -1, -2]]  # 2 - 4 place / 4, whose mean is 0
     oracle = equations(tmp_path, "majority")["MajorityOracle"]()
     scores, ranks, ok = oracle.rank([None], ["what?"], [["red", "Red.", "blue", "red"]])
-    assert scores.tolist() == [[0.75, 0.75, 0.25, 0.75]] and ranks.tolist() == [[0, 0, 3, 0]] and ok.all()
+    assert (scores.tolist() == [[0.75, 0.75, 0.25, 0.75]] and ranks.tolist() == [[0, 0, 3, 0]]
+            and ok.all())
 
 
 def test_k3_corrected_has_k3s_value_and_the_gradient_of_the_kl_of_pi_and_ref(tmp_path):
-    """pi = (.5, .3, .2), ref = (.2, .5, .3): d KL(pi || ref) / d logit_k = pi_k (log(pi_k / ref_k) - KL)."""
+    """pi = (.5, .3, .2), ref = (.2, .5, .3): d KL(pi || ref) / d logit_k = pi_k (log(pi_k / ref_k)
+    - KL)."""
     kl_k3 = equations(tmp_path, "k3_corrected")["kl_k3"]
     pi = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     ref = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
@@ -77,5 +81,6 @@ def test_every_diff_is_small_and_has_its_place():
         lines = file.read_text().splitlines()
         changed = [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
         assert len(changed) <= 30 and len({line for line in lines if line.startswith("+++")}) == 1
-        assert re.search(rf"cp grpo_rank.py grpo_rank_{file.stem}.py\s+git apply docs/forks/{file.name}", page)
+        assert re.search(
+            rf"cp grpo_rank.py grpo_rank_{file.stem}.py\s+git apply docs/forks/{file.name}", page)
         assert f"(forks/{file.name})" in page

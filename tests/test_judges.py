@@ -1,4 +1,5 @@
-"""Judges: a server on loopback that replies well, in prose, never, or with a fraction; the local judge; aspects."""
+"""Judges: a server on loopback that replies well, in prose, never, or with a fraction; the local
+judge; aspects."""
 
 import json
 import threading
@@ -22,14 +23,20 @@ def server(monkeypatch):
             messages = json.loads(self.rfile.read(int(self.headers["content-length"])))["messages"]
             state.seen.append(messages)
             said = messages[1]["content"].split("Predicted Answer: ")[1].split("\n")[0]
-            reply = {"good": "{'pred': 'yes', 'score': 4.8}", "bad": '{"pred": "no", "score": 1}',
-                     "never": "I would say yes.", "half": "{'pred': 'partially correct', 'score': 2}",
-                     "echo": "Said: {'pred': 'yes', 'score': 5}. Mine: " * (len(messages) == 2)
-                             + "{'pred': 'no', 'score': 0}",
-                     "repaired": "yes" if len(messages) == 2 else "{'pred': 'yes', 'score': 5}"}.get(said)
+            reply = {
+                "good": "{'pred': 'yes', 'score': 4.8}",
+                "bad": '{"pred": "no", "score": 1}',
+                "never": "I would say yes.",
+                "half": "{'pred': 'partially correct', 'score': 2}",
+                "echo": "Said: {'pred': 'yes', 'score': 5}. Mine: " * (len(messages) == 2)
+                + "{'pred': 'no', 'score': 0}",
+                "repaired": "yes" if len(messages) == 2 else "{'pred': 'yes', 'score': 5}",
+            }.get(said)
             status = 400 if said == "refused" else 404 if said == "unknown" else 200
-            body = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [
-                {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}],
+            body = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m",
+                               "choices": [
+                {"index": 0, "finish_reason": "stop",
+                 "message": {"role": "assistant", "content": reply}}],
                 "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}).encode()
             self.send_response(status)
             self.send_header("content-type", "application/json")
@@ -49,7 +56,8 @@ def server(monkeypatch):
 
 def judge_of(server, folder):
     return judges.ApiJudge(SimpleNamespace(
-        api_url=server.url, api_model="m", cache=str(folder), api_concurrency=4, api_timeout=60.0, api_retries=0,
+        api_url=server.url, api_model="m", cache=str(folder), api_concurrency=4, api_timeout=60.0,
+        api_retries=0,
         api_max_tokens=64, api_frames=0, api_size=64, api_extra=""))
 
 
@@ -180,7 +188,8 @@ def test_a_judge_that_never_gives_a_verdict_ends_the_script(
 
 
 def test_the_local_judge_scores_by_its_preference():
-    """[D1] P = 1/2 is as good as the reference: 5 and yes; of two predictions the worse one counts."""
+    """[D1] P = 1/2 is as good as the reference: 5 and yes; of two predictions the worse one
+    counts."""
     import torch
 
     p = {"same": 0.5, "close": 0.31, "far": 0.29, "better": 0.9}
@@ -191,18 +200,34 @@ def test_the_local_judge_scores_by_its_preference():
     rows = rows_of(thought + "same", "<answer>close</answer>", *list(p)[2:])
     rows += [row_of("z", "v", "a?", "cat", {}, asks=["a?", "b?"], said=["better", thought + "far"])]
     replies = judge.judge(rows, False)
-    assert [(r["pred"], r["score"]) for r in replies] == [("yes", 5), ("yes", 3), ("no", 2), ("yes", 5), ("no", 2)]
+    assert [(r["pred"], r["score"]) for r in replies] == [
+        ("yes", 5),
+        ("yes", 3),
+        ("no", 2),
+        ("yes", 5),
+        ("no", 2),
+    ]
     judge.oracle.aspects = lambda videos, asks, groups: (
-        torch.tensor([[[len(b), 0, 0, 0]] for (b,) in groups]), torch.tensor([True, False])[: len(groups)])
+        torch.tensor([[[len(b), 0, 0, 0]] for (b,) in groups]),
+        torch.tensor([True, False])[: len(groups)])
     assert judge.judge(rows[:1], True)[0]["relevance"] == len("same")
     assert judge.judge(rows[:2], True)[1] is None  # not scored: no zeros
-    judge.oracle.preferences = lambda videos, asks, groups: torch.full((len(groups), 2, 2), torch.nan)
+    judge.oracle.preferences = lambda videos, asks, groups: torch.full(
+        (len(groups), 2, 2), torch.nan
+    )
     assert judge.judge(rows, False) == [None] * 5
 
 
 def test_aspects_and_their_ratio():
-    points = {"good": dict(relevance=5, accuracy=4, detail=3, clarity=2), "bad": dict.fromkeys(judges.ASPECTS, 1)}
+    points = {"good": dict(relevance=5, accuracy=4, detail=3, clarity=2),
+              "bad": dict.fromkeys(judges.ASPECTS, 1)}
     judge = SimpleNamespace(replies=lambda jobs: [points.get(row["said"][0]) for _, row in jobs])
     values, problems = judges.score_rows("mmaip_v", rows_of("good", "bad", "unseen", ""), judge)
-    assert [v["score"] for v in values] == [3.5, 1, None, 0] and [v["ratio"] for v in values] == [1, 0, None, 0]
-    assert values[0]["relevance_points"] == 5 and values[2]["ratio_all"] == 0 and problems["no reply"] == 1
+    assert [v["score"] for v in values] == [3.5, 1, None, 0] and [v["ratio"] for v in values] == [
+        1,
+        0,
+        None,
+        0,
+    ]
+    assert (values[0]["relevance_points"] == 5 and values[2]["ratio_all"] == 0
+            and problems["no reply"] == 1)

@@ -1,7 +1,9 @@
-"""Nothing is lost: each training script killed at any moment, stopped by a signal, out of disk, started twice.
+"""Nothing is lost: each training script killed at any moment, stopped by a signal, out of disk,
+started twice.
 
-The long mode, `make test-slow`, kills every script at least twenty times, at random (seeded) moments of set-up, steps
-and checkpoint writing, and compares metrics and weights with the uninterrupted run, bit for bit.
+The long mode, `make test-slow`, kills every script at least twenty times, at random (seeded)
+moments of set-up, steps and checkpoint writing, and compares metrics and weights with the
+uninterrupted run, bit for bit.
 """
 
 import json
@@ -28,21 +30,29 @@ RL = [*TRAIN, "--oracle", "reference", "--G", "3", "--max_new_tokens", "6", "--e
       "--eval_steps", "5"]
 START = "runs/sft/policy_s0/final"
 SCRIPTS = {  # flags, run folder
-    "sft": (["sft.py", *TRAIN, "--steps", "11", "--save_steps", "3", "--batch_size", "4", "--micro_batch_size", "4",
+    "sft": (["sft.py", *TRAIN, "--steps", "11", "--save_steps", "3", "--batch_size", "4",
+             "--micro_batch_size", "4",
              "--name", "x"], "runs/sft/x_s0"),
-    "grpo_rank": (["grpo_rank.py", *RL, "--advantage", "random", "--steps", "11", "--save_steps", "3", "--name", "x",
+    "grpo_rank": (["grpo_rank.py", *RL, "--advantage", "random", "--steps", "11", "--save_steps",
+                   "3", "--name", "x",
                    "--prompts_per_step", "4"], "runs/grpo_rank/x_s0"),
-    "ppo_rlaif": (["ppo_rlaif.py", *RL, "--random_reward", "--steps", "11", "--save_steps", "3", "--name", "x",
-                   "--prompts_per_step", "4", "--micro_batch_size", "4", "--value_warmup", "0"], "runs/ppo_rlaif/x_s0"),
-    "reward_model": (["reward_model.py", *TRAIN, "--oracle", "judge", "--oracle_model", START, "--base", START,
-                      "--narrative", "false", "--prompts", "24", "--samples", "3", "--max_new_tokens", "6",
-                      "--min_margin", "0", "--eval_share", "0.3", "--epochs", "3", "--prompts_per_step", "4",
-                      "--micro_batch_size", "4", "--pack", "3", "--save_steps", "3", "--eval_steps", "5",
+    "ppo_rlaif": (["ppo_rlaif.py", *RL, "--random_reward", "--steps", "11", "--save_steps", "3",
+                   "--name", "x",
+                   "--prompts_per_step", "4", "--micro_batch_size", "4", "--value_warmup", "0"],
+                  "runs/ppo_rlaif/x_s0"),
+    "reward_model": (["reward_model.py", *TRAIN, "--oracle", "judge", "--oracle_model", START,
+                      "--base", START,
+                      "--narrative", "false", "--prompts", "24", "--samples", "3",
+                      "--max_new_tokens", "6",
+                      "--min_margin", "0", "--eval_share", "0.3", "--epochs", "3",
+                      "--prompts_per_step", "4",
+                      "--micro_batch_size", "4", "--pack", "3", "--save_steps", "3", "--eval_steps",
+                      "5",
                       "--name", "x"],
                      "runs/reward_model/x_s0"),
     "dpo_iter_w2s": (["dpo_iter_w2s.py", *SELF, "--steps", "6", "--questions", "8", "--name", "x"],
                      "runs/dpo_iter_w2s/x_s0"),
-}  # fmt: skip
+}
 LONG = {"reward_model": ["--prompts", "60", "--samples", "4"]}  # answers are collected in two parts
 
 
@@ -76,10 +86,11 @@ def check_same(whole, folder):
     a, b = (load_file(f / "final/model.safetensors") for f in (whole, folder))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert not [f for f in folder.rglob("*.tmp")]
-    assert not [f for f in folder.rglob("*") if f.suffix in (".pt", ".bin", ".pkl")]  # nothing is a pickle
+    # nothing is a pickle
+    assert not [f for f in folder.rglob("*") if f.suffix in (".pt", ".bin", ".pkl")]
 
 
-# --- SIGKILL ---------------------------------------------------------------------------------------------------------
+# --- SIGKILL --------------------------------------------------------------------------------------
 def moment(rng, folder, alive):
     """Wait for a random moment of a random part of the run."""
     part, before = rng.choice(("set-up", "step", "write", "write")), steps_done(folder)
@@ -104,7 +115,8 @@ def test_killed_twenty_times(world, policy, forked, whole, tmp_path, name):
         codes = [None]
         while codes != [0]:
             (pid,) = forked.start(place, *SCRIPTS[name][0], *LONG.get(name, []), "--resume")
-            alive = lambda: os.path.exists(f"/proc/{pid}") and " Z " not in open(f"/proc/{pid}/stat").read()
+            alive = (lambda: os.path.exists(f"/proc/{pid}")
+                     and " Z " not in open(f"/proc/{pid}/stat").read())
             if rng.random() < 0.9:
                 moment(rng, folder, alive)
                 os.kill(pid, signal.SIGKILL)
@@ -115,9 +127,11 @@ def test_killed_twenty_times(world, policy, forked, whole, tmp_path, name):
         seed += 1
 
 
-# --- SIGTERM and Ctrl-C ----------------------------------------------------------------------------------------------
+# --- SIGTERM and Ctrl-C ---------------------------------------------------------------------------
 @pytest.mark.parametrize("name, number", zip(SCRIPTS, [signal.SIGTERM, signal.SIGINT] * 3))
-def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(world, policy, forked, whole, tmp_path, name, number):
+def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(
+    world, policy, forked, whole, tmp_path, name, number
+):
     reference = whole(name)
     place = a_world(world, tmp_path / "stopped", cold=True)
     folder = place / SCRIPTS[name][1]
@@ -127,7 +141,8 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(world, policy, fo
     assert forked.wait() == [128 + number], forked.said()
     line = forked.line("continue with")
     (saved,) = [p.name for p in folder.glob("checkpoint-*")]
-    assert int(saved.split("-")[1]) == steps_done(folder) and f"{saved} is written; continue with: python " in line
+    assert (int(saved.split("-")[1]) == steps_done(folder)
+            and f"{saved} is written; continue with: python " in line)
     command = shlex.split(line.split("continue with: python ")[1])
     assert command == [*SCRIPTS[name][0], "--resume"]
     assert forked.run(place, *command) == [0], forked.said()
@@ -136,7 +151,8 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(world, policy, fo
 
 def test_a_signal_during_set_up_ends_at_once(world, policy, forked, tmp_path):
     place = a_world(world, tmp_path / "early")
-    wait = "import time\nfrom inputs import features\nfeatures.FeatureCache.prepare = lambda *_, **__: time.sleep(600)"
+    wait = ("import time\nfrom inputs import features\n"
+            "features.FeatureCache.prepare = lambda *_, **__: time.sleep(600)")
     (pid,) = forked.start(place, *SCRIPTS["grpo_rank"][0], plant=wait)
     assert until(lambda: (place / "runs/grpo_rank/x_s0/args.json").exists())
     os.kill(pid, signal.SIGTERM)
@@ -172,32 +188,38 @@ def test_the_command_that_continues(monkeypatch):
     assert processes.resume_command() == "torchrun --nproc_per_node=2 x.py"
 
 
-# --- a full disk -----------------------------------------------------------------------------------------------------
+# --- a full disk ----------------------------------------------------------------------------------
 @pytest.fixture
 def small_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(disk)]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+    if (os.geteuid() or not shutil.which("mount")
+        or subprocess.run(mount, capture_output=True).returncode):
         pytest.skip("mounting a small disk needs root")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("name", ["grpo_rank", "ppo_rlaif"])
-def test_a_full_disk_leaves_the_last_checkpoint(world, policy, forked, whole, small_disk, tmp_path, name):
+def test_a_full_disk_leaves_the_last_checkpoint(
+    world, policy, forked, whole, small_disk, tmp_path, name
+):
     reference = whole(name)
     place = a_world(world, tmp_path / "full")
     folder = place / SCRIPTS[name][1]
     folder.parent.symlink_to(small_disk)
     # behind the first checkpoint somebody else takes the room that is left
-    fill = ("import os, shutil\nsave = plumbing.run.save_checkpoint\ndef full(folder, name, *rest, **more):\n"
+    fill = ("import os, shutil\nsave = plumbing.run.save_checkpoint\ndef full(folder, name, *rest, "
+            "**more):\n"
             "    if name != 'checkpoint-3':\n"
             f"        with open('{small_disk}/filler', 'wb') as f:\n"
-            f"            os.posix_fallocate(f.fileno(), 0, shutil.disk_usage('{small_disk}').free - 200_000)\n"
+            f"            os.posix_fallocate(f.fileno(), 0, shutil.disk_usage('{small_disk}').free "
+            "- 200_000)\n"
             "    save(folder, name, *rest, **more)\nplumbing.run.save_checkpoint = full")
     assert forked.run(place, *SCRIPTS[name][0], plant=fill) == [1]
-    assert forked.line("no room on the disk").endswith("--resume") and "Traceback" not in forked.said()
+    assert (forked.line("no room on the disk").endswith("--resume")
+            and "Traceback" not in forked.said())
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-3"]
     (small_disk / "filler").unlink()
     assert forked.run(place, *SCRIPTS[name][0], "--resume") == [0], forked.said()
@@ -214,17 +236,23 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(policy, tmp_path, monkeyp
     before = {f: f.read_bytes() for f in (tmp_path / "checkpoint-3").iterdir()}
     for place in ("save_model", "save_trainer"):
         with monkeypatch.context() as patched:
-            patched.setattr(plumbing.run, place,
-                            lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            patched.setattr(
+                plumbing.run,
+                place,
+                lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+            )
             with pytest.raises(OSError):
-                plumbing.run.save_checkpoint(tmp_path, "checkpoint-6", model, processor, optimizer, 6)
+                plumbing.run.save_checkpoint(
+                    tmp_path, "checkpoint-6", model, processor, optimizer, 6
+                )
         assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
 def test_errors_of_a_full_disk_are_one_line(capfd, monkeypatch):
     from safetensors import SafetensorError
 
-    for error in (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left (os error 28)"),
+    for error in (OSError(28, "No space left on device"),
+                  SafetensorError("I/O error: No space left (os error 28)"),
                   Exception("Disk quota exceeded (os error 122)")):
         processes.one_line_if_full(type(error), error, None)
         said = capfd.readouterr().err
@@ -233,17 +261,23 @@ def test_errors_of_a_full_disk_are_one_line(capfd, monkeypatch):
     assert "no room" not in capfd.readouterr().err
 
 
-# --- two runs into one folder ----------------------------------------------------------------------------------------
+# --- two runs into one folder ---------------------------------------------------------------------
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_second_run_into_the_folder_is_refused(world, policy, forked, tmp_path, name):
     place, command = a_world(world, tmp_path / "twice"), SCRIPTS[name][0]
-    again = ("import os, sys\nfirst = plumbing.run.open_run\ndef twice(*args):\n    first(*args)\n    pid = os.fork()\n"
-             "    if pid == 0:\n        processes.HELD.clear()\n        first(*args)\n        os._exit(0)\n"
-             "    print('code', os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)\n    sys.exit(0)\n"
+    again = ("import os, sys\nfirst = plumbing.run.open_run\ndef twice(*args):\n    first(*args)\n "
+             "   pid = os.fork()\n"
+             "    if pid == 0:\n        processes.HELD.clear()\n        first(*args)\n        "
+             "os._exit(0)\n"
+             "    print('code', os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)\n    "
+             "sys.exit(0)\n"
              "plumbing.run.open_run = twice")
     assert forked.run(place, *command, "--resume", plant=again) == [0], forked.said()
     said = forked.said().splitlines()
-    assert said.count("code 1") == 1 and sum("another run is writing there now" in line for line in said) == 1
+    assert (
+        said.count("code 1") == 1
+        and sum("another run is writing there now" in line for line in said) == 1
+    )
 
 
 def test_a_lock_ends_with_its_process(forked, tmp_path):
@@ -255,7 +289,8 @@ def test_a_lock_ends_with_its_process(forked, tmp_path):
         processes.own(tmp_path / "lock")
     os.kill(holder, signal.SIGKILL)
     assert forked.wait() == [-signal.SIGKILL]
-    assert processes.lock(tmp_path / "lock") and processes.lock(tmp_path / "lock")  # once ours, ours
+    # once ours, ours
+    assert processes.lock(tmp_path / "lock") and processes.lock(tmp_path / "lock")
     processes.unlock()
 
 
@@ -263,7 +298,8 @@ def test_a_missing_piece_is_built_once_by_two_runs(tmp_path, monkeypatch):
     """The second one waits, and finds it."""
     monkeypatch.chdir(tmp_path)
     built = []
-    monkeypatch.setattr(embedded, "run_script", lambda path, command: built.append(path) or open(path, "w").close())
+    monkeypatch.setattr(embedded, "run_script",
+                        lambda path, command: built.append(path) or open(path, "w").close())
     first = processes.lock
 
     def slow(path, wait=False):  # the other run holds the lock, and makes the piece while we wait
@@ -280,7 +316,7 @@ def test_a_missing_piece_is_built_once_by_two_runs(tmp_path, monkeypatch):
     assert built == ["piece"] and not processes.HELD
 
 
-# --- what a kill must not lose ---------------------------------------------------------------------------------------
+# --- what a kill must not lose --------------------------------------------------------------------
 def test_metrics_survive_a_kill_while_they_are_cut(tmp_path, monkeypatch):
     """A resumed run takes the rows behind its checkpoint off: aside, then renamed."""
     file = tmp_path / "metrics.jsonl"

@@ -12,10 +12,12 @@ import memory  # noqa: E402
 LORA = ["--lora_r", "8"]
 
 
-@pytest.mark.parametrize("flags", [[], LORA, [*LORA, "--dtype", "bfloat16", "--gradient_checkpointing"]],
+@pytest.mark.parametrize("flags",
+                         [[], LORA, [*LORA, "--dtype", "bfloat16", "--gradient_checkpointing"]],
                          ids=["all weights", "LoRA", "LoRA in bfloat16, layers computed again"])
 def test_the_table_meets_the_measured_peak(flags):
-    args = memory.flags_of("grpo_rank", "small", ["--tokens_per_micro_batch", "400", "--G", "4", *flags])
+    args = memory.flags_of("grpo_rank", "small",
+                           ["--tokens_per_micro_batch", "400", "--G", "4", *flags])
     found = memory.table("grpo_rank", args, "small", 1, prompt=24, answer=40, rows=4)
     sampling, update = memory.measure(args, "small", prompt=24, answer=40, rows=4)
     ratios = found["peak while sampling"] / sampling, found["peak of the update"] / update
@@ -31,6 +33,9 @@ def test_the_parts_of_seven_billion_parameters(monkeypatch):
     lora = 64 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     assert found["adapters"] == found["gradients"] == 4 * lora == found["optimizer"] / 2
     matrices = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    assert 0.51 * matrices < found["weights"] < 0.51 * matrices + 2 * 800e6  # and CLIP, Q-Former, words in bfloat16
-    assert found["KV cache"] == pytest.approx(16 * (64 + 32 + 5 * 128) * 32 * 2 * 4096 * 2 * 33 / 32)
+    # and CLIP, Q-Former, words in bfloat16
+    assert 0.51 * matrices < found["weights"] < 0.51 * matrices + 2 * 800e6
+    assert found["KV cache"] == pytest.approx(
+        16 * (64 + 32 + 5 * 128) * 32 * 2 * 4096 * 2 * 33 / 32
+    )
     assert found["peak"] < 80 * 2**30  # the papers' GPUs

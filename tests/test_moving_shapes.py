@@ -1,5 +1,6 @@
-"""The world must be what its annotations say: they are checked against the pixels of the decoded videos, and every
-answer against a second, plain reading of the shapes. Nothing here uses the module's own way to the answers."""
+"""The world must be what its annotations say: they are checked against the pixels of the decoded
+videos, and every answer against a second, plain reading of the shapes. Nothing here uses the
+module's own way to the answers."""
 
 import csv
 import json
@@ -41,7 +42,8 @@ def clips(out):
 
 @pytest.fixture(scope="module")
 def seen(out, clips):
-    """What the pixels of each clip show: {clip id: (F, {color: (F,H,W) mask})}; white is a colour too."""
+    """What the pixels of each clip show: {clip id: (F, {color: (F,H,W) mask})}; white is a colour
+    too."""
     colors = {**ms.COLORS, "white": ms.WHITE}
     result = {}
     for clip in clips:
@@ -65,7 +67,7 @@ def first_frame(mask):
     return int(np.argmax(mask.sum((1, 2)) > 40))
 
 
-# --- the same set again, whatever happens --------------------------------------------------------------------------
+# --- the same set again, whatever happens ---------------------------------------------------------
 
 
 def test_same_seed_same_set_for_any_number_of_workers(out, tmp_path):
@@ -122,7 +124,7 @@ def test_splits_share_no_clip(out, clips):
         assert all(row["id"].split("_")[0] == Path(row["video"]).stem for row in rows)
 
 
-# --- annotations against pixels ------------------------------------------------------------------------------------
+# --- annotations against pixels -------------------------------------------------------------------
 
 
 def test_files_are_h264_with_the_frames_they_should_have(out, clips):
@@ -141,15 +143,18 @@ def test_pixels_show_the_annotated_shapes(clips, seen):
         frames, masks = seen[clip["id"]]
         shapes = clip["shapes"]
         present = [c for c in ms.COLORS if (masks[c].sum((1, 2)) > 40).any()]
-        assert present == [s["color"] for s in shapes], clip["id"]  # and in the fixed order of colours
+        # and in the fixed order of colours
+        assert present == [s["color"] for s in shapes], clip["id"]
         begins = {s["color"]: first_frame(masks[s["color"]]) for s in shapes}
-        assert [s["order"] for s in shapes] == [sorted(set(begins.values())).index(begins[s["color"]]) for s in shapes]
+        assert ([s["order"] for s in shapes]
+                == [sorted(set(begins.values())).index(begins[s["color"]]) for s in shapes])
         assert {s["together"] for s in shapes} == {len(set(begins.values())) == 1}
         assert min(begins.values()) == 0 and frames - max(begins.values()) >= 4
         for s in shapes:
             mask, begin = masks[s["color"]], begins[s["color"]]
             visible = [f for f in range(begin, frames) if mask[f].sum() > 40]
-            if s["action"] == "turns white":  # the colour is there first, then the same place is white
+            # the colour is there first, then the same place is white
+            if s["action"] == "turns white":
                 assert visible == list(range(begin, begin + (frames - begin) // 2))
                 assert (masks["white"][-1] & mask[begin]).sum() > 0.8 * mask[begin].sum()
             else:
@@ -159,8 +164,10 @@ def test_pixels_show_the_annotated_shapes(clips, seen):
             assert (np.abs(np.array([start, end]) - 32) > 4).all()  # no doubt about the quadrant
             dx, dy = end - start
             if s["action"].startswith("moves"):
-                way = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("up" if dy < 0 else "down")
-                assert s["action"] == f"moves {way}" and 11 < max(abs(dx), abs(dy)) < 29 and min(abs(dx), abs(dy)) < 1.5
+                way = (("left" if dx < 0 else "right") if abs(dx) > abs(dy)
+                       else ("up" if dy < 0 else "down"))
+                assert (s["action"] == f"moves {way}" and 11 < max(abs(dx), abs(dy)) < 29
+                        and min(abs(dx), abs(dy)) < 1.5)
             else:
                 assert np.hypot(dx, dy) < 3
             changes = [(mask[f] ^ mask[begin]).sum() / mask[begin].sum() for f in visible]
@@ -170,7 +177,8 @@ def test_pixels_show_the_annotated_shapes(clips, seen):
                 assert max(changes) < 0.15
             ys, xs = np.nonzero(mask[begin])  # how much of its box a shape fills
             fill = len(xs) / ((np.ptp(xs) + 1) * (np.ptp(ys) + 1))
-            assert s["shape"] == ("triangle" if fill < 0.66 else "circle" if fill < 0.88 else "square"), clip["id"]
+            assert s["shape"] == ("triangle" if fill < 0.66 else "circle" if fill < 0.88
+                                  else "square"), clip["id"]
 
 
 def test_centre_has_its_colour_and_shapes_stay_inside_and_apart(out, clips):
@@ -178,10 +186,13 @@ def test_centre_has_its_colour_and_shapes_stay_inside_and_apart(out, clips):
         scene, frames = ms.make_scene(3, int(clip["id"])), decode(out / clip["video"])
         for s in scene.shapes:
             x, y = s.track(scene.frames)[s.appear]
-            assert np.abs(frames[s.appear, int(y), int(x)].astype(int) - ms.COLORS[s.color]).max() < 40
-            assert ((s.track(scene.frames) >= s.radius) & (s.track(scene.frames) <= 64 - s.radius)).all()
+            assert np.abs(frames[s.appear, int(y), int(x)].astype(int)
+                          - ms.COLORS[s.color]).max() < 40
+            assert ((s.track(scene.frames) >= s.radius)
+                    & (s.track(scene.frames) <= 64 - s.radius)).all()
             for other in scene.shapes:
-                gap = np.hypot(*(s.track(scene.frames) - other.track(scene.frames)).T)[max(s.appear, other.appear) :]
+                gap = np.hypot(*(s.track(scene.frames)
+                                 - other.track(scene.frames)).T)[max(s.appear, other.appear) :]
                 assert other is s or (gap > s.radius + other.radius).all()
 
 
@@ -191,7 +202,8 @@ def test_descriptions_say_what_is_seen(out, clips, seen):
         for s in ordered:
             when = "" if s["together"] else "then " if s["order"] else "first "
             to = "" if s["start"] == s["end"] else f" to the {s['end']}"
-            parts.append(f"{when}a {s['color']} {s['shape']} at the {s['start']} {s['action']}{to} .")
+            parts.append(f"{when}a {s['color']} {s['shape']} at the {s['start']} {s['action']}{to} "
+                         ".")
         assert clip["narrative"] == " ".join(parts)
         frames, masks = seen[clip["id"]]
         for k, segment in enumerate(clip["segments"]):
@@ -209,26 +221,35 @@ def test_descriptions_say_what_is_seen(out, clips, seen):
                 if action == "turns white":
                     action = "turns white" if any(colored) and not all(colored) else f"is {color}"
                 where, near = s["start"], False
-                if s["action"] != "turns white":  # two white shapes could not be told apart, but they do not move
+                # two white shapes could not be told apart, but they do not move
+                if s["action"] != "turns white":
                     middle = centre(masks[color][visible[(len(visible) - 1) // 2]])
-                    where, near = place(middle), np.abs(middle - 32).min() < 1  # on a centre line both sides are right
+                    # on a centre line both sides are right
+                    where, near = place(middle), np.abs(middle - 32).min() < 1
                 expected.append((f"a {color} {s['shape']} at the ", where, f" {action} .", near))
             text = segment["text"]
             for head, where, tail, near in expected:
-                assert (head in text and tail in text) if near else head + where + tail in text, (clip["id"], k, text)
+                fits = (head in text and tail in text) if near else head + where + tail in text
+                assert fits, (clip["id"], k, text)
             assert text.count(" .") == len(expected) > (-1 if k else 0)
-    for row in (row for split in ms.SPLITS for row in load(out / f"{split}.json") if row["task_type"] == "Description"):
+    for row in (row for split in ms.SPLITS
+                for row in load(out / f"{split}.json") if row["task_type"] == "Description"):
         clip = clips[int(row["id"].split("_")[0])]
-        assert row["conversations"][0] == {"from": "human", "value": "<video>\nDescribe this video in detail"}
-        texts = {(s["start"], s["end"]): s["text"] for s in clip["segments"]} | {(None, None): clip["narrative"]}
+        assert row["conversations"][0] == {
+            "from": "human",
+            "value": "<video>\nDescribe this video in detail",
+        }
+        texts = {(s["start"], s["end"]): s["text"]
+                 for s in clip["segments"]} | {(None, None): clip["narrative"]}
         assert row["conversations"][1]["value"] == texts[row.get("start"), row.get("end")]
 
 
-# --- answers against a plain reading of the shapes -----------------------------------------------------------------
+# --- answers against a plain reading of the shapes ------------------------------------------------
 
 
 def read(question, shapes):
-    """The answer to a question by reading the list of shapes; None if the question has not exactly one answer."""
+    """The answer to a question by reading the list of shapes; None if the question has not exactly
+    one answer."""
     numbers = ["zero", "one", "two", "three"]
     apart = not shapes[0]["together"]
     line = sorted(shapes, key=lambda s: s["order"])
@@ -262,10 +283,12 @@ def read(question, shapes):
     if m := re.fullmatch(r"where is the (\w+) shape at the (start|end)\?", question):
         return of(m[1])[m[2]]
     if m := re.fullmatch(r"how would the (\w+) shape get back to where it was\?", question):
-        back = {"moves left": "right", "moves right": "left", "moves up": "down", "moves down": "up"}
+        back = {"moves left": "right", "moves right": "left", "moves up": "down",
+                "moves down": "up"}
         return "move " + back[of(m[1])["action"]]
     if m := re.fullmatch(r"which side does the (\w+) shape move towards\?", question):
-        side = {"moves left": "left", "moves right": "right", "moves up": "top", "moves down": "bottom"}
+        side = {"moves left": "left", "moves right": "right", "moves up": "top",
+                "moves down": "bottom"}
         return side.get(of(m[1])["action"], "none")
     if question == "what happens in the video?":
         return " and ".join("a " + named(s) + " " + s["action"] for s in shapes)
@@ -281,18 +304,21 @@ def test_every_answer_follows_from_the_shapes(out, clips):
         for row in load(out / f"{split}.json"):
             if row["task_type"] != "Description":
                 human, gpt = row["conversations"]
-                assert (human["from"], gpt["from"]) == ("human", "gpt") and human["value"].startswith("<video>\n")
+                assert (human["from"],
+                        gpt["from"]) == ("human", "gpt") and human["value"].startswith("<video>\n")
                 shapes = clips[int(row["id"].split("_")[0])]["shapes"]
                 assert gpt["value"] == read(human["value"].removeprefix("<video>\n"), shapes), row
                 asked[row["id"].split("_")[0], row["task_type"]] += 1
     assert {task for _, task in asked} == set(ms.TASK_TYPES)
     assert max(asked.values()) <= 2
     per_clip = Counter(key for key, _ in asked.elements())
-    assert len(per_clip) == CLIPS and min(per_clip.values()) >= 7 and 8 <= np.mean(list(per_clip.values())) <= 12
+    assert (len(per_clip) == CLIPS and min(per_clip.values()) >= 7
+            and 8 <= np.mean(list(per_clip.values())) <= 12)
 
 
 def test_answers_are_balanced():
-    """No blind guess does well: over 700 scenes no answer has much more than 45 % of its task type."""
+    """No blind guess does well: over 700 scenes no answer has much more than 45 % of its task
+    type."""
     answers, actions, places, forms = defaultdict(Counter), Counter(), Counter(), Counter()
     for index in range(700):
         scene = ms.make_scene(0, index)
@@ -308,30 +334,38 @@ def test_answers_are_balanced():
         assert max(counts.values()) < 1.5 * min(counts.values()), counts
 
 
-# --- the files of the public benchmarks ----------------------------------------------------------------------------
+# --- the files of the public benchmarks -----------------------------------------------------------
 
 
 def test_zero_shot_qa_files(out, clips):
-    for bench, pattern in (("msvd_qa", "{}.mp4"), ("msrvtt_qa", "{}.mp4"), ("activitynet_qa", "v_{}.mp4")):
+    for bench, pattern in (("msvd_qa", "{}.mp4"), ("msrvtt_qa", "{}.mp4"),
+                           ("activitynet_qa", "v_{}.mp4")):
         folder = out / "benchmarks" / bench
         questions, answers = load(folder / "test_q.json"), load(folder / "test_a.json")
         assert [q["question_id"] for q in questions] == [a["question_id"] for a in answers]
         assert len({q["question_id"] for q in questions}) == len(questions) > 0
         for q, a in zip(questions, answers, strict=True):
             assert set(q) == {"video_name", "question", "question_id"}
-            assert q["question_id"].startswith(f"v_{q['video_name']}_") and not q["video_name"].startswith("v_")
+            assert (q["question_id"].startswith(f"v_{q['video_name']}_")
+                    and not q["video_name"].startswith("v_"))
             video = folder / "videos" / pattern.format(q["video_name"])
             clip = clips[int(re.search(r"\d+", q["video_name"])[0])]
-            assert clip["split"] == "test" and video.read_bytes() == (out / clip["video"]).read_bytes()
+            assert (clip["split"] == "test"
+                    and video.read_bytes() == (out / clip["video"]).read_bytes())
             assert a["answer"] == read(q["question"].rstrip("?") + "?", clip["shapes"])
-            assert set(a) - {"answer", "question_id"} == ({"type"} if bench == "activitynet_qa" else set())
-            assert a.get("type", 0) in range(9) and ("?" in q["question"]) == (bench != "activitynet_qa")
+            assert set(a) - {"answer", "question_id"} == (
+                {"type"} if bench == "activitynet_qa" else set()
+            )
+            assert a.get("type", 0) in range(9) and ("?" in q["question"]) == (
+                bench != "activitynet_qa"
+            )
         if bench != "activitynet_qa":
             rows = load(folder / "test_qa.json")
             extra = {"category_id"} if bench == "msrvtt_qa" else set()
             assert all(set(row) == {"answer", "id", "question", "video_id"} | extra for row in rows)
             pairs = [(row["question"], row["answer"]) for row in rows]
-            assert pairs == [(q["question"], a["answer"]) for q, a in zip(questions, answers, strict=True)]
+            assert pairs == [(q["question"], a["answer"])
+                             for q, a in zip(questions, answers, strict=True)]
             assert all(clips[row["video_id"]]["split"] == "test" for row in rows)
     assert all(" " not in a["answer"] for a in load(out / "benchmarks/msvd_qa/test_a.json"))
     for line in (out / "benchmarks/msvd_qa/youtube_mapping.txt").read_text().splitlines():
@@ -347,7 +381,8 @@ def test_video_chatgpt_files(out, clips):
         for row in rows:
             questions = ["Q1", "Q2"] if name == "consistency" else ["Q"]
             assert set(row) == {*questions, "A", "video_name"}
-            assert (folder / "Test_Videos" / f"{row['video_name']}.mp4").exists() and row["video_name"].startswith("v_")
+            assert (folder / "Test_Videos"
+                    / f"{row['video_name']}.mp4").exists() and row["video_name"].startswith("v_")
             clip = clips[int(row["video_name"][4:])]
             for key in questions:
                 if row[key] == ms.DESCRIBE:
@@ -359,7 +394,8 @@ def test_video_chatgpt_files(out, clips):
 def test_video_mme_files(out, clips):
     folder = out / "benchmarks" / "video_mme"
     rows = load(folder / "videomme.json")
-    keys = "video_id duration domain sub_category url videoID question_id task_type question options answer"
+    keys = ("video_id duration domain sub_category url videoID question_id task_type question "
+            "options answer")
     assert all(" ".join(row) == keys for row in rows)
     assert set(Counter(row["videoID"] for row in rows).values()) == {3}  # three questions a video
     letters = Counter()
@@ -370,7 +406,8 @@ def test_video_mme_files(out, clips):
         assert row["question_id"] in {f"{row['video_id']}-{k}" for k in (1, 2, 3)}
         assert [o[:3] for o in row["options"]] == ["A. ", "B. ", "C. ", "D. "]
         options = [o[3:] for o in row["options"]]
-        assert len(set(options)) == 4 and options["ABCD".index(row["answer"])] == read(row["question"], clip["shapes"])
+        assert (len(set(options)) == 4
+                and options["ABCD".index(row["answer"])] == read(row["question"], clip["shapes"]))
         letters[row["answer"]] += 1
     assert len(letters) >= 3
     subtitles = list((folder / "subtitle").glob("*.srt"))
@@ -388,7 +425,8 @@ def test_wrong_options_are_wrong_and_of_the_same_kind():
     rng = np.random.default_rng(0)
     for index in range(100):
         scene = ms.make_scene(9, index)
-        clip = {"shapes": [{"color": s.color, "shape": s.form, "action": s.action} for s in scene.shapes]}
+        clip = {"shapes": [{"color": s.color, "shape": s.form, "action": s.action}
+                           for s in scene.shapes]}
         for _, _, answer in ms.ask(scene, rng):
             options = ms.some_options(clip, answer, rng)
             assert len(set(options)) == 4 and answer in options
@@ -399,7 +437,8 @@ def test_action_class_files(out, clips):
     single = {c["id"]: c for c in clips if len(c["shapes"]) == 1}
     folder = out / "benchmarks" / "ucf101"
     classes = [line.split() for line in (folder / "classInd.txt").read_text().splitlines()]
-    assert [int(k) for k, _ in classes] == list(range(1, 8)) and "TurnsWhite" in {name for _, name in classes}
+    assert ([int(k) for k, _ in classes] == list(range(1, 8))
+            and "TurnsWhite" in {name for _, name in classes})
     for line in (folder / "testlist01.txt").read_text().splitlines():
         match = re.fullmatch(r"(\w+)/v_(\w+)_g\d\d_c\d\d\.mp4", line)
         assert match[1] == match[2] and match[1] in {name for _, name in classes}
@@ -431,7 +470,11 @@ def test_retrieval_files(out, clips):
     annotations = load(folder / "captions.json")["annotations"]
     for row, note in zip(rows, annotations, strict=True):
         clip = clips[int(row["video_id"].removeprefix("video"))]
-        assert row["sentence"] == note["answer"][0] == read("what happens in the video?", clip["shapes"])
+        assert (
+            row["sentence"]
+            == note["answer"][0]
+            == read("what happens in the video?", clip["shapes"])
+        )
         assert set(note) == {"video_id", "question", "answer", "image", "question_id"}
         assert note["video_id"] == row["video_id"] and (folder / "videos" / note["image"]).exists()
         assert len(note["answer"]) == len(set(note["answer"])) >= 3 and clip["split"] == "test"

@@ -1,5 +1,6 @@
-"""The nDCG penalty and the advantages of grpo_rank.py: both printed values, zero-sum, bounded, top-heavy, permutation,
-ties, no gradient for ties. Against numbers worked out by hand; nothing here restates a formula of the script.
+"""The nDCG penalty and the advantages of grpo_rank.py: both printed values, zero-sum, bounded,
+top-heavy, permutation, ties, no gradient for ties. Against numbers worked out by hand; nothing here
+restates a formula of the script.
 
 g(0..4) = 1, log2(3)/2, 2/3, log2(5)/4, log2(6)/5 = 1, 0.7924813, 0.6666667, 0.5804820, 0.5169925
 """
@@ -24,10 +25,11 @@ def near(a, b, tolerance=1e-6):
 def some_ranks(groups=200, G=5, levels=4, seed=0):
     """Two rankings each of random groups, with many ties."""
     generator = torch.Generator().manual_seed(seed)
-    return [ranks_of(torch.randint(levels, (groups, G), generator=generator).float()) for _ in range(2)]
+    return [ranks_of(torch.randint(levels, (groups, G), generator=generator).float())
+            for _ in range(2)]
 
 
-# --- the penalty ---------------------------------------------------------------------------------------------------
+# --- the penalty ----------------------------------------------------------------------------------
 def test_penalty_has_the_two_printed_values():
     delta = penalty(torch.tensor([[0, 1, 2, 3, 4]]), torch.tensor([[4, 0, 1, 2, 3]]))
     assert round(delta[0, 0].item(), 4) == 0.4830  # delta(0 -> 4)
@@ -60,13 +62,14 @@ def test_mistakes_at_the_top_cost_more():
         assert away == sorted(away)
 
 
-# --- ties ----------------------------------------------------------------------------------------------------------
+# --- ties -----------------------------------------------------------------------------------------
 def test_tied_ranks_share_the_mean_of_the_places_they_occupy():
     ranks = torch.tensor([[0, 1, 1, 3], [2, 0, 2, 0], [0, 0, 0, 3]])
     g, place = gain(ranks), places_of(ranks)
     near(g[0], [1, 0.7295740, 0.7295740, 0.5804820])  # (.7924813 + .6666667) / 2
     near(place[0], [0, 1.5, 1.5, 3])
-    near(g[1], [0.6235743, 0.8962406, 0.6235743, 0.8962406])  # (.6666667 + .5804820) / 2, (1 + .7924813) / 2
+    # (.6666667 + .5804820) / 2, (1 + .7924813) / 2
+    near(g[1], [0.6235743, 0.8962406, 0.6235743, 0.8962406])
     near(place[1], [2.5, 0.5, 2.5, 0.5])
     near(g[2], [0.8197160, 0.8197160, 0.8197160, 0.5804820])  # (1 + .7924813 + .6666667) / 3
     near(place[2], [1, 1, 1, 3])
@@ -86,11 +89,12 @@ def test_a_group_of_ties_gives_no_advantage_and_exactly_no_gradient(kind):
     for A in (A, scale_by_std(A)):  # noqa: B020
         assert (A[0] == 0).all() and (A[1] != 0).any()
         logprobs = torch.randn(10, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        clipped_surrogate(logprobs, logprobs.detach() - 0.05, A.float().flatten(), 0.2).sum().backward()
+        clipped_surrogate(logprobs, logprobs.detach() - 0.05, A.float().flatten(),
+                          0.2).sum().backward()
         assert (logprobs.grad[:5] == 0).all() and (logprobs.grad[5:] != 0).any()
 
 
-# --- the advantages ------------------------------------------------------------------------------------------------
+# --- the advantages -------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", RANKED)
 def test_advantages_sum_to_zero(kind):
     A = rank_advantages(kind, *some_ranks())
@@ -114,8 +118,9 @@ def test_groups_do_not_see_each_other():
         near(rank_advantages(kind, t, p), alone, 0)
 
 
-# One good answer that the policy finds unlikely, four equally bad ones that it finds likely. The bad ones share
-# places 1..4: gain (.7924813 + .6666667 + .5804820 + .5169925) / 4 = .6391556, place 2.5, 1 + ln 3.5 = 2.2527630.
+# One good answer that the policy finds unlikely, four equally bad ones that it finds likely. The
+# bad ones share places 1..4: gain (.7924813 + .6666667 + .5804820 + .5169925) / 4 = .6391556, place
+# 2.5, 1 + ln 3.5 = 2.2527630.
 GOOD_BUT_UNLIKELY = torch.tensor([[0, 1, 1, 1, 1]]), torch.tensor([[4, 0, 1, 2, 3]])
 
 
@@ -123,11 +128,13 @@ def test_published_pushes_the_good_unlikely_answer_down():
     """Deltas .4830075, .1601785, .0680612, .0122122, .0260452; their mean .1499009."""
     A = rank_advantages("published", *GOOD_BUT_UNLIKELY)[0]
     near(A, [-0.3331066, -0.0102776, 0.0818397, 0.1376887, 0.1238557])
-    assert A[0] < 0 < A[3] and A[0] == A.min()  # the only right answer is the one pushed down the most
+    # the only right answer is the one pushed down the most
+    assert A[0] < 0 < A[3] and A[0] == A.min()
 
 
 def test_signed_pushes_the_good_unlikely_answer_up():
-    """+.4830075, -.1601785, -.0680612, -.0122122 (place 2 against 2.5), +.0260452; their mean .0537202."""
+    """+.4830075, -.1601785, -.0680612, -.0122122 (place 2 against 2.5), +.0260452; their mean
+    .0537202."""
     A = rank_advantages("signed", *GOOD_BUT_UNLIKELY)[0]
     near(A, [0.4292873, -0.2138987, -0.1217814, -0.0659324, -0.0276750])
     assert A[0] > 0 and (A[1:] < 0).all()
@@ -137,7 +144,8 @@ def test_oracle_rank_pushes_the_good_answer_up_and_asks_no_policy():
     """Deltas 0 and four times .3608444; their mean .2886755."""
     A = rank_advantages("oracle_rank", *GOOD_BUT_UNLIKELY)[0]
     near(A, [0.2886755, -0.0721689, -0.0721689, -0.0721689, -0.0721689])
-    near(rank_advantages("oracle_rank", GOOD_BUT_UNLIKELY[0], torch.tensor([[0, 1, 2, 3, 4]]))[0], A, 0)
+    near(rank_advantages("oracle_rank", GOOD_BUT_UNLIKELY[0], torch.tensor([[0, 1, 2, 3, 4]]))[0],
+         A, 0)
     # five different ranks: 1 - g = 0, .2075187, .3333333, .4195180, .4830075; their mean .2886755
     A = rank_advantages("oracle_rank", torch.tensor([[4, 0, 2, 1, 3]]), GOOD_BUT_UNLIKELY[1])[0]
     near(A, [-0.1943320, 0.2886755, -0.0446578, 0.0811568, -0.1308425])

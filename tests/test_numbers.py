@@ -1,4 +1,5 @@
-"""Numbers that are none, and answers that degenerate: what stops a run, what warns, what the log shows."""
+"""Numbers that are none, and answers that degenerate: what stops a run, what warns, what the log
+shows."""
 
 import json
 
@@ -11,22 +12,28 @@ from test_killed import SCRIPTS, rows, steps_done
 import plumbing.run
 from oracle import differ
 
-LOSSES = dict(sft="sft_loss", grpo_rank="kl_k3", ppo_rlaif="value_loss", reward_model="bradley_terry",
-              dpo_iter_w2s="dpo_loss")  # fmt: skip
+LOSSES = dict(sft="sft_loss", grpo_rank="kl_k3", ppo_rlaif="value_loss",
+              reward_model="bradley_terry",
+              dpo_iter_w2s="dpo_loss")
 
 
 @pytest.mark.parametrize("number", ["nan", "inf"])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_loss_that_is_no_number_stops_before_the_weights_change(world, policy, forked, tmp_path, name, number):
-    """An infinite constant has a finite gradient: the loss itself is looked at. Counted are the optimizer's steps."""
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(
+    world, policy, forked, tmp_path, name, number
+):
+    """An infinite constant has a finite gradient: the loss itself is looked at. Counted are the
+    optimizer's steps."""
     place, folder = a_world(world, tmp_path / "x"), tmp_path / "x" / SCRIPTS[name][1]
-    plant = ("import torch\nloss, steps = getattr(module, what), [0]\ndef wrong(*args):\n    out = loss(*args)\n"
+    plant = ("import torch\nloss, steps = getattr(module, what), [0]\ndef wrong(*args):\n    out = "
+             "loss(*args)\n"
              f"    bad = float('{number}') if torch.is_grad_enabled() and steps[0] == 3 else 0.0\n"
              "    return (out[0] + bad, *out[1:]) if isinstance(out, tuple) else out + bad\n"
              "setattr(module, what, wrong)\nstep = torch.optim.AdamW.step\n"
              "def counted(*args, **more):\n    steps[0] += 1\n    print('STEP', flush=True)\n"
              "    return step(*args, **more)\ntorch.optim.AdamW.step = counted")
-    assert forked.run(place, *SCRIPTS[name][0], plant=f"what = '{LOSSES[name]}'\n{plant}") == [1], forked.said()
+    assert forked.run(place, *SCRIPTS[name][0],
+                      plant=f"what = '{LOSSES[name]}'\n{plant}") == [1], forked.said()
     said = forked.said().splitlines()
     stop = [line for line in said if "weights untouched" in line]
     assert len(stop) == 1 and "Traceback" not in forked.said() and forked.said().count("STEP") == 3
@@ -42,7 +49,8 @@ def test_pretraining_stops_as_well(world, tmp_path, monkeypatch):
     monkeypatch.setattr("embedded_world.pretrain_tiny.attribute_loss",
                         lambda *_: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(SystemExit, match="stage 1: attributes, step 0: the loss is nan"):
-        main_of(monkeypatch, tmp_path, "embedded_world/pretrain_tiny.py", "--data", "small", "--steps", "2",
+        main_of(monkeypatch, tmp_path, "embedded_world/pretrain_tiny.py", "--data", "small",
+                "--steps", "2",
                 "--batch_size", "4")
     assert not (tmp_path / "small/hub").exists()
 
@@ -53,18 +61,24 @@ def test_an_exploding_kl_is_warned_of_once(tmp_path, capfd):
         log.add("objective/kl", kl)
         log.step(step, show=[])
     said = capfd.readouterr().err
-    assert said.count("warning") == 1 and "step 3: the KL to the start is 50 nats" in said and "--lr" in said
+    assert (said.count("warning") == 1 and "step 3: the KL to the start is 50 nats" in said
+            and "--lr" in said)
 
 
 @pytest.mark.parametrize("name", ["grpo_rank", "ppo_rlaif"])
 def test_empty_and_endless_answers_show_in_the_log(world, policy, forked, tmp_path, name):
     """Steps 0-2 as sampled, then nothing but the end token, then answers without one."""
     place = a_world(world, tmp_path / "x")
-    plant = ("count, sample = [0], module.generate\ndef worse(model, prefix, uniforms, eos, *rest):\n"
-             "    tokens, lengths, logprobs = sample(model, prefix, uniforms, eos, *rest)\n    count[0] += 1\n"
-             "    if 3 < count[0] <= 6:\n        tokens, lengths = tokens * 0 + eos, lengths * 0 + 1\n"
-             "        tokens, logprobs = tokens[..., :1], logprobs[..., :1] if logprobs.ndim == 3 else logprobs\n"
-             "    if count[0] > 6:\n        other = (eos + 1) % 50\n        tokens = tokens * 0 + other\n"
+    plant = ("count, sample = [0], module.generate\ndef worse(model, prefix, uniforms, eos, "
+             "*rest):\n"
+             "    tokens, lengths, logprobs = sample(model, prefix, uniforms, eos, *rest)\n    "
+             "count[0] += 1\n"
+             "    if 3 < count[0] <= 6:\n        tokens, lengths = tokens * 0 + eos, lengths * 0 + "
+             "1\n"
+             "        tokens, logprobs = tokens[..., :1], logprobs[..., :1] if logprobs.ndim == 3 "
+             "else logprobs\n"
+             "    if count[0] > 6:\n        other = (eos + 1) % 50\n        tokens = tokens * 0 + "
+             "other\n"
              "        lengths = lengths * 0 + tokens.shape[-1]\n"
              "    return tokens, lengths, logprobs\nmodule.generate = worse")
     assert forked.run(place, *SCRIPTS[name][0], plant=plant) == [0], forked.said()
@@ -75,15 +89,22 @@ def test_empty_and_endless_answers_show_in_the_log(world, policy, forked, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["grpo_rank", "ppo_rlaif"])
-def test_a_step_without_a_ranking_moves_no_weights_and_three_end_the_run(world, policy, forked, tmp_path, name):
-    """Ranked are the steps 0, 2 and 3: step 1 makes no optimizer step, though Adam has momentum; 4 to 6 end the run."""
+def test_a_step_without_a_ranking_moves_no_weights_and_three_end_the_run(
+    world, policy, forked, tmp_path, name
+):
+    """Ranked are the steps 0, 2 and 3: step 1 makes no optimizer step, though Adam has momentum; 4
+    to 6 end the run."""
     place = a_world(world, tmp_path / "x")
-    plant = ("import torch\nmake, calls, did = module.make_oracle, [0], [0]\ndef silent(*args, **more):\n"
+    plant = ("import torch\nmake, calls, did = module.make_oracle, [0], [0]\ndef silent(*args, "
+             "**more):\n"
              "    oracle = make(*args, **more)\n    score = oracle.score\n    def scored(*asked):\n"
              "        values, ok = score(*asked)\n        calls[0] += 1\n"
-             "        return values, ok & (calls[0] in (1, 3, 4))\n    oracle.score = scored\n    return oracle\n"
-             "module.make_oracle = silent\nadd = module.Run.scored_or_stop\ndef noted(run, step, *rest):\n"
-             "    print('STEPS', step, did[0], flush=True)\n    did[0] = 0\n    return add(run, step, *rest)\n"
+             "        return values, ok & (calls[0] in (1, 3, 4))\n    oracle.score = scored\n    "
+             "return oracle\n"
+             "module.make_oracle = silent\nadd = module.Run.scored_or_stop\ndef noted(run, step, "
+             "*rest):\n"
+             "    print('STEPS', step, did[0], flush=True)\n    did[0] = 0\n    return add(run, "
+             "step, *rest)\n"
              "module.Run.scored_or_stop = noted\nreal = torch.optim.AdamW.step\n"
              "def counted(*args, **more):\n    did[0] += 1\n    return real(*args, **more)\n"
              "torch.optim.AdamW.step = counted")

@@ -149,7 +149,8 @@ def test_answers_are_drawn_and_scored_for_their_own_question(tmp_path, monkeypat
     monkeypatch.setattr(zoo, "PART", 3)
     for k in (1, 2):
         run = SimpleNamespace(rank=0, world=1, args=SimpleNamespace(seed=0, samples=2))
-        groups = zoo.collect_answers(run, tmp_path / str(k), k, dict(a="x", b="y"), records, which, None)
+        groups = zoo.collect_answers(run, tmp_path / str(k), k, dict(a="x", b="y"), records, which,
+                                     None)
         zoo.collect_scores(run, tmp_path / str(k), groups, Oracle(), dpo_iter_w2s.score)
         assert [g["record"]["id"] for g in groups] == [str(n) for n in which]
         for g in groups:
@@ -162,7 +163,8 @@ def test_answers_are_drawn_and_scored_for_their_own_question(tmp_path, monkeypat
 def test_the_share_of_a_source_is_limited_in_the_pairs_that_are_written(world, start, monkeypatch):
     def answered(run, folder, k, sources, records, which, sample):
         folder.mkdir(parents=True)
-        return [dict(record=records[i], answers=["red", "blue"], ended=[True] * 2, sources=list(sources))
+        return [dict(record=records[i], answers=["red", "blue"], ended=[True] * 2,
+                     sources=list(sources))
                 for i in which]
 
     def scored(run, folder, groups, oracle, score):
@@ -172,7 +174,8 @@ def test_the_share_of_a_source_is_limited_in_the_pairs_that_are_written(world, s
 
     monkeypatch.setattr(zoo, "collect_answers", answered)
     monkeypatch.setattr(zoo, "collect_scores", scored)
-    flags = (f"--model '{start}' --zoo policy runs/sft/other/final --oracle reference --stage build "
+    flags = (f"--model '{start}' --zoo policy runs/sft/other/final --oracle reference --stage "
+             "build "
              "--questions 6 --prompts_per_step 2 --micro_batch_size 2 --max_share 0.5 --eval_data= "
              "--alphas 0 --name share")
     main_of(monkeypatch, world, "dpo_iter_w2s.py", *shlex.split(flags))

@@ -1,5 +1,5 @@
-"""A run with a server that fails three times in ten, in every way there is: it completes, masks, reports, pays once,
-and the key appears nowhere."""
+"""A run with a server that fails three times in ten, in every way there is: it completes, masks,
+reports, pays once, and the key appears nowhere."""
 
 import json
 import random
@@ -16,12 +16,16 @@ import oracle
 from plumbing import api_client, replies
 
 FAILURES = [dict(status=500, says=f"cannot serve {SECRET}"), dict(status=503), dict(status=408),
-            dict(status=429, headers={"retry-after": "0"}), dict(status=400, says=f"Bearer {SECRET}?"),
-            dict(status=422, says=f"{SECRET}, no"), dict(status=413), "CUT", "HALF", "HALF JSON", "LIST", "EMPTY",
-            "the first answer is the best", '{"ranking": [1, 1, 1]}', '{"ranking": [7]}', '{"ranking": "1 2 3"}', "{}",
-            '```json\n{"ranking": [', f"your key is {SECRET}", ""]  # fmt: skip
+            dict(status=429, headers={"retry-after": "0"}),
+            dict(status=400, says=f"Bearer {SECRET}?"),
+            dict(status=422, says=f"{SECRET}, no"), dict(status=413), "CUT", "HALF", "HALF JSON",
+            "LIST", "EMPTY",
+            "the first answer is the best", '{"ranking": [1, 1, 1]}', '{"ranking": [7]}',
+            '{"ranking": "1 2 3"}', "{}",
+            '```json\n{"ranking": [', f"your key is {SECRET}", ""]
 random.Random(1).shuffle(FAILURES)
-FLAGS = [*GRPO, "--steps", "12", "--oracle", "api", "--api_model", "judge-1", "--api_frames", "1", "--api_size", "16",
+FLAGS = [*GRPO, "--steps", "12", "--oracle", "api", "--api_model", "judge-1", "--api_frames", "1",
+         "--api_size", "16",
          "--api_retries", "2", "--api_timeout", "20", "--api_concurrency", "4"]
 
 
@@ -29,8 +33,10 @@ def usable(body):
     """A proper ranking of as many answers as were listed: by length."""
     text = body["messages"][0]["content"]
     text = text if isinstance(text, str) else text[-1]["text"]
-    lines = [line.split(". ", 1) for line in text.splitlines() if line[:1].isdigit() and ". " in line]
-    return json.dumps({"ranking": [int(k) for k, _ in sorted(lines, key=lambda pair: -len(pair[1]))]})
+    lines = [line.split(". ", 1)
+             for line in text.splitlines() if line[:1].isdigit() and ". " in line]
+    return json.dumps({"ranking": [int(k)
+                                   for k, _ in sorted(lines, key=lambda pair: -len(pair[1]))]})
 
 
 @pytest.fixture
@@ -58,7 +64,8 @@ def search(folder, capfd):
     said = "".join(capfd.readouterr())
     assert SECRET not in said and SECRET[3:-2] not in said
     for file in folder.rglob("*"):
-        if file.is_file() and (".json" in file.name or "events" in file.name or file.suffix in ("", ".txt", ".tmp")):
+        if file.is_file() and (".json" in file.name or "events" in file.name
+                               or file.suffix in ("", ".txt", ".tmp")):
             assert SECRET.encode() not in file.read_bytes(), file
     return said
 
@@ -73,9 +80,11 @@ def test_a_run_with_a_failing_server(world, policy, failing, monkeypatch, capfd)
     total = lambda key: round(sum(row.get(f"oracle/{key}", 0) for row in metrics))
     masked = {reason: total(f"masked_{reason}") for reason in replies.REASONS}
     groups = round(sum(row["rank/masked_groups"] for row in metrics) * 4)
-    assert groups == sum(masked.values()) > 0 and groups < 24, masked  # masked, reported by reason; most groups are not
+    # masked, reported by reason; most groups are not
+    assert groups == sum(masked.values()) > 0 and groups < 24, masked
     assert total("retries") > 0 and total("repairs") > 0
-    assert total("requests") == sum(failing.paid.values()) + sum(failing.failed.values()) == len(failing.seen)
+    assert (total("requests") == sum(failing.paid.values()) + sum(failing.failed.values())
+            == len(failing.seen))
     assert max(failing.paid.values()) == 1  # a usable reply is never asked for again
     search(world / "runs/grpo_rank/failing_s0", capfd)
     search(world / "paid", capfd)
@@ -89,7 +98,8 @@ def test_a_run_with_a_failing_server(world, policy, failing, monkeypatch, capfd)
 
 
 def test_the_key_is_in_no_traceback(world, policy, failing, monkeypatch, capfd):
-    """The server refuses the key and repeats it; and an error of our own in the middle of a request."""
+    """The server refuses the key and repeats it; and an error of our own in the middle of a
+    request."""
     flags = [*FLAGS, "--api_url", failing.url, "--cache", "refused", "--steps", "2"]
     failing.act = lambda body: dict(status=401, says=f"invalid key: Bearer {SECRET}")
     with pytest.raises(SystemExit) as stop:
@@ -100,7 +110,9 @@ def test_the_key_is_in_no_traceback(world, policy, failing, monkeypatch, capfd):
     monkeypatch.setattr(replies, "read_ranking", lambda reply, n: 1 / 0)
     with pytest.raises(ZeroDivisionError) as stop:
         main_of(monkeypatch, world, "grpo_rank.py", *flags, "--name", "broken_in_the_middle")
-    shown = "".join(traceback.TracebackException.from_exception(stop.value, capture_locals=False).format())
+    shown = "".join(
+        traceback.TracebackException.from_exception(stop.value, capture_locals=False).format()
+    )
     assert SECRET not in shown
     for name in ("refused_s0", "broken_in_the_middle_s0"):
         search(world / "runs/grpo_rank" / name, capfd)

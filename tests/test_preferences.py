@@ -1,4 +1,5 @@
-"""Preference files of every published shape read the same; broken rows are counted; what is written is read back."""
+"""Preference files of every published shape read the same; broken rows are counted; what is written
+is read back."""
 
 import json
 import os
@@ -23,7 +24,8 @@ def one(tmp_path):
     return read
 
 
-ASK, HUMAN = {"role": "user", "content": "<video>\nwhat?"}, {"from": "human", "value": "<image>\nwhat?"}
+ASK, HUMAN = ({"role": "user", "content": "<video>\nwhat?"},
+              {"from": "human", "value": "<image>\nwhat?"})
 GPT, SAY = (lambda v: {"from": "gpt", "value": v}), (lambda v: {"role": "assistant", "content": v})
 FRAMES = [f"f/{i:02}.jpg" for i in range(3)]
 
@@ -35,41 +37,81 @@ def rlaif(preference, **more):
     return asked | outputs | {"preference": preference} | more
 
 
-@pytest.mark.parametrize("row", [
-    rlaif(1),
-    rlaif(2, output_1=GPT("a dog"), output_2=GPT("a cat")),
-    rlaif(1, output_1="a cat", output_2="a dog"),
-    rlaif(1, conversations=[HUMAN]),
-    rlaif(1, conversations=[HUMAN, GPT("a place holder that is read by nobody")], hallucination=True),
-    {"prompt": "what?", "chosen": "a cat", "rejected": "a dog", "video": "a.mp4"},
-    {"question": "what?", "chosen": "a cat", "rejected": "a dog", "video": "a.mp4", "ds_name": "RLAIF-V"},
-    {"prompt": [ASK], "chosen": [SAY("a cat")], "rejected": [SAY("a dog")], "videos": ["a.mp4"]},
-    {"prompt": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "what?"}]}],
-     "chosen": [SAY([{"type": "text", "text": "a cat"}])], "rejected": [SAY("a dog")]},
-    {"chosen": [ASK, SAY("a cat")], "rejected": [ASK, SAY("a dog")], "videos": ["a.mp4"]},
-    {"messages": [ASK], "chosen": SAY("a cat"), "rejected": SAY("a dog"), "videos": ["a.mp4"]},
-    {"messages": [ASK, SAY("a cat")], "rejected_response": "a dog", "videos": ["a.mp4"]},
-    {"conversations": [HUMAN], "chosen": GPT("a cat"), "rejected": GPT("a dog"), "video": "a.mp4"},
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        rlaif(1),
+        rlaif(2, output_1=GPT("a dog"), output_2=GPT("a cat")),
+        rlaif(1, output_1="a cat", output_2="a dog"),
+        rlaif(1, conversations=[HUMAN]),
+        rlaif(
+            1,
+            conversations=[HUMAN, GPT("a place holder that is read by nobody")],
+            hallucination=True,
+        ),
+        {"prompt": "what?", "chosen": "a cat", "rejected": "a dog", "video": "a.mp4"},
+        {
+            "question": "what?",
+            "chosen": "a cat",
+            "rejected": "a dog",
+            "video": "a.mp4",
+            "ds_name": "RLAIF-V",
+        },
+        {
+            "prompt": [ASK],
+            "chosen": [SAY("a cat")],
+            "rejected": [SAY("a dog")],
+            "videos": ["a.mp4"],
+        },
+        {
+            "prompt": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "video", "video": "a.mp4"},
+                        {"type": "text", "text": "what?"},
+                    ],
+                }
+            ],
+            "chosen": [SAY([{"type": "text", "text": "a cat"}])],
+            "rejected": [SAY("a dog")],
+        },
+        {"chosen": [ASK, SAY("a cat")], "rejected": [ASK, SAY("a dog")], "videos": ["a.mp4"]},
+        {"messages": [ASK], "chosen": SAY("a cat"), "rejected": SAY("a dog"), "videos": ["a.mp4"]},
+        {"messages": [ASK, SAY("a cat")], "rejected_response": "a dog", "videos": ["a.mp4"]},
+        {
+            "conversations": [HUMAN],
+            "chosen": GPT("a cat"),
+            "rejected": GPT("a dog"),
+            "video": "a.mp4",
+        },
+    ],
+)
 def test_every_shape_gives_the_same_pair(one, tmp_path, row):
     (pair,), report = one(row)
     assert pair["clip"] == Clip(str(tmp_path / "a.mp4")) and not report["skipped"]
-    assert [pair[k] for k in ("question", "chosen", "rejected", "answer")] == ["what?", "a cat", "a dog", None]
+    assert ([pair[k] for k in ("question", "chosen", "rejected", "answer")]
+            == ["what?", "a cat", "a dog", None])
 
 
 def test_what_a_row_says_beside_its_pair_counts(one, tmp_path):
     tag = "The <video> tag, not <image>."
-    beside = dict(video_start=1, video_end=2, system_prompt="Be brief.", rejected_videos=["a.mp4"], fps=2)
+    beside = dict(video_start=1, video_end=2, system_prompt="Be brief.", rejected_videos=["a.mp4"],
+                  fps=2)
     row = rlaif(1, output_1=tag, **beside)
     (pair,), report = one(row)
-    assert pair["clip"] == Clip(str(tmp_path / "a.mp4"), 1, 2) and pair["question"] == "Be brief.\nwhat?"
+    assert (
+        pair["clip"] == Clip(str(tmp_path / "a.mp4"), 1, 2)
+        and pair["question"] == "Be brief.\nwhat?"
+    )
     assert (pair["chosen"], pair["rejected"]) == (tag, "a dog")
     assert list(report["not_understood"]) == ["fps"]
 
 
 def test_the_preferred_output_is_the_chosen_one(one):
     (first, second), _ = one(rlaif(1), rlaif(2))
-    assert (first["chosen"], first["rejected"]) == ("a cat", "a dog") == (second["rejected"], second["chosen"])
+    assert ((first["chosen"], first["rejected"]) == ("a cat", "a dog")
+            == (second["rejected"], second["chosen"]))
     assert first["id"] == "7" and second["id"] == "7#2"
 
 
@@ -79,8 +121,13 @@ def test_frames_images_parts_and_text_only(one, tmp_path):
     single = {k: v for k, v in rlaif(1, image=FRAMES[0]).items() if k != "video"}
     text = {"prompt": "what?", "chosen": "a cat", "rejected": "a dog"}
     pairs, report = one(listed, single, rlaif(1, start=1.0, end=2.5), text, rlaif(1, video="f"))
-    assert [p["clip"] for p in pairs] == [Clip(frames), Clip(frames[:1]), Clip(str(tmp_path / "a.mp4"), 1.0, 2.5), None,
-                                          Clip(str(tmp_path / "f"))]
+    assert [p["clip"] for p in pairs] == [
+        Clip(frames),
+        Clip(frames[:1]),
+        Clip(str(tmp_path / "a.mp4"), 1.0, 2.5),
+        None,
+        Clip(str(tmp_path / "f")),
+    ]
     assert report["text_only"] == 1
 
 
@@ -90,7 +137,10 @@ def test_earlier_turns_belong_to_the_question(one):
     assert [t["content"] for t in pair["question"]] == ["what?", "it is old", "why?"]
     assert reward_prompt(pair["question"], "A cat sits.")[0]["content"] == "A cat sits.\nwhat?"
     assert reward_prompt(pair["question"], "A cat sits.")[1:] == pair["question"][1:]
-    assert reward_prompt("why?", "A cat sits.") == "A cat sits.\nwhy?" and reward_prompt("why?") == "why?"
+    assert (
+        reward_prompt("why?", "A cat sits.") == "A cat sits.\nwhy?"
+        and reward_prompt("why?") == "why?"
+    )
 
 
 @pytest.mark.parametrize("row, reason", [
@@ -119,7 +169,8 @@ def test_broken_rows_are_skipped_and_counted(one, tmp_path, row, reason):
     pairs, report = one(rlaif(1), row)
     assert len(pairs) == 1
     ((why, found),) = report["skipped"].items()
-    assert why == reason and found["count"] == 1 and f"{tmp_path}/x.json record 2" in found["examples"][0]
+    assert (why == reason and found["count"] == 1
+            and f"{tmp_path}/x.json record 2" in found["examples"][0])
     with pytest.raises(DataError, match=reason) as error:
         one(row)
     assert "\n" not in str(error.value) and "x.json" in str(error.value)

@@ -1,4 +1,5 @@
-"""Two processes are the same run as one: same questions, same answers, same means, same weights to rounding."""
+"""Two processes are the same run as one: same questions, same answers, same means, same weights to
+rounding."""
 
 import json
 import shutil
@@ -7,8 +8,10 @@ import pytest
 from inside import apart, main_of
 
 TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "3"]
-GRPO = ["grpo_rank.py", *TRAIN, "--oracle", "reference", "--prompts_per_step", "8", "--G", "3", "--max_new_tokens", "6",
-        "--eval_questions", "7", "--eval_steps", "1", "--beta", "0.1", "--inner_epochs", "2", "--entropy_coef", "0.01",
+GRPO = ["grpo_rank.py", *TRAIN, "--oracle", "reference", "--prompts_per_step", "8", "--G", "3",
+        "--max_new_tokens", "6",
+        "--eval_questions", "7", "--eval_steps", "1", "--beta", "0.1", "--inner_epochs", "2",
+        "--entropy_coef", "0.01",
         "--tokens_per_micro_batch", "100"]
 SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--judge_share", "0.5", "--micro_batch_size", "2"]
 
@@ -20,18 +23,21 @@ def rows(folder):
 
 @pytest.mark.parametrize("command, folder", [
     pytest.param([*GRPO, "--advantage", "random"], "runs/grpo_rank/{}_s0", id="grpo_rank"),
-    pytest.param(SFT, "runs/sft/{}_s0", id="sft")])  # fmt: skip
+    pytest.param(SFT, "runs/sft/{}_s0", id="sft")])
 def test_two_processes_equal_one(world, policy, forked, monkeypatch, command, folder):
     main_of(monkeypatch, world, *command, "--name", "one")
     # other micro-batches as well: neither may show
     other = {"--micro_batch_size": "4", "--tokens_per_micro_batch": "170"}
     flags = [other.get(last, f) for last, f in zip(["", *command], command)]
-    assert forked.run(world, *flags, "--name", "two", world=2) == [0, 0], forked.said() + forked.said(1)
+    assert forked.run(world, *flags, "--name", "two", world=2) == [0, 0], (
+        forked.said() + forked.said(1)
+    )
     one, two = (world / folder.format(name) for name in ("one", "two"))
     about = [json.loads((f / "args.json").read_text()) for f in (one, two)]
     assert [a["world_size"] for a in about] == [1, 2]
     size = "prompts_per_step" if "grpo_rank.py" in command else "batch_size"
-    assert about[0]["args"][size] == about[1]["args"][size] == 8  # the global batch is what the flag says
+    # the global batch is what the flag says
+    assert about[0]["args"][size] == about[1]["args"][size] == 8
     assert len(rows(one)) == len(rows(two)) in (3, 4)  # the fourth is a last evaluation
     for a, b in zip(rows(one), rows(two)):
         assert a.keys() == b.keys() and (len(a) > 5 or a["step"] == 3)
@@ -42,7 +48,9 @@ def test_two_processes_equal_one(world, policy, forked, monkeypatch, command, fo
     assert part < 0.01, name
 
 
-def test_benchmarks_of_two_processes_and_of_a_killed_run_equal_one(world, policy, forked, monkeypatch):
+def test_benchmarks_of_two_processes_and_of_a_killed_run_equal_one(
+    world, policy, forked, monkeypatch
+):
     """The same predictions and numbers; what was answered before a kill is not asked again."""
     runs = [world / f"runs/benchmarked/{name}" for name in ("one", "two")]
     for folder in runs:
@@ -54,9 +62,12 @@ def test_benchmarks_of_two_processes_and_of_a_killed_run_equal_one(world, policy
 
     def told(folder):
         """Predictions and numbers; the reports name the run and the command."""
-        files = [f for f in (folder / "benchmarks").iterdir() if not f.name.startswith(("answers.", "report"))]
+        files = [f for f in (folder / "benchmarks").iterdir()
+                 if not f.name.startswith(("answers.", "report"))]
         report = json.loads((folder / "benchmarks/report.json").read_text())
-        return {f.name: f.read_text() for f in files}, [result["benchmarks"] for result in report["results"]]
+        return {f.name: f.read_text() for f in files}, [
+            result["benchmarks"] for result in report["results"]
+        ]
 
     one, two = map(told, runs)
     assert len(one[0]) >= 2 and one == two

@@ -1,4 +1,5 @@
-"""`make results` without the hours: what its scripts would call. Every run of a table is made by a line before it."""
+"""`make results` without the hours: what its scripts would call. Every run of a table is made by a
+line before it."""
 
 import fnmatch
 import os
@@ -27,9 +28,10 @@ FOLDERS = dict(
 
 def made_by(script, flags):
     """The run folder that a call of a training script makes, None for other calls."""
-    name, seed = ((flags[flags.index(f) + 1] if f in flags else default) for f, default in (("--name", "context"),
-                                                                                           ("--seed", "0")))
-    folder = script if script.startswith("grpo_rank_") else FOLDERS.get(script)  # a fork's runs are its own
+    name, seed = (flags[flags.index(flag) + 1] if flag in flags else default
+                  for flag, default in (("--name", "context"), ("--seed", "0")))
+    # a fork's runs are its own
+    folder = script if script.startswith("grpo_rank_") else FOLDERS.get(script)
     return f"runs/{folder}/{name}_s{seed}" if folder else None
 
 
@@ -42,7 +44,8 @@ def test_every_run_of_every_table_is_made_before_it(tmp_path):
     python.write_text(FAKE.format(sft=POLICY_SFT))
     python.chmod(0o755)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)  # forks.sh applies its diffs
-    done = subprocess.run(["bash", "experiments/results.sh"], cwd=tmp_path, capture_output=True, text=True,
+    done = subprocess.run(["bash", "experiments/results.sh"], cwd=tmp_path, capture_output=True,
+                          text=True,
                           env=os.environ | {"PY": "./python", "JOBS": "1"})
     assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
     made, tables, asked = set(), [], 0
@@ -55,13 +58,16 @@ def test_every_run_of_every_table_is_made_before_it(tmp_path):
         if run := made_by(script, flags):
             made.add(run)
         if "--runs" in flags:
-            for pattern in takewhile(lambda flag: not flag.startswith("--"), flags[flags.index("--runs") + 1 :]):
+            for pattern in takewhile(lambda flag: not flag.startswith("--"),
+                                     flags[flags.index("--runs") + 1 :]):
                 asked += 1
                 run = "/".join(pattern.split("/")[:3])  # of an iteration: its run
                 assert fnmatch.filter(made, run), f"{line}: nothing makes {run}"
         tables += [flags[flags.index("--out") + 1]] if "--out" in flags else []
     assert asked > 60 and len(made) > 60
-    pages = "".join(page.read_text() for page in [REPO / "README.md", *(REPO / "docs").glob("*.md")])
-    for name in ("grpo_rank", "advantages", "published", "ai_feedback", "ppo_rlaif", "ppo_fair", "dpo_iter_w2s",
+    pages = "".join(page.read_text()
+                    for page in [REPO / "README.md", *(REPO / "docs").glob("*.md")])
+    for name in ("grpo_rank", "advantages", "published", "ai_feedback", "ppo_rlaif", "ppo_fair",
+                 "dpo_iter_w2s",
                  "dpo_iterations", "distortions", "forks", "systems"):
         assert f"docs/results/{name}" in tables and f"results/{name}.md" in pages

@@ -16,22 +16,28 @@ from plumbing import files
 from plumbing.questions import step_questions
 from video_llm import load_model, uniforms_of
 
-TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "10", "--save_steps", "3", "--lr", "3e-3"]
+TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "10", "--save_steps", "3", "--lr",
+         "3e-3"]
 SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--micro_batch_size", "4"]
-GRPO = ["grpo_rank.py", *TRAIN, "--oracle", "reference", "--advantage", "random", "--prompts_per_step", "6", "--G", "3",
-        "--tokens_per_micro_batch", "150", "--max_new_tokens", "6", "--eval_questions", "5", "--eval_steps", "4",
-        "--inner_epochs", "2"]  # fmt: skip
+GRPO = ["grpo_rank.py", *TRAIN, "--oracle", "reference", "--advantage", "random",
+        "--prompts_per_step", "6", "--G", "3",
+        "--tokens_per_micro_batch", "150", "--max_new_tokens", "6", "--eval_questions", "5",
+        "--eval_steps", "4",
+        "--inner_epochs", "2"]
 LORA = ["--lora_r", "4"]
 
 
 def run_and_kill(forked, cwd, folder, step, script, *flags):
     """SIGKILL as soon as the row of `step` is written."""
-    plant = ("import os, signal\nplain = plumbing.run.Log.step\ndef wrong(log, now, *args, **more):\n"
+    plant = ("import os, signal\nplain = plumbing.run.Log.step\ndef wrong(log, now, *args, "
+             "**more):\n"
              "    row = plain(log, now, *args, **more)\n"
-             f"    return os.kill(os.getpid(), signal.SIGKILL) if now == {step} else row\nplumbing.run.Log.step = "
+             f"    return os.kill(os.getpid(), signal.SIGKILL) if now == {step} else "
+             "row\nplumbing.run.Log.step = "
              "wrong")
     assert forked.run(cwd, script, *flags, plant=plant) == [-signal.SIGKILL], forked.said()
-    assert f'{{"step": {step},' in (folder / "metrics.jsonl").read_text() and not (folder / "final").exists()
+    assert (f'{{"step": {step},' in (folder / "metrics.jsonl").read_text()
+            and not (folder / "final").exists())
 
 
 def rows(folder):
@@ -40,28 +46,34 @@ def rows(folder):
 
 
 @pytest.mark.parametrize("command, folder", [
-    pytest.param(SFT, "runs/sft/{}_s0", id="sft"), pytest.param(GRPO, "runs/grpo_rank/{}_s0", id="grpo_rank"),
-    pytest.param([*GRPO, *LORA], "runs/grpo_rank/{}_s0", id="grpo_rank with LoRA")])  # fmt: skip
-def test_killed_and_resumed_equals_uninterrupted(world, policy, forked, monkeypatch, command, folder):
+    pytest.param(SFT, "runs/sft/{}_s0", id="sft"),
+    pytest.param(GRPO, "runs/grpo_rank/{}_s0", id="grpo_rank"),
+    pytest.param([*GRPO, *LORA], "runs/grpo_rank/{}_s0", id="grpo_rank with LoRA")])
+def test_killed_and_resumed_equals_uninterrupted(
+    world, policy, forked, monkeypatch, command, folder
+):
     lora = "lora_" if LORA[0] in command else ""
     whole, broken = (world / folder.format(f"{lora}{name}") for name in ("whole", "broken"))
     run_and_kill(forked, world, broken, 4, *command, "--name", f"{lora}broken")
     saved = [p for p in broken.glob("checkpoint-*") if p.suffix != ".tmp"]
     assert len(saved) == 1 and saved[0].name in ("checkpoint-3", "checkpoint-6", "checkpoint-9")
-    shutil.copytree(saved[0], broken / "checkpoint-13.tmp")  # and half of a checkpoint that a kill left behind
+    # and half of a checkpoint that a kill left behind
+    shutil.copytree(saved[0], broken / "checkpoint-13.tmp")
     (broken / "checkpoint-13.tmp/trainer.safetensors").write_bytes(b"half")
     with open(broken / "metrics.jsonl", "a") as f:
         f.write('{"step": 9, "losses/sf')  # and half of a row
     main_of(monkeypatch, world, *command, "--name", f"{lora}broken", "--resume")
     main_of(monkeypatch, world, *command, "--name", f"{lora}whole")
-    assert [r["step"] for r in rows(broken)] == list(range(10 + ("grpo_rank.py" in command)))  # it measures the end
+    # it measures the end
+    assert [r["step"] for r in rows(broken)] == list(range(10 + ("grpo_rank.py" in command)))
     assert rows(broken) == rows(whole)
     for weights in (["final/model"] + (["adapter/adapter_model"] if lora else [])):
         a, b = (load_file(f / f"{weights}.safetensors") for f in (whole, broken))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     if "grpo_rank.py" in command:
         assert (whole / "samples.jsonl").read_text() == (broken / "samples.jsonl").read_text()
-        assert [("eval/accuracy" in row) for row in rows(whole)] == [step % 4 == 0 for step in range(10)] + [True]
+        assert ([("eval/accuracy" in row) for row in rows(whole)]
+                == [step % 4 == 0 for step in range(10)] + [True])
     assert not list(broken.glob("*.tmp"))
 
 
@@ -75,20 +87,24 @@ def test_resume_with_a_changed_flag_is_refused(tmp_path):
     assert open_run(tmp_path / "run") is None
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 0}\n')
     before = (tmp_path / "run/args.json").read_text()
-    for change in (dict(G=4), dict(lr=1e-4), dict(advantage="published"), dict(beta=0.1), dict(scale_advantages=False)):
+    for change in (dict(G=4), dict(lr=1e-4), dict(advantage="published"), dict(beta=0.1),
+                   dict(scale_advantages=False)):
         with pytest.raises(SystemExit) as stop:
             open_run(tmp_path / "run", resume=True, **change)
         said = str(stop.value)
         assert "\n" not in said and f"--{next(iter(change))}" in said and "same flags" in said
     assert (tmp_path / "run/args.json").read_text() == before
-    assert open_run(tmp_path / "run", resume=True) is None  # the same flags, nothing saved yet: from the start
+    # the same flags, nothing saved yet: from the start
+    assert open_run(tmp_path / "run", resume=True) is None
 
 
 def test_files_written_aside_never_share_a_name(tmp_path, monkeypatch):
-    """Containers share process numbers: two ranks that write the same file at once must not rename each other's."""
+    """Containers share process numbers: two ranks that write the same file at once must not rename
+    each other's."""
     names, replace = [], plumbing.run.os.replace
     monkeypatch.setattr(plumbing.run.os, "getpid", lambda: 42)
-    monkeypatch.setattr(plumbing.run.os, "replace", lambda a, b: (names.append(str(a)), replace(a, b)))
+    monkeypatch.setattr(plumbing.run.os, "replace",
+                        lambda a, b: (names.append(str(a)), replace(a, b)))
     for _ in range(20):
         files.write(tmp_path / "narrative.txt", "a red circle")
     assert len(set(names)) == 20 and [p.name for p in tmp_path.iterdir()] == ["narrative.txt"]

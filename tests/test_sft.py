@@ -1,4 +1,5 @@
-"""sft.py: curriculum, loss and schedule by hand; what is trained on is the answer, EOS included, and nothing else."""
+"""sft.py: curriculum, loss and schedule by hand; what is trained on is the answer, EOS included,
+and nothing else."""
 
 import json
 import random
@@ -24,16 +25,19 @@ def start(policy):
     return load_model(str(policy))
 
 
-# --- equations -------------------------------------------------------------------------------------------------------
+# --- equations ------------------------------------------------------------------------------------
 def test_easy_are_the_short_answers_and_ties_are_easy():
-    assert easy_and_hard([1, 10, 2, 1, 3], 0.6).tolist() == [True, False, True, True, False]  # the quantile: 2.4
+    # the quantile: 2.4
+    assert easy_and_hard([1, 10, 2, 1, 3], 0.6).tolist() == [True, False, True, True, False]
     assert easy_and_hard([9, 2, 2, 2], 0.5).tolist() == [False, True, True, True]
     assert easy_and_hard([3, 1, 2], 1.0).all()
 
 
 def test_every_example_counts_the_same_whatever_its_length():
-    """Two tokens of -1 and -2 give 1.5, one of -4 gives 4; behind the mask and on padding rows nothing counts (D2)."""
-    logprobs = torch.tensor([[-1.0, -2.0, -9.0], [-7.0, -4.0, -9.0], [-5.0, -5.0, -5.0]], requires_grad=True)
+    """Two tokens of -1 and -2 give 1.5, one of -4 gives 4; behind the mask and on padding rows
+    nothing counts (D2)."""
+    logprobs = torch.tensor([[-1.0, -2.0, -9.0], [-7.0, -4.0, -9.0], [-5.0, -5.0, -5.0]],
+                            requires_grad=True)
     mask = torch.tensor([[1.0, 1, 0], [0, 1, 0], [0, 0, 0]])
     loss = sft_loss(logprobs, mask)
     assert loss.tolist() == [1.5, 4.0, 0.0]
@@ -47,14 +51,15 @@ def test_learning_rate():
     assert all(0 < lr_at(s, n, 1.0, warmup=0.03) <= 1 for n in (1, 2, 10) for s in range(n))
 
 
-# --- what is trained on ----------------------------------------------------------------------------------------------
+# --- what is trained on ---------------------------------------------------------------------------
 def text_only(question, answer):
     return dict(clip=None, question=question, answer=answer, task_type="colour")
 
 
 def test_packed_answers_have_the_likelihood_that_each_has_alone(start):
     model, processor = start
-    group = [text_only("what colour is the circle ?", "red"), text_only("what does the square do ?", "moves left")]
+    group = [text_only("what colour is the circle ?", "red"),
+             text_only("what does the square do ?", "moves left")]
     row = encode(group, processor, ARGS)
     assert row[0] and row[4] == ["answer", "answer"]  # a common beginning
     prefix, tokens, lengths, mask, _ = collate([row], processor, None, "cpu")
@@ -62,7 +67,8 @@ def test_packed_answers_have_the_likelihood_that_each_has_alone(start):
         found = sft_loss(token_logprobs(model, prefix, tokens, lengths)[0], mask)
         for example, nll, token, m in zip(group, found, tokens[0], mask):
             answer = processor.answer_ids(example["answer"])
-            assert token[m.bool()].tolist() == answer and answer[-1] == processor.tokenizer.eos_token_id
+            assert (token[m.bool()].tolist() == answer
+                    and answer[-1] == processor.tokenizer.eos_token_id)
             ids = torch.tensor([processor.prompt_ids(example["question"], video=False) + answer])
             logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
             alone = -logprobs[-len(answer) :].gather(1, ids[0, -len(answer) :, None]).mean()
@@ -71,34 +77,42 @@ def test_packed_answers_have_the_likelihood_that_each_has_alone(start):
 
 def test_a_cut_answer_does_not_end(start):
     processor = start[1]
-    row = encode([text_only("what colour ?", "red green blue")], processor, SimpleNamespace(**vars(ARGS) | dict(
+    row = encode([text_only("what colour ?", "red green blue")], processor,
+                 SimpleNamespace(**vars(ARGS) | dict(
         max_answer_tokens=2)))
     _, tokens, _, mask, _ = collate([row], processor, None, "cpu")
     assert tokens[0, 0][mask[0].bool()].tolist() == processor.answer_ids("red green blue")[:2]
 
 
-# --- the judge's task (D3) -------------------------------------------------------------------------------------------
+# --- the judge's task (D3) ------------------------------------------------------------------------
 def records():
     one, two = Clip("a.mp4"), Clip("b.mp4")
-    row = lambda clip, question, answer, kind: dict(clip=clip, question=question, answer=answer, task_type=kind)
+    row = lambda clip, question, answer, kind: dict(
+        clip=clip, question=question, answer=answer, task_type=kind
+    )
     return [row(one, "which way ?", "left", "motion"), row(two, "which way ?", "right", "motion"),
-            row(one, "which colour ?", "red", "colour"), row(two, "what tint ?", "The red.", "colour"),
-            row(two, "what shade ?", "blue", "colour"), row(one, DESCRIBE, "a red circle .", "describe")]
+            row(one, "which colour ?", "red", "colour"),
+            row(two, "what tint ?", "The red.", "colour"),
+            row(two, "what shade ?", "blue", "colour"),
+            row(one, DESCRIBE, "a red circle .", "describe")]
 
 
 def test_a_comparison_is_the_right_answer_and_another_to_the_same_question(start):
     rows = records()
     pools, stories = judge_material(rows)
-    made = [comparison(rows[0], pools, {}, random.Random(seed), start[1], ARGS) for seed in range(20)]
+    made = [comparison(rows[0], pools, {}, random.Random(seed), start[1], ARGS)
+            for seed in range(20)]
     tails = {m["question"][1] for m in made}
-    lines = lambda a, b: f"\nResponse 1: {a}\nResponse 2: {b}\nWhich response is better?\nwhich way ?"
+    lines = lambda a, b: (f"\nResponse 1: {a}\nResponse 2: {b}\n"
+                          "Which response is better?\nwhich way ?")
     assert tails == {lines("left", "right"), lines("right", "left")}  # both orders, never a colour
     assert {m["answer"] for m in made} == {"left"} and {m["question"][0] for m in made} == {""}
     told = comparison(rows[0], pools, stories, random.Random(0), start[1], ARGS)
     assert told["question"][0] == "a red circle ."
 
 
-def test_without_another_answer_to_the_question_one_of_its_type_stands_in_and_never_the_same_answer(start):
+def test_without_another_answer_to_the_question_one_of_its_type_stands_in_and_never_the_same_answer(
+    start):
     rows = records()
     pools = judge_material(rows)[0]
     for seed in range(20):  # "The red." is the same answer as "red"
@@ -119,9 +133,10 @@ def test_where_no_comparison_can_be_made(start):
     assert make(long) is not None and make(long, max_answer_tokens=2) is None  # the same once cut
 
 
-# --- runs of earlier versions ----------------------------------------------------------------------------------------
+# --- runs of earlier versions ---------------------------------------------------------------------
 def test_a_run_without_the_seed_in_its_folder_is_not_overlooked(tmp_path, monkeypatch):
-    """Earlier versions wrote to runs/sft/<name>. Begun anew beside it, a run would seem to have lost its work."""
+    """Earlier versions wrote to runs/sft/<name>. Begun anew beside it, a run would seem to have
+    lost its work."""
     monkeypatch.chdir(tmp_path)
     make = lambda name, **flags: Run(sft.__file__, sft.Args(name=name, seed=1, **flags))
     for name in ("mine", "yours_s1"):

@@ -1,4 +1,5 @@
-"""Other machines: a locale without letters, a terminal that lacks some, no git, names that are no text."""
+"""Other machines: a locale without letters, a terminal that lacks some, no git, names that are no
+text."""
 
 import io
 import locale
@@ -15,7 +16,8 @@ from plumbing import files
 
 @pytest.fixture
 def plain_locale(tmp_path):
-    """In the locale C, without Python's UTF-8 mode, `open` takes ASCII for the encoding of a text."""
+    """In the locale C, without Python's UTF-8 mode, `open` takes ASCII for the encoding of a
+    text."""
     if sys.flags.utf8_mode:
         pytest.skip("in UTF-8 mode `open` looks at no locale")
     before = locale.setlocale(locale.LC_CTYPE)
@@ -30,7 +32,11 @@ def plain_locale(tmp_path):
 
 def test_narratives_are_utf8_whatever_the_locale(tmp_path, plain_locale):
     judge = object.__new__(JudgeOracle)
-    judge.known, judge.unreadable, judge.narrative_file = {}, lambda videos: set(), tmp_path.joinpath
+    judge.known, judge.unreadable, judge.narrative_file = (
+        {},
+        lambda videos: set(),
+        tmp_path.joinpath,
+    )
     judge.rows, judge.clips = 1, 1
     files.write(tmp_path / "video", "ein Würfel")
     assert judge.narratives(["video"]) == ["ein Würfel"]

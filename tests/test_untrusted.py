@@ -1,4 +1,5 @@
-"""Files of others: models are safetensors and JSON. A pickle in their place is refused, and never run."""
+"""Files of others: models are safetensors and JSON. A pickle in their place is refused, and never
+run."""
 
 import ast
 import pickle
@@ -58,7 +59,8 @@ def test_a_pickle_in_place_of_a_part(tmp_path, monkeypatch, part):
     shutil.copytree(REPO / WEIGHTS, hub)
     (hub / part / "model.safetensors").unlink()
     set_trap(hub / part, ["pytorch_model.bin"], tmp_path, monkeypatch)
-    with pytest.raises(Exception):  # noqa: B017 - whatever transformers says, it says it before it runs anything
+    # whatever transformers says, it says it before it runs anything
+    with pytest.raises(Exception):  # noqa: B017
         compose(hub / "clip", str(hub / "qformer"), hub / "llm")
     assert not sprung(tmp_path)
 
@@ -75,11 +77,14 @@ def test_the_optimizer_comes_back_bit_for_bit(tmp_path):
     def made():
         torch.manual_seed(0)
         params = [torch.nn.Parameter(x) for x in (torch.randn(3, 2), torch.randn(4), torch.ones(1))]
-        return params, torch.optim.AdamW([dict(params=params[:2], lr=0.1), dict(params=params[2:])], betas=(0.9, 0.98))
+        return params, torch.optim.AdamW(
+            [dict(params=params[:2], lr=0.1), dict(params=params[2:])], betas=(0.9, 0.98)
+        )
 
     def train(params, optimizer, steps):
         for _ in range(steps):
-            (sum((p * torch.randn(p.shape)).sum() for p in params[:2])).backward()  # the third never has a gradient
+            # the third never has a gradient
+            (sum((p * torch.randn(p.shape)).sum() for p in params[:2])).backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -100,8 +105,9 @@ def test_resume_refuses_a_planted_pickle(world, policy, tmp_path, monkeypatch):
     place = tmp_path / "place"
     (place / "runs/sft").mkdir(parents=True)
     (place / "data").symlink_to(world / "data")
-    flags = ["sft.py", "--data", "data/moving_shapes/train.json", "--steps", "3", "--save_steps", "2", "--name", "x",
-             "--batch_size", "4", "--micro_batch_size", "4"]  # fmt: skip
+    flags = ["sft.py", "--data", "data/moving_shapes/train.json", "--steps", "3", "--save_steps",
+             "2", "--name", "x",
+             "--batch_size", "4", "--micro_batch_size", "4"]
     main_of(monkeypatch, place, *flags)
     folder = place / "runs/sft/x_s0"
     (folder / "final").rename(folder / "checkpoint-2")
@@ -112,13 +118,17 @@ def test_resume_refuses_a_planted_pickle(world, policy, tmp_path, monkeypatch):
 
 
 def test_no_code_of_others_and_no_pickle_is_ever_loaded():
-    folders = ("model", "inputs", "plumbing", "evaluation", "embedded_world", "benchmarks", "experiments")
-    files = [*REPO.glob("*.py"), *(file for folder in folders for file in (REPO / folder).glob("*.py"))]
+    folders = ("model", "inputs", "plumbing", "evaluation", "embedded_world", "benchmarks",
+               "experiments")
+    files = [*REPO.glob("*.py"),
+             *(file for folder in folders for file in (REPO / folder).glob("*.py"))]
     text = {str(file.relative_to(REPO)): file.read_text() for file in files}
     assert len(text) > 40
     forbidden = {"torch.load", "torch.save", "np.load", "np.save", "yaml.load", "eval", "exec"}
     for name, source in text.items():
         assert "trust_remote_code" not in source and "weights_only=False" not in source, name
-        assert not re.search(r"^\s*(import|from) (pickle|dill|cloudpickle|joblib)\b", source, re.M), name
-        called = {ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
+        assert not re.search(r"^\s*(import|from) (pickle|dill|cloudpickle|joblib)\b", source,
+                             re.M), name
+        called = {ast.unparse(node.func)
+                  for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
         assert not called & forbidden, name

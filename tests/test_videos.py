@@ -1,5 +1,6 @@
-"""Videos from anywhere: damaged at random, hostile, unreadable. Each decodes or is refused with one line, in bounded
-time and memory; `inputs/check_videos.py` says which. The long mode damages a thousand, the short one thirty-two."""
+"""Videos from anywhere: damaged at random, hostile, unreadable. Each decodes or is refused with one
+line, in bounded time and memory; `inputs/check_videos.py` says which. The long mode damages a
+thousand, the short one thirty-two."""
 
 import inspect
 import json
@@ -21,10 +22,13 @@ from inputs import frames
 from inputs.check_videos import in_workers, video_paths
 from inputs.frames import VideoError, read_frames
 
-LENGTH_KNOWN = ("a.mp4", "start.mp4", "a.mkv", "a.avi", "a.mov")  # and damage other than to single bits shows
-GOOD = {"a.mp4": ("libx264", {}), "start.mp4": ("libx264", {"movflags": "faststart"}), "a.mkv": ("libx264", {}),
-        "a.webm": ("libvpx", {}), "a.avi": ("mpeg4", {}), "a.mov": ("mpeg4", {}), "a.ts": ("libx264", {}),
-        "a.gif": ("gif", {"pix_fmt": "rgb8"})}  # fmt: skip
+# and damage other than to single bits shows
+LENGTH_KNOWN = ("a.mp4", "start.mp4", "a.mkv", "a.avi", "a.mov")
+GOOD = {"a.mp4": ("libx264", {}), "start.mp4": ("libx264", {"movflags": "faststart"}),
+        "a.mkv": ("libx264", {}),
+        "a.webm": ("libvpx", {}), "a.avi": ("mpeg4", {}), "a.mov": ("mpeg4", {}),
+        "a.ts": ("libx264", {}),
+        "a.gif": ("gif", {"pix_fmt": "rgb8"})}
 
 
 def look(path):
@@ -38,9 +42,11 @@ def look(path):
 
 
 def fuzz(folder, seeds):
-    """Damage good videos, read each in a worker. -> [(name, kind, result)], numbers of the good ones."""
+    """Damage good videos, read each in a worker. -> [(name, kind, result)], numbers of the good
+    ones."""
     noise = np.random.default_rng(0).integers(1, 2048, 40)
-    paths = {name: write(folder / name, noise, codec, **options) for name, (codec, options) in GOOD.items()}
+    paths = {name: write(folder / name, noise, codec, **options)
+             for name, (codec, options) in GOOD.items()}
     good = {name: open(path, "rb").read() for name, path in paths.items()}
     expected, jobs, kinds = numbers(read_frames(paths["a.mp4"], 8)[0]), [], {}
     for seed in seeds:
@@ -60,9 +66,11 @@ def check_fuzz(results, expected, count):
     for name, kind, path, result in results:
         assert isinstance(result, dict), f"{kind}: {result}"  # else it crashed, hung or grew
         if "refused" in result:
-            assert result["refused"].startswith(f"{path}: ") and len(result["refused"].splitlines()) == 1
+            assert (result["refused"].startswith(f"{path}: ")
+                    and len(result["refused"].splitlines()) == 1)
             continue
-        assert result["shape"][0] == 8 == len(result["times"]) and result["brightest"] > 24, (kind, path, result)
+        sound = result["shape"][0] == 8 == len(result["times"]) and result["brightest"] > 24
+        assert sound, (kind, path, result)
         assert (np.diff(result["times"]) >= 0).all()
         if name in LENGTH_KNOWN:
             known, other = known + 1, other + (result["numbers"] != expected)
@@ -72,7 +80,8 @@ def check_fuzz(results, expected, count):
 def test_damaged_videos(tmp_path):
     results, expected = fuzz(tmp_path, range(32))
     other, of = check_fuzz(results, expected, 32)
-    assert other <= of / 10  # a flipped bit inside a compressed picture is a valid other picture: no checksum there
+    # a flipped bit inside a compressed picture is a valid other picture: no checksum there
+    assert other <= of / 10
     assert sum("refused" in r for *_, r in results) >= 20
 
 
@@ -80,18 +89,20 @@ def test_damaged_videos(tmp_path):
 def test_a_thousand_damaged_videos(tmp_path):
     results, expected = fuzz(tmp_path, range(1000))
     other, of = check_fuzz(results, expected, 1000)
-    print(f"{sum('refused' in r for *_, r in results)} of 1000 refused; of {of} in a format that knows its length "
+    print(f"{sum('refused' in r for *_, r in results)} of 1000 refused; of {of} in a format that "
+          "knows its length "
           f"{other} decode to other frames")
     assert other <= of / 10
 
 
-# --- a decoder that hangs, crashes, never ends, or takes all memory ---------------------------------------------------
+# --- a decoder that hangs, crashes, never ends, or takes all memory -------------------------------
 def test_a_hanging_decoder_ends_the_process_with_a_line(tmp_path):
     path = write(tmp_path / "a.mp4", range(4))
     code = ("import sys, time\nfrom inputs import frames\nframes.STALL = 0.5\n"
             "frames._scan = lambda path: time.sleep(600)\n"
             "frames.read_frames(sys.argv[1], 4)")
-    done = subprocess.run([sys.executable, "-c", code, path], cwd=REPO, capture_output=True, text=True, timeout=120,
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=REPO, capture_output=True,
+                          text=True, timeout=120,
                           env={**os.environ, "RANK": "3"})
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"rank 3: {path}: the decoder hangs")
@@ -113,8 +124,10 @@ def test_a_slow_but_living_decoder_is_left_alone(tmp_path, monkeypatch):
 
 def test_too_much_time_or_memory_is_refused(tmp_path, monkeypatch):
     path = write(tmp_path / "a.mp4", range(40))
-    for name, value, reason in (("SLOWEST", 0.0, "too long"), ("PIXELS", 1000, "88 x 48 are too large"),
-                                ("BYTES", 8 * 88 * 48 * 3 - 1, "8 frames of 88 x 48 are too large")):
+    for name, value, reason in (("SLOWEST", 0.0, "too long"),
+                                ("PIXELS", 1000, "88 x 48 are too large"),
+                                ("BYTES", 8 * 88 * 48 * 3 - 1,
+                                 "8 frames of 88 x 48 are too large")):
         with monkeypatch.context() as patched:
             patched.setattr(frames, name, value)
             with pytest.raises(VideoError, match=f"a.mp4: .*{reason}"):
@@ -140,13 +153,15 @@ def test_workers_survive_what_kills_a_decoder(tmp_path):
             return f"{path}: no memory"
 
     jobs = [(name,) for name in ("a", "crash", "b", "hang", "c", "grow", "d")]
-    results = {job[0]: result for job, result, _ in in_workers(jobs, cut_narrative, 2, time_limit=2, memory_gib=1)}
+    results = {job[0]: result
+               for job, result, _ in in_workers(jobs, cut_narrative, 2, time_limit=2, memory_gib=1)}
     assert [results[name] for name in "abcd"] == ["fine"] * 4
     assert "crashes the decoder" in results["crash"] and "not done after 2 s" in results["hang"]
     assert results["grow"] == "grow: no memory"
 
 
-AV_ERRORS = [e for _, e in inspect.getmembers(av.error, inspect.isclass) if issubclass(e, Exception)]
+AV_ERRORS = [e
+             for _, e in inspect.getmembers(av.error, inspect.isclass) if issubclass(e, Exception)]
 
 
 @pytest.mark.parametrize("place", ["open", "scan", "decode"])
@@ -154,8 +169,11 @@ def test_every_error_of_pyav_is_a_line(tmp_path, monkeypatch, place):
     assert len(AV_ERRORS) > 40
     path = write(tmp_path / "a.mp4", range(4))
     where = dict(open=(av, "open"), scan=(frames, "_scan"), decode=(frames, "_store"))[place]
-    for error in [*AV_ERRORS, RuntimeError, NotImplementedError, OverflowError, AssertionError, StopIteration]:
-        made = error(1, "it broke") if issubclass(error, av.error.FFmpegError) else error("it broke")
+    for error in [*AV_ERRORS, RuntimeError, NotImplementedError, OverflowError, AssertionError,
+                  StopIteration]:
+        made = (
+            error(1, "it broke") if issubclass(error, av.error.FFmpegError) else error("it broke")
+        )
         with monkeypatch.context() as patched:
             patched.setattr(*where, lambda *_, **__: (_ for _ in ()).throw(made))
             with pytest.raises(VideoError) as caught:
@@ -173,7 +191,7 @@ def test_a_gif_without_its_end_is_refused(tmp_path):
             read_frames(path, 4)
 
 
-# --- the checker ------------------------------------------------------------------------------------------------------
+# --- the checker ----------------------------------------------------------------------------------
 def test_the_checker_names_what_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "videos/sub").mkdir(parents=True)
     good = write(tmp_path / "videos/good.mp4", range(20))
@@ -198,12 +216,14 @@ def test_the_checker_names_what_is_refused(tmp_path, monkeypatch, capsys):
     assert not stop.value.code
 
 
-NAMES = [b"caf\xe9.mp4", b"\xff\xfe.mkv", b"two\nlines.mp4", "\u2028 \u3042.mp4".encode(), "\U0001f600.avi".encode()]
+NAMES = [b"caf\xe9.mp4", b"\xff\xfe.mkv", b"two\nlines.mp4", "\u2028 \u3042.mp4".encode(),
+         "\U0001f600.avi".encode()]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
 def test_the_checker_takes_every_name(tmp_path, encoding):
-    """A name that is no UTF-8 or not of the terminal's encoding, or that has a line break, is one line like others."""
+    """A name that is no UTF-8 or not of the terminal's encoding, or that has a line break, is one
+    line like others."""
     data = open(write(tmp_path / "good.mp4", range(4)), "rb").read()
     night = open(write(tmp_path / "night.mp4", [0] * 4), "rb").read()
     for kind, content in (("good", data), ("night", night), ("broken", b"no video")):
@@ -213,9 +233,11 @@ def test_the_checker_takes_every_name(tmp_path, encoding):
                 f.write(content)
     os.remove(os.path.join(os.fsencode(tmp_path / "videos/good"), NAMES[3]))
     done = subprocess.run(
-        [sys.executable, REPO / "inputs/check_videos.py", "--videos", "videos", "--workers", "1", "--out",
+        [sys.executable, REPO / "inputs/check_videos.py", "--videos", "videos", "--workers", "1",
+         "--out",
          "broken.json"],
-        cwd=tmp_path, capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": encoding})
+        cwd=tmp_path, capture_output=True, timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": encoding})
     said = done.stdout.decode(encoding.split(":")[0]).splitlines()
     assert done.returncode == 1 and b"Traceback" not in done.stderr
     assert sorted(line.split(":")[0] for line in said[:-1]) == ["black"] * 5 + ["refused"] * 5
@@ -227,7 +249,8 @@ def test_the_checker_takes_every_name(tmp_path, encoding):
 def test_what_is_hidden_is_passed_over(tmp_path, monkeypatch, capsys):
     good = open(write(tmp_path / "a.mp4", range(4)), "rb").read()
     place = tmp_path / ".data" / "videos"  # where the user points to is meant, hidden or not
-    for name in ("a.mp4", "sub/b.mp4", "..c/d.mp4", "_e.mp4", "._a.mp4", "sub/._b.mp4", "__MACOSX/sub/b.mp4",
+    for name in ("a.mp4", "sub/b.mp4", "..c/d.mp4", "_e.mp4", "._a.mp4", "sub/._b.mp4",
+                 "__MACOSX/sub/b.mp4",
                  "__MACOSX/._a.mp4", ".Trash/f.mkv", "sub/.g.webm", "MACOSX/h.mp4"):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(b"no video" if "._" in name else good)
@@ -236,26 +259,33 @@ def test_what_is_hidden_is_passed_over(tmp_path, monkeypatch, capsys):
     assert [os.path.relpath(p, place) for p in video_paths(str(place))] == [
         "MACOSX/h.mp4", "_e.mp4", "a.mp4", "sub/b.mp4"]
     with pytest.raises(SystemExit) as stop:
-        main_of(monkeypatch, tmp_path, "inputs/check_videos.py", "--videos", ".data/videos", "--workers", "1")
+        main_of(monkeypatch, tmp_path, "inputs/check_videos.py", "--videos", ".data/videos",
+                "--workers", "1")
     assert not stop.value.code and "4 files: 4 can be read" in (said := capsys.readouterr().out)
-    assert "0 refused, 7 hidden ones passed over, e.g. .data/videos/" in said and said.count("\n") == 1
+    assert ("0 refused, 7 hidden ones passed over, e.g. .data/videos/" in said
+            and said.count("\n") == 1)
     assert video_paths(str(place / "._a.mp4")) == [str(place / "._a.mp4")]  # named by the user
     (tmp_path / "packed" / "__MACOSX").mkdir(parents=True)
     (tmp_path / "packed" / "__MACOSX" / "._a.mp4").touch()
-    with pytest.raises(SystemExit, match="no file there has the extension of a video, 1 hidden ones passed over"):
+    with pytest.raises(
+        SystemExit, match="no file there has the extension of a video, 1 hidden ones passed over"
+    ):
         main_of(monkeypatch, tmp_path, "inputs/check_videos.py", "--videos", "packed")
 
 
 @pytest.mark.parametrize("flags", ["", "--videos . --num_frames 0", "--videos . --time_limit 0",
-                                   "--videos . --workers 0", "--videos . --memory_gib nan", "--video ."])
+                                   "--videos . --workers 0", "--videos . --memory_gib nan",
+                                   "--video ."])
 def test_flags_of_the_checker(tmp_path, monkeypatch, capsys, flags):
     with pytest.raises(SystemExit) as stop:
         main_of(monkeypatch, tmp_path, "inputs/check_videos.py", *flags.split())
     said = capsys.readouterr()
-    assert stop.value.code == 2 and said.err.count("\n") == 1 and said.err.startswith("check_videos.py: ")
+    assert (stop.value.code == 2 and said.err.count("\n") == 1
+            and said.err.startswith("check_videos.py: "))
 
 
 def test_an_empty_folder_is_said(tmp_path, monkeypatch):
-    for place, words in ((".", "no file there has the extension"), ("nowhere", "nowhere: no such file or folder")):
+    for place, words in ((".", "no file there has the extension"),
+                         ("nowhere", "nowhere: no such file or folder")):
         with pytest.raises(SystemExit, match=words):
             main_of(monkeypatch, tmp_path, "inputs/check_videos.py", "--videos", place)

@@ -1,4 +1,5 @@
-"""The weights that come with the code: whole, small, read as a hub's, and as good as their cards say."""
+"""The weights that come with the code: whole, small, read as a hub's, and as good as their cards
+say."""
 
 import json
 import re
@@ -31,7 +32,8 @@ def size(folder):
 def test_they_are_small_and_nothing_but_text_and_safetensors():
     assert {f.name for f in SHIPPED.iterdir()} == {*PARTS, "llm"}
     assert size(SHIPPED) < 6e6 and all(size(SHIPPED / part) < 3e6 for part in PARTS)
-    assert {f.suffix for f in SHIPPED.rglob("*") if f.is_file()} <= {".json", ".md", ".safetensors", ".jinja"}
+    assert ({f.suffix for f in SHIPPED.rglob("*") if f.is_file()}
+            <= {".json", ".md", ".safetensors", ".jinja"})
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -53,7 +55,8 @@ def accuracy(folder, world, cache, questions=None):
 
 
 def test_the_judge_answers_what_it_sees(world, tmp_path):
-    """Another preprocessing, prompt or tokenizer than in its training and it would be near chance, 22 %."""
+    """Another preprocessing, prompt or tokenizer than in its training and it would be near chance,
+    22 %."""
     assert accuracy(SHIPPED / "judge", world / "data/moving_shapes", tmp_path / "cache", 60) > 0.5
 
 
@@ -63,7 +66,8 @@ def test_a_start_is_composed_of_the_shipped_parts(tmp_path):
     assert processor.tokenizer.get_vocab() == its_processor.tokenizer.get_vocab()
     assert all(p.dtype == torch.float32 for p in [*model.parameters(), *judge.parameters()])
     mine, its = model.vision_tower.state_dict(), judge.vision_tower.state_dict()
-    assert mine.keys() == its.keys() and all(torch.equal(mine[k], its[k]) for k in mine)  # CLIP is frozen in sft.py
+    # CLIP is frozen in sft.py
+    assert mine.keys() == its.keys() and all(torch.equal(mine[k], its[k]) for k in mine)
 
 
 def test_elsewhere_they_are_copied_once(tmp_path, monkeypatch):
@@ -84,11 +88,13 @@ def test_they_are_made_again_from_nothing(tmp_path, monkeypatch):
     hub = "data/moving_shapes/hub"
     run(tmp_path, "embedded_world/moving_shapes.py", timeout=3600)
     run(tmp_path, "embedded_world/pretrain_tiny.py", timeout=3600)
-    run(tmp_path, "sft.py", "--name", "oracle", "--clip", f"{hub}/clip", "--qformer", f"{hub}/qformer",
+    run(tmp_path, "sft.py", "--name", "oracle", "--clip", f"{hub}/clip", "--qformer",
+        f"{hub}/qformer",
         "--llm", f"{hub}/llm", timeout=3600)
     main_of(monkeypatch, tmp_path, "embedded_world/ship.py", "--out", "weights")
     world = tmp_path / "data/moving_shapes"
-    ours, shipped = (accuracy(f, world, tmp_path / "cache") for f in (tmp_path / "weights/judge", SHIPPED / "judge"))
+    ours, shipped = (accuracy(f, world, tmp_path / "cache")
+                     for f in (tmp_path / "weights/judge", SHIPPED / "judge"))
     assert abs(ours - shipped) < 0.05 and ours > 0.65
     found = [float(re.search(r"nearest for ([\d.]+)%", (f / "clip/README.md").read_text())[1])
              for f in (tmp_path / "weights", SHIPPED)]

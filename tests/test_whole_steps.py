@@ -188,7 +188,8 @@ def test_grpo_rank(world, start, five, monkeypatch, descent, kind, scaled):
              "--G 4 --prompts_per_step 4 --steps 2 --inner_epochs 2 --temperature 0.7 --beta 0.3 "
              "--lr 0.5 --entropy_coef 0.1 --clip_range 0.05 --max_new_tokens 5 "
              "--tokens_per_micro_batch 150")
-    main_of(monkeypatch, world, "grpo_rank.py", *FIVE, *shlex.split(flags), "--name", f"step_{kind}")
+    main_of(monkeypatch, world, "grpo_rank.py", *FIVE, *shlex.split(flags), "--name",
+            f"step_{kind}")
 
     model, processor = load_model(start)
     frozen, params = load_model(start)[0], trained(model)
@@ -257,11 +258,13 @@ def test_ppo(world, start, five, monkeypatch, descent):
     monkeypatch.setattr("oracle.ReferenceOracle.score", score)
     monkeypatch.setattr(ppo_rlaif, "Roles", Watched)
     monkeypatch.setattr(ppo_rlaif, "by_length", in_batches)
-    flags = (f"--model '{start}' --oracle reference --G 3 --prompts_per_step 4 --micro_batch_size 1 "
+    flags = (f"--model '{start}' --oracle reference --G 3 --prompts_per_step 4 "
+             "--micro_batch_size 1 "
              "--steps 3 --ppo_epochs 2 --mini_batches 2 --temperature 0.7 --kl_coef 0.3 "
              "--target_kl 0.4 --kl_horizon 20 --clip_range 0.05 --value_clip_range 0.02 "
              "--gamma 0.9 --lam 0.8 --lr 0.06 --value_lr 0.15 --missing_eos_penalty 2 "
-             "--length_penalty 0.5 --warmup_steps 2 --value_warmup 1 --max_new_tokens 5 --name step")
+             "--length_penalty 0.5 --warmup_steps 2 --value_warmup 1 --max_new_tokens 5 "
+             "--name step")
     main_of(monkeypatch, world, "ppo_rlaif.py", *FIVE, *shlex.split(flags))
 
     (model, processor), value = load_model(start), first_value[0]
