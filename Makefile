@@ -32,20 +32,20 @@ mutants: .venv/done
 
 demo: export OMP_NUM_THREADS = 1
 demo: .venv/done
-	$(PY) -m embedded_world.moving_shapes
+	$(PY) embedded_world/moving_shapes.py
 	$(DIST) sft.py --name policy $(POLICY) --steps 200 --lr 1e-3 --resume
-	$(PY) evaluate.py --watch runs/grpo_rank/context_s0 --out runs/demo & watch=$$!; \
-	    $(DIST) grpo_rank.py --G 5 --resume; done=$$?; kill $$watch 2>/dev/null; exit $$done
+	$(PY) evaluate.py --watch runs/grpo_rank/demo_s0 --out runs/demo & watch=$$!; \
+	    $(DIST) grpo_rank.py --G 5 --name demo --resume; done=$$?; kill $$watch 2>/dev/null; exit $$done
 	$(DIST) sft.py --name continued $(POLICY) --model runs/sft/policy_s0/final --steps 150 --lr 3e-4 --resume
-	$(DIST) evaluate.py --runs runs/sft/policy_s0 runs/sft/continued_s0 runs/grpo_rank/context_s0 \
+	$(DIST) evaluate.py --runs runs/sft/policy_s0 runs/sft/continued_s0 runs/grpo_rank/demo_s0 \
 	    --labels "SFT,SFT continued,GRPO_rank" --out runs/demo
 
 world: export OMP_NUM_THREADS = 1
 world: .venv/done
-	$(PY) -m embedded_world.moving_shapes
-	OMP_NUM_THREADS=$(PROCS) $(PY) -m embedded_world.pretrain_tiny
+	$(PY) embedded_world/moving_shapes.py
+	OMP_NUM_THREADS=$(PROCS) $(PY) embedded_world/pretrain_tiny.py
 	$(DIST) sft.py --name oracle --clip $(WORLD)/hub/clip --qformer $(WORLD)/hub/qformer --llm $(WORLD)/hub/llm --resume
-	$(PY) -m embedded_world.ship
+	$(PY) embedded_world/ship.py
 
 results: .venv/done
 	bash experiments/results.sh

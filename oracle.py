@@ -16,7 +16,7 @@ scores (B,G), higher is better; ranks (B,G) long, 0 = best, tied answers share t
   a,b,...       several oracles: the mean of their ranks (D3).
 
 An oracle is a model of its own (--oracle_model), in life a stronger one than the policy. What each
-sees and how far it agrees with the truth: `python -m evaluation.agreement --demo`.
+sees and how far it agrees with the truth: `python evaluation/agreement.py --demo`.
 
 Differs D1  The judge's two possible replies are the responses themselves, not the labels "1" and
             "2". A label is a pointer: at the size of `tiny` it stayed at chance, while naming the

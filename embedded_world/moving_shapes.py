@@ -1,9 +1,9 @@
 """Moving shapes: a small, seeded world of real video files with exact ground truth. No download, no
 GPU.
 
-Run      python -m embedded_world.moving_shapes       # 4,000 clips, half a minute on two cores
-         python -m embedded_world.moving_shapes --out data/tiny --clips 200 --seed 1
-Picture  python -m embedded_world.moving_shapes --preview docs/moving_shapes.png    # six of them
+Run      python embedded_world/moving_shapes.py       # 4,000 clips, half a minute on two cores
+         python embedded_world/moving_shapes.py --out data/tiny --clips 200 --seed 1
+Picture  python embedded_world/moving_shapes.py --preview docs/moving_shapes.png    # six of them
 
 Every clip is an H.264 file (64x64, 8 frames/s, 10-16 frames) of 1-3 coloured shapes on grey. A
 shape has one action for as long as it is visible, and shapes may appear one after another. So a
@@ -33,6 +33,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from plumbing.flags import Flags, answer_help, flag, parse_args
 
 
@@ -45,7 +47,6 @@ class Args(Flags):
                         "also draw six clips and some of their questions into this picture file")
     workers: int = flag(os.cpu_count(), "processes that render; the result does not depend on it",
                         low=1)
-
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a download brings at 7B and nothing brings at `tiny`: a CLIP, a Q-Former and a tokenizer,
 made in minutes.
 
-Run      python -m embedded_world.pretrain_tiny      minutes on two cores
+Run      python embedded_world/pretrain_tiny.py      minutes on two cores
 Makes    data/moving_shapes/hub/{clip,qformer,llm}
 
 Nobody has to run it: what it makes is shipped in embedded_world/weights; `make world` makes it
@@ -31,6 +31,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from plumbing.flags import Flags, answer_help, flag, parse_args
 
 
@@ -42,7 +44,6 @@ class Args(Flags):
     batch_size: int = flag(32, "clips per step of stage 1", low=1)
     lr: float = flag(1e-3, "peak learning rate; linear warm-up, linear to zero", above=0)
     seed: int = flag(0, "initialisation and order of the data", low=0)
-
 
 
 if __name__ == "__main__":

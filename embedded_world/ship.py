@@ -1,8 +1,8 @@
 """Pack what `make world` trained as a hub would hold it: float16 safetensors and a model card for
 each part.
 
-Run      python -m embedded_world.ship
-         python -m embedded_world.ship --out embedded_world/weights   replaces what is shipped
+Run      python embedded_world/ship.py
+         python embedded_world/ship.py --out embedded_world/weights   replaces what is shipped
 Makes    runs/weights/{clip,qformer,llm,judge}
 
 The judge is measured after rounding to float16: its share of right answers on the test clips, which
@@ -12,8 +12,11 @@ nearest of all.
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plumbing.flags import WORLD, Flags, answer_help, flag, parse_args
 
@@ -53,7 +56,7 @@ library_name: transformers
 |---|---|
 | made by | `{command}` |
 | commit | {commit} |
-| data | `python -m embedded_world.moving_shapes`: seed 0, 4,000 clips; the 2,400 of the split \
+| data | `python embedded_world/moving_shapes.py`: seed 0, 4,000 clips; the 2,400 of the split \
 `pretrain` |
 | parameters | {parameters:,}, stored in float16 |
 | measured | {measured} |
@@ -109,12 +112,12 @@ def main(args):
     cards = dict(clip=("The tiny CLIP of the embedded world",
                        "A `CLIPModel`: vision tower, text tower and projections. It stands where "
                        "`openai/clip-vit-large-patch14-336` stands at 7B.",
-                       "python -m embedded_world.pretrain_tiny", commit,
+                       "python embedded_world/pretrain_tiny.py", commit,
                        f"the own narrative is the nearest for {found:.1%} of {clips} test clips"),
                  qformer=("The tiny Q-Former of the embedded world",
                           "A `VideoQFormer` of video_llm.py; it reads features of the CLIP beside "
                           "it, layer -2. It stands where a BLIP-2 checkpoint stands at 7B.",
-                          "python -m embedded_world.pretrain_tiny", commit,
+                          "python embedded_world/pretrain_tiny.py", commit,
                           "with the judge beside it, which grew from it"),
                  judge=("The judge of the embedded world", "A `VideoLLM` trained on all labels of "
                                                            "2,400 clips that no policy sees. It "

@@ -1,8 +1,8 @@
 """How far do oracles agree with the truth, and what do they see?
 
-Run      python -m evaluation.agreement --demo
+Run      python evaluation/agreement.py --demo
              five answers to one clip, ranked by every oracle
-         python -m evaluation.agreement --checkpoint runs/sft/policy_s0/final
+         python evaluation/agreement.py --checkpoint runs/sft/policy_s0/final
              agreement on a policy's own answers
 """
 
@@ -11,6 +11,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plumbing.flags import ORACLES, SCORERS, WORLD, OracleArgs, answer_help, flag, parse_args
 
@@ -28,9 +30,6 @@ class Args(OracleArgs):
     seed: int = flag(0, "choice of questions, sampled answers, order in which a server sees them",
                      low=0)
     cache: str = flag("cache", "folder of cached CLIP features, narratives and replies of servers")
-
-    def __post_init__(self):
-        super().__post_init__()
 
 
 if __name__ == "__main__":

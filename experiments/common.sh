@@ -9,7 +9,7 @@ W=data/moving_shapes
 LOGS=runs/logs
 mkdir -p $LOGS docs/results
 
-$PY -m embedded_world.moving_shapes
+$PY embedded_world/moving_shapes.py
 
 # Reads lines "name command..."; each is one process, $JOBS of them at a time, its output in $LOGS/name.log.
 side_by_side() {
@@ -17,9 +17,9 @@ side_by_side() {
     "$@" >'"$LOGS"'/$name.log 2>&1 || echo "$name failed: see '"$LOGS"'/$name.log"'
 }
 
-# The SFT start of seed $1, as plumbing/questions.py has it, and the same start trained on for as many steps as RL gets.
+# The SFT start of seed $1, as plumbing/embedded.py has it, and the same start trained on for as many steps as RL gets.
 FEW="--data $W/train.json --num_clips 40"
-SFT="$($PY -c 'import questions; print(questions.POLICY_SFT)')"
+SFT="$($PY -c 'from plumbing.embedded import POLICY_SFT; print(POLICY_SFT)')"
 sft_start() { echo "policy_s$1 $PY sft.py --name policy $FEW $SFT --seed $1 --resume"; }
 sft_continued() {
   echo "continued_s$1 $PY sft.py --name continued $FEW --batch_size 16 --model runs/sft/policy_s$1/final" \

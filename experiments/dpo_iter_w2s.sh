@@ -3,7 +3,7 @@
 # What experiments/grpo_rank.sh has made (data, oracle, SFT start, SFT continued) is used again.
 source "$(dirname "$0")/common.sh"
 
-# the SFT starts as plumbing/questions.py has them, with other numbers of frames too; continued: as many steps as DPO has
+# the SFT starts as plumbing/embedded.py has them, with other numbers of frames too; continued: as many steps as DPO has
 for s in $SEEDS; do
   sft_start $s
   echo "frames4_s$s $PY sft.py --name frames4 $FEW $SFT --num_frames 4 --seed $s --resume"

@@ -1,8 +1,8 @@
 """Which videos of a folder can be read? Every file decodes to the right number of frames, or one
 line says why not.
 
-Run      python -m inputs.check_videos --videos my_videos      exit code 1 where a file is refused
-         python -m inputs.check_videos --videos my_videos --out broken.json
+Run      python inputs/check_videos.py --videos my_videos      exit code 1 where a file is refused
+         python inputs/check_videos.py --videos my_videos --out broken.json
 
 The training scripts leave out what is refused here, and list it in `broken_videos.json`. They
 decode in their own process; here each file is decoded in a process of its own kind, with a limit on
@@ -20,6 +20,8 @@ import time
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plumbing.flags import Flags, answer_help, flag, parse_args
 

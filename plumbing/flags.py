@@ -265,8 +265,7 @@ def read(cls):
     global RESUMES
     RESUMES = any(f.name == "resume" for f in fields(cls))
     parser = Parser(cls, allow_abbrev=False, add_help=False)
-    parser.error = lambda message: (print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr),
-                                    sys.exit(2))
+    parser.error = end
     # --preset NAME: other defaults; what stands on the command line still wins
     if hasattr(cls, "PRESETS"):
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -280,6 +279,13 @@ def read(cls):
         parser.error(f"{flag}: no such flag{hint}; --help lists them" if flag.startswith("-") else
                      f"{flag}: stands behind no flag")
     return parser
+
+
+def end(message):
+    """One line from the first process, exit code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def help_text(cls):

@@ -122,8 +122,16 @@ def lock(path, wait=False):
 def own(path, rank=0):
     """Take the lock `path` for this run, on its first process. If another run holds it, this one
     ends."""
-    if not all_gather(lock(path) if rank == 0 else None)[0]:
-        say(f"{Path(path).parent} is in use: another run is writing there now ({path} is locked)")
+    held = rank == 0 and not lock(path)
+    end_if(held and f"{Path(path).parent} is in use: another run is writing there now ({path} is "
+                    "locked)")
+
+
+def end_if(refusal):
+    """End all processes if one of them refuses to go on. Each says why; what several say alike is
+    printed once. refusal: a line, or nothing."""
+    if refusals := dict.fromkeys(filter(None, all_gather(refusal))):
+        say("\n".join(refusals))
         sys.exit(1)
 
 
@@ -205,9 +213,8 @@ def check_same(what, thing):
     digests = all_gather(hashlib.sha256(json.dumps(thing).encode()).hexdigest())
     if len(set(digests)) > 1:
         odd = ", ".join(str(rank) for rank, d in enumerate(digests) if d != digests[0])
-        say(f"{Path(sys.argv[0]).name}: {what}: not the same on all processes (rank {odd} differs "
-            "from rank 0); they must see the same files")
-        sys.exit(1)
+        end_if(f"{Path(sys.argv[0]).name}: {what}: not the same on all processes (rank {odd} "
+               "differs from rank 0); they must see the same files")
 
 
 def shard(model, device):

@@ -152,9 +152,9 @@ class Run(Job):
     def check_finite(self, step, grad_norm, questions, answers):
         """A NaN or infinite loss or gradient ends the run before it reaches the weights; the batch
         is written out."""
-        batch = [{"question": str(q), "answers": a} for q, a in zip(questions, answers)]
         log = self.log
         if log.not_finite or not torch.isfinite(grad_norm):
+            batch = [{"question": str(q), "answers": a} for q, a in zip(questions, answers)]
             what = (f"{log.not_finite} is not finite" if log.not_finite
                     else f"the gradient is {float(grad_norm)}")
             which = f"_rank{self.rank}" if world_size() > 1 else ""
@@ -245,24 +245,17 @@ def open_run(folder, args, rank):
     processes.own(folder / "lock", rank)
     flags = {f.name: getattr(args, f.name)
              for f in fields(args) if f.init and f.name not in ("resume", "stage")}
-    last = None
-    if {p.name for p in folder.glob("*")} - {"args.json", "lock", "broken_videos.json"}:
-        if not args.resume:
-            sys.exit(f"{folder} is in use: continue it with --resume, or choose another --name")
-        saved = json.loads((folder / "args.json").read_text())
-        now = json.loads(json.dumps(flags)).items()
-        changed = [k for k, v in now if saved["args"].get(k) != v and k not in NEUTRAL]
-        if changed:
-            sys.exit(f"{folder} was started with another --{changed[0]}: resume it with the same "
-                     "flags")
-        if (folder / "final").exists():
-            print(f"{folder} is finished") if rank == 0 else None
-            sys.exit(0)
-        # no *.tmp
-        steps = sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*[0-9]"))
-        last = folder / f"checkpoint-{steps[-1]}" if steps else None
+    used = {p.name for p in folder.glob("*")} - {"args.json", "lock", "broken_videos.json"}
+    processes.end_if(refusal(folder, args, flags) if used else None)
+    # no *.tmp
+    steps = sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*[0-9]"))
+    last = folder / f"checkpoint-{steps[-1]}" if steps else None
+    last = folder / "final" if (folder / "final").exists() else last
     # every rank has looked before rank 0 writes
     processes.check_same(f"{folder}: its last checkpoint", last and last.name)
+    if last and last.name == "final":
+        print(f"{folder} is finished") if rank == 0 else None
+        sys.exit(0)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "broken_videos.json").unlink(missing_ok=True)
@@ -272,6 +265,17 @@ def open_run(folder, args, rank):
                      command=" ".join(sys.argv), world_size=world_size())
         files.write(folder / "args.json", json.dumps(about, indent=2))
     return last
+
+
+def refusal(folder, args, flags):
+    """Why a run with these flags cannot go on in a folder in use, None if it can."""
+    if not args.resume:
+        return f"{folder} is in use: continue it with --resume, or choose another --name"
+    saved = json.loads((folder / "args.json").read_text())["args"]
+    for flag, value in json.loads(json.dumps(flags)).items():
+        if saved.get(flag) != value and flag not in NEUTRAL:
+            return f"{folder} was started with another --{flag}: resume it with the same flags"
+    return None
 
 
 def save_checkpoint(folder, name, model, processor, optimizer=None, step=None, about=(), beside=()):

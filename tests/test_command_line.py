@@ -1,6 +1,7 @@
 """What a script prints before it does anything: help, one line for a wrong flag, and nothing of
 other people's."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 from conftest import REPO, run
 from inside import flags_of
 
-SCRIPTS = sorted(p.name for p in REPO.glob("*.py")
+SCRIPTS = sorted(str(p.relative_to(REPO))
+                 for place in (".", "inputs", "embedded_world", "evaluation") for p in REPO.glob(f"{place}/*.py")
                  if re.search(r"^class Args", p.read_text(encoding="utf-8"), re.M))
 LATE = ("peft", "bitsandbytes", "tensorboard", "torch.utils.tensorboard", "matplotlib")
 PLANTED = """
@@ -35,9 +37,9 @@ def test_help_is_one_screen_of_what_then_every_flag(name, planted, tmp_path):
     done = run(tmp_path, name, "--help")
     header, *groups = done.stdout.split("\n\n")
     about, commands = header, groups[0]
-    assert done.stderr == "" and about.startswith(f"{name}: ") and len(about + commands) < 1500
+    assert done.stderr == "" and about.startswith(f"{Path(name).name}: ") and len(about + commands) < 1500
     assert 1 <= len(re.findall(rf"^  (?:python|torchrun) .*{name}", commands, re.M)) <= 3
-    script = sys.modules.get(name[:-3]) or __import__(name[:-3])
+    script = importlib.import_module(name[:-3].replace("/", "."))
     flags = {f.name for f in script.Args.__dataclass_fields__.values() if f.init}
     assert set(re.findall(r"^  --(\w+) ", done.stdout, re.M)) == flags  # each once, no --no_...
     assert not list(Path(tmp_path).glob("[!s]*"))  # nothing was begun
@@ -47,7 +49,8 @@ def test_help_is_one_screen_of_what_then_every_flag(name, planted, tmp_path):
 def test_a_misspelt_flag_is_one_line(name, planted, tmp_path):
     done = run(tmp_path, name, "--outt", "x", check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"{name}: --outt: no such flag")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"{Path(name).name}: --outt: no such flag")
 
 
 def test_the_nearest_flag_is_named(tmp_path):
@@ -77,7 +80,7 @@ def test_slow_libraries_wait_until_they_are_needed_and_say_nothing(planted):
     """PEFT imports bitsandbytes; scripts import neither before there is an adapter. Whatever that
     import logs, a user does not see it."""
     code = (f"import sys; sys.path.insert(0, {str(REPO)!r}); import "
-            f"{', '.join(s[:-3] for s in SCRIPTS)}; "
+            f"{', '.join(s[:-3].replace('/', '.') for s in SCRIPTS)}; "
             f"print(sorted(set({LATE}) & set(sys.modules))); import peft")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "[]\n")

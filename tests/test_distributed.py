@@ -77,6 +77,15 @@ def test_ranks_that_see_different_checkpoints_do_not_begin(world, policy, forked
             in forked.said())
 
 
+def test_what_all_ranks_refuse_alike_is_said_once(world, policy, forked, tmp_path):
+    place = a_world(world, tmp_path / "taken")
+    (place / FOLDER).mkdir(parents=True)
+    (place / FOLDER / "metrics.jsonl").write_text("")
+    assert forked.run(place, *GRPO, world=2) == [1, 1]
+    assert "is in use: continue it with --resume" in forked.line("in use")
+    assert "in use" not in forked.said(1)
+
+
 def test_ranks_that_read_different_records_do_not_begin(world, policy, forked, tmp_path):
     place = a_world(world, tmp_path / "records")
     plant = ("from plumbing import questions\nread = questions.read_records\ndef fewer(*args, "

@@ -1029,7 +1029,7 @@ def test_finished_and_changed_runs(world, whole, monkeypatch, capfd):
                          (["--name", "whole", "--resume", "--beta", "0.2"], "--beta")):
         with pytest.raises(SystemExit) as stop:
             main_of(monkeypatch, world, "dpo_iter_w2s.py", *ZOO, *flags)
-        assert words in str(stop.value.code)
+        assert stop.value.code == 1 and words in capfd.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main_of(monkeypatch, world, "dpo_iter_w2s.py", *ZOO, "--name", "whole", "--resume")
     assert not stop.value.code and "finished" in capfd.readouterr().out

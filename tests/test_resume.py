@@ -83,7 +83,7 @@ def open_run(folder, **changes):
     return plumbing.run.open_run(folder, args, 0)
 
 
-def test_resume_with_a_changed_flag_is_refused(tmp_path):
+def test_resume_with_a_changed_flag_is_refused(tmp_path, capfd):
     assert open_run(tmp_path / "run") is None
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 0}\n')
     before = (tmp_path / "run/args.json").read_text()
@@ -91,8 +91,9 @@ def test_resume_with_a_changed_flag_is_refused(tmp_path):
                    dict(scale_advantages=False)):
         with pytest.raises(SystemExit) as stop:
             open_run(tmp_path / "run", resume=True, **change)
-        said = str(stop.value)
-        assert "\n" not in said and f"--{next(iter(change))}" in said and "same flags" in said
+        said = capfd.readouterr().err
+        assert stop.value.code == 1 and said.count("\n") == 1
+        assert f"--{next(iter(change))}" in said and "same flags" in said
     assert (tmp_path / "run/args.json").read_text() == before
     # the same flags, nothing saved yet: from the start
     assert open_run(tmp_path / "run", resume=True) is None
@@ -141,7 +142,7 @@ def test_the_last_checkpoint_is_there_until_the_run_is_finished(policy, tmp_path
     assert not (tmp_path / "checkpoint-3").exists()
 
 
-def test_a_finished_run_is_not_begun_again(tmp_path):
+def test_a_finished_run_is_not_begun_again(tmp_path, capfd):
     open_run(tmp_path / "run")
     (tmp_path / "run/final").mkdir()
     with pytest.raises(SystemExit) as stop:
@@ -149,7 +150,7 @@ def test_a_finished_run_is_not_begun_again(tmp_path):
     assert not stop.value.code
     with pytest.raises(SystemExit) as stop:
         open_run(tmp_path / "run")
-    assert "in use" in str(stop.value)
+    assert stop.value.code == 1 and "in use" in capfd.readouterr().err
 
 
 def test_resume_without_a_run_is_a_new_run(tmp_path):
