@@ -266,13 +266,13 @@ def main(args):
         row_tokens = prefix.attention_mask.sum(-1) + lengths.sum(-1)  # (B,)
         micros = micro_batches(row_tokens, args.tokens_per_micro_batch)  # groups of like length
 
-        def logprobs_of(m, i):  # log-probability and entropy of the tokens of groups i: (n,T) x 2
+        def logprobs_of(m, i, entropy):  # log-probability, entropy of the tokens of groups i: (n,T)
             T = lengths[i].max()
             return token_logprobs(m, prefix.rows(i), tokens[i, :, :T], lengths[i], args.temperature,
-                                  entropy_grad=args.entropy_coef > 0)
+                                  entropy)
 
         with torch.no_grad(), reference() as ref:
-            ref_logprobs = [logprobs_of(ref, i)[0] for i in micros]
+            ref_logprobs = [logprobs_of(ref, i, "none")[0] for i in micros]
         # (B,G) equal answers are equal tokens; rounding must not order them (D4)
         first_copy = (tokens.unsqueeze(2) == tokens.unsqueeze(1)).all(-1).int().argmax(-1)
         policy_ranks = ranks_of(sampled_logprobs.gather(1, first_copy)).cpu()
@@ -285,11 +285,11 @@ def main(args):
         # 4. Update: `inner_epochs` steps on J - beta KL + c H                     [G Eq. 3; D5, D6]
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args.steps, args.lr)
-        old_logprobs = []
+        old_logprobs, in_loss = [], "grad" if args.entropy_coef else "value"
         for epoch in range(args.inner_epochs):
             for k, i in enumerate(micros):
                 with processes.no_sync(ddp, when=k < len(micros) - 1):
-                    logprobs, entropy = logprobs_of(ddp, i)  # (n,T)
+                    logprobs, entropy = logprobs_of(ddp, i, in_loss)  # (n,T)
                     if epoch == 0:  # on-policy: pi_old is pi and needs no pass of its own
                         old_logprobs.append(logprobs.detach())
                     mask = answer_mask(lengths[i], logprobs.shape[-1])  # (n,T)

@@ -395,10 +395,10 @@ def main(args):
         micros = by_length(torch.arange(B), lengths, args.micro_batch_size)
         value_prefix = value_prompt(questions, clips, prefix)  # D5
 
-        def logprobs_of(model, i):  # -> (n,T_i) x 2: log-probability, entropy
+        def logprobs_of(model, i, entropy="none"):  # -> (n,T_i) x 2: log-probability, entropy
             T_i = lengths[i].max()
             return token_logprobs(
-                model, prefix.rows(i), tokens[i, :, :T_i], lengths[i], args.temperature)
+                model, prefix.rows(i), tokens[i, :, :T_i], lengths[i], args.temperature, entropy)
 
         def values_of(model, i):  # -> (n,T_i)                                                 [I13]
             T_i = lengths[i].max()
@@ -440,7 +440,7 @@ def main(args):
                     m = of(mask)
                     if "policy" in networks:
                         with roles.as_("policy") as policy:
-                            logprobs, entropy = logprobs_of(policy, i)
+                            logprobs, entropy = logprobs_of(policy, i, "value")
                             losses = policy_loss(
                                 logprobs, of(old_logprobs), of(whitened), args.clip_range)
                             ((losses * m).sum() / n_tokens.clamp(min=1)).backward()

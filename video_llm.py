@@ -566,21 +566,24 @@ def packed(model, prefix, tokens, lengths, before=True, **kwargs):
     return out, torch.where(real, column - (W - 1 - A), 0).flatten(1)
 
 
-def token_logprobs(model, prefix, tokens, lengths, temperature=1.0, entropy_grad=False):
+def token_logprobs(model, prefix, tokens, lengths, temperature=1.0, entropy="none"):
     """log pi(token) and entropy of every answer token: (N,T), (N,T), row b*G + g; zero after an
-    answer's end. entropy_grad: the entropy is in a loss; its gradient doubles the bytes per logit.
+    answer's end. entropy: "none" (-> None), "value", or "grad" where it is in a loss: its gradient
+    doubles the bytes per logit.
 
     The one place that knows the causal shift and the sampling temperature: behaviour, reference and
     new policy all come through here."""
     T = tokens.shape[-1]
     out, index = packed(model, prefix, tokens, lengths)
     logprobs = (out.float() / temperature).log_softmax(-1)  # (B,1+A,V)
-    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        entropy = -(logprobs.exp() * logprobs).sum(-1).gather(1, index).view(-1, T)
     of_token = index * logprobs.shape[-1] + tokens.flatten(1)  # (B,G*T)
     chosen = logprobs.flatten(1).gather(1, of_token).view(-1, T)
     mask = answer_mask(lengths, T)
-    return chosen * mask, entropy * mask
+    if entropy == "none":
+        return chosen * mask, None
+    with torch.set_grad_enabled(entropy == "grad" and torch.is_grad_enabled()):
+        H = -(logprobs.exp() * logprobs).sum(-1).gather(1, index).view(-1, T)
+    return chosen * mask, H * mask
 
 
 def token_scores(model, prefix, tokens, lengths, before=False):

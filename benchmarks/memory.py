@@ -237,8 +237,8 @@ def measure(args, shape, prompt, answer, rows):
         tokens = torch.randint(1, 100, (rows, G, answer), device=device)
         lengths = torch.full((rows, G), answer, device=device)
         for i in torch.arange(rows, device=device).split(b):
-            logprobs, entropy = token_logprobs(model, prefix.rows(i), tokens[i], lengths[i])
-            (logprobs + 0.0 * entropy).sum().backward()
+            logprobs, _ = token_logprobs(model, prefix.rows(i), tokens[i], lengths[i], 1.0, "value")
+            logprobs.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -68,7 +68,7 @@ grpo("grpo_masked_loss", "mask *= used[i].repeat_interleave(args.G, 0)", "pass",
 grpo("grpo_masked_mean", "(lengths * used).sum().double()", "lengths.sum().double()",
      "masked groups count in the token mean", GRPO_GRADIENT)
 grpo("grpo_temperature_loss", "tokens[i, :, :T], lengths[i], args.temperature,",
-     "tokens[i, :, :T], lengths[i],", "no temperature in the log-probabilities of the loss",
+     "tokens[i, :, :T], lengths[i], 1.0,", "no temperature in the log-probabilities of the loss",
      GRPO_GRADIENT)
 grpo("grpo_temperature_sampling", "args.temperature, args.cuda_graphs)", "1.0, args.cuda_graphs)",
      "no temperature in the call that samples", GRPO_STEP)
@@ -259,8 +259,9 @@ ppo("ppo_centring_sign", "relative = centered(scores) if", "relative = -centered
     "the sign of centring in the loop", PPO_STEP)
 ppo("ppo_masked", "answer_mask(lengths * ok.unsqueeze(-1), T)", "answer_mask(lengths, T)",
     "answers without a score are learned from", PPO_GRADIENT)
-ppo("ppo_temperature_loss", "tokens[i, :, :T_i], lengths[i], args.temperature)",
-    "tokens[i, :, :T_i], lengths[i])", "no temperature in the log-probabilities", PPO_GRADIENT)
+ppo("ppo_temperature_loss", "tokens[i, :, :T_i], lengths[i], args.temperature, entropy",
+    "tokens[i, :, :T_i], lengths[i], 1.0, entropy", "no temperature in the log-probabilities",
+    PPO_GRADIENT)
 ppo("ppo_temperature_sampling", "eos, args.temperature, args.cuda_graphs)",
     "eos, 1.0, args.cuda_graphs)", "no temperature in the call that samples", PPO_STEP)
 ppo("ppo_value_after", "lengths[i], before=True)", "lengths[i], before=False)",
@@ -484,8 +485,8 @@ model("model_positions", "place = row(positions(mask), asked.unsqueeze(-1) + ste
       "positions do not restart behind the prefix", PACKED)
 model("model_before", "torch.where(step > 0, column, start.unsqueeze(-1)) - 1", "column - 1",
       "an answer's first token is read behind its neighbour", PACKED)
-model("model_entropy_sign", "entropy = -(logprobs.exp() * logprobs)",
-      "entropy = (logprobs.exp() * logprobs)", "negative entropy", PACKED)
+model("model_entropy_sign", "H = -(logprobs.exp() * logprobs)", "H = (logprobs.exp() * logprobs)",
+      "negative entropy", PACKED)
 model("model_eos_mask", "< lengths.reshape(-1, 1)).float()",
       "< lengths.reshape(-1, 1) - 1).float()", "EOS has no part in any mask",
       "test_video_llm.py::test_what_stands_behind_an_answer_does_not_matter")

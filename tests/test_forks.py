@@ -27,6 +27,7 @@ def copied(folder, name):
     done = subprocess.run(["git", "apply", diff], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert copy.read_text() != (REPO / "grpo_rank.py").read_text()
+    assert max(map(len, copy.read_text().splitlines())) <= 100
     return copy
 
 

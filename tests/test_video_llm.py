@@ -130,7 +130,7 @@ def test_packed_answers_score_as_if_alone(trained, prefix, tokens):
     params = {n: p for n, p in trained.named_parameters() if p.requires_grad}
     weights = torch.randn(12, 7, generator=torch.Generator().manual_seed(2))
     found = []
-    for score in (functools.partial(token_logprobs, entropy_grad=True), plain_logprobs):
+    for score in (functools.partial(token_logprobs, entropy="grad"), plain_logprobs):
         logprobs, entropy = score(trained, prefix, tokens, LENGTHS, 0.8)
         grads = torch.autograd.grad(((logprobs + 0.3 * entropy) * weights).sum(),
                                     list(params.values()))
@@ -140,7 +140,9 @@ def test_packed_answers_score_as_if_alone(trained, prefix, tokens):
     torch.testing.assert_close(packed_h, plain_h, rtol=1e-5, atol=1e-5)
     assert plain.min() < -2 and len(params) > 20
     # not asked for: no bytes for it
-    assert not (token_logprobs(trained, prefix, tokens, LENGTHS)[1]).requires_grad
+    value = token_logprobs(trained, prefix, tokens, LENGTHS, 0.8, "value")[1]
+    assert torch.equal(value, packed_h) and not value.requires_grad
+    assert token_logprobs(trained, prefix, tokens, LENGTHS)[1] is None
     for name, a, b in zip(params, packed_grads, plain_grads):
         assert b.abs().max() > 1e-6 or name.endswith("bias"), name
         # parts of the largest entry; a bias of attention keys has gradient zero but for rounding
@@ -149,7 +151,7 @@ def test_packed_answers_score_as_if_alone(trained, prefix, tokens):
 
 
 def test_what_stands_behind_an_answer_does_not_matter(start, prefix, tokens):
-    logprobs, entropy = token_logprobs(start[0], prefix, tokens, LENGTHS)
+    logprobs, entropy = token_logprobs(start[0], prefix, tokens, LENGTHS, entropy="value")
     mask = answer_mask(LENGTHS, 7)
     assert mask.sum() == LENGTHS.sum() == 46 and mask.shape == (12, 7)
     assert (logprobs[mask == 0] == 0).all() and (entropy[mask == 0] == 0).all()
@@ -425,7 +427,8 @@ def test_sampled_answers_come_with_their_log_probability(start, prefix):
 def test_the_video_token_is_never_sampled_nor_takes_probability(start, prefix, tokens):
     model, video_id, eos = start[0], start[0].config.video_token_id, start[1].tokenizer.eos_token_id
     uniforms = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0))
-    plain = token_logprobs(model, prefix, tokens, LENGTHS)
+    score = functools.partial(token_logprobs, entropy="value")
+    plain = score(model, prefix, tokens, LENGTHS)
     sampled = generate(model, prefix, uniforms, eos)
     head = model.language_model.lm_head.register_forward_hook(
         lambda module, inputs, out: out.index_add(
@@ -433,8 +436,8 @@ def test_the_video_token_is_never_sampled_nor_takes_probability(start, prefix, t
         )
     )
     try:
-        assert torch.equal(token_logprobs(model, prefix, tokens, LENGTHS)[0], plain[0])
-        assert torch.equal(token_logprobs(model, prefix, tokens, LENGTHS)[1], plain[1])
+        for now, before in zip(score(model, prefix, tokens, LENGTHS), plain):
+            assert torch.equal(now, before)
         for temperature in (0, 1.0, 50.0):
             assert (generate(model, prefix, uniforms, eos, temperature)[0] != video_id).all()
         assert torch.equal(generate(model, prefix, uniforms, eos)[0], sampled[0])
