@@ -161,15 +161,20 @@ import torch.nn.functional as F
 import video_llm
 from inputs.features import FeatureCache
 from inputs.preferences import read_preferences, write_preferences
-from inputs.records import DataError, read_records, report_lines
+from inputs.records import DataError, report_lines
 from oracle import ASPECTS, make_oracle
 from plumbing import files, processes, zoo
 from plumbing.api_client import ApiError
 from plumbing.embedded import build_embedded, sft_start
-from plumbing.questions import choose_questions, held_out_questions, question_indices
+from plumbing.questions import (
+    choose_questions,
+    held_out_questions,
+    question_indices,
+    read_questions,
+)
 from plumbing.run import Run, save_checkpoint
 from plumbing.text import is_correct, normalize
-from video_llm import Prefix, add_lora, generate, has_adapter, reference_of, token_logprobs, unwrap
+from video_llm import Prefix, generate, has_adapter, token_logprobs, unwrap
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,7 +289,7 @@ def main(args):
     run.first_step = trained * args.steps
     if run.checkpoint:
         run.first_step = max(run.first_step, int(run.checkpoint.name.split("-")[1]))
-    log = run.start(args.iterations * args.steps)
+    resumed, log = run.checkpoint, run.start(args.iterations * args.steps)
 
     def evaluate(step, model, processor):
         """Every --eval_steps steps, before the step: greedy answers to held-out questions."""
@@ -332,21 +337,17 @@ def main(args):
         first_step = (k - 1) * args.steps
         last_step = k * args.steps
         resume_from = max(first_step, run.first_step)
-        saved = folder / "theta" if k <= trained else run.checkpoint
-        saved = None if resume_from == first_step else saved
+        saved = folder / "theta" if k <= trained else resumed
+        run.checkpoint = None if resume_from == first_step else saved
         # the initialisation of LoRA; every other draw has a key of its own
         torch.manual_seed(args.seed)
         with processes.one_line_errors(OSError):
-            model, processor = run.load(saved or start_of(k))
-            if args.lora_r and not saved:
-                model = add_lora(model, args.lora_r, args.lora_alpha)
-            start = model if args.lora_r or not saved else run.load(start_of(k))[0]
-            # with LoRA the adapter is switched off, else a frozen copy
-            reference = reference_of(start)
+            model, processor = run.load_policy(start_of(k))
+            reference = run.reference_of(model, start_of(k))
         ddp = run.distribute(model)
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
-        if saved and k > trained:
+        if run.checkpoint and k > trained:
             run.resume(optimizer, model)
         logps_of = lambda m, batch: answer_logps(m, batch, processor, cache, args, run.device)
 
@@ -546,8 +547,7 @@ def open_data(run):
         if args.preferences:
             given, read = read_preferences(args.preferences.split(","), args.video_root or None)
         if args.collects:
-            labelled = "reference" in args.raters  # no other oracle reads a label
-            records, report = read_records(args.data.split(","), args.video_root or None, labelled)
+            records, report = read_questions(run, answers=True)  # zoo.write_card compares
         # the cache keeps only CLIP: decoder and Q-Former go
         model, processor = run.load(args.model)
         cache = FeatureCache(unwrap(model), processor, args.cache)

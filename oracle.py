@@ -523,8 +523,6 @@ def cut(clip, parts):
     return [Clip(clip.path, a, b) for a, b in zip(edges, edges[1:])]
 
 
-
-
 class ApiOracle(Oracle):
     """A server ranks, group by group, many groups at the same time. `counters`: what it cost and
     what was masked."""

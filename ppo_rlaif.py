@@ -341,7 +341,7 @@ def main(args):
         loaded = (roles.policy, processor) if "reward" in roles.adapters else None
         oracle = make_oracle(args, records, str(run.device), loaded=loaded)
         judge = args.stop_oracle and make_oracle(args, evals, str(run.device), [args.stop_oracle])
-        validate = Validation(run, roles, evals, cache, judge, state)  # D7
+        validate = Validation(run, roles, evals, cache, judge, differ, state)  # D7
         value_prompt = value_prompts(args, roles, oracle, str(run.device))
     if run.rank == 0:
         how = "one base network" if roles.adapters else "networks of their own"

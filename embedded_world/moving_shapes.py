@@ -76,7 +76,6 @@ DESCRIBE = "Describe this video in detail"
 SIZE, FPS, WHITE = 64, 8, (250, 250, 250)
 
 
-
 # --- the scene: what happens in one clip ----------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """A training run: its folder, its log, its checkpoints. Nothing here knows an algorithm.
 
     run = Run(__file__, args)     # runs/<file name>/<name>_s<seed>, and where to resume
-    model, processor = run.load(run.checkpoint or args.model)
+    model, processor = run.load_policy(args.model)
     ddp = run.distribute(model)
     run.resume(optimizer, model)  # sets run.first_step
     log = run.start(steps)

@@ -124,7 +124,6 @@ def f1_parts(prediction, reference):
     return common / len(p), 2 * common / (len(p) + len(r)), common / len(r)
 
 
-
 def is_correct(prediction, reference):
     """Exact match of normalised text (lower case, no punctuation, no articles), thinking apart."""
     return normalize(final_answer(prediction)) == normalize(final_answer(reference))

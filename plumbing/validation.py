@@ -2,11 +2,9 @@
 
 import sys
 
-import torch
-
 from plumbing import processes
 from plumbing.api_client import ApiError
-from plumbing.text import is_correct, normalize
+from plumbing.text import is_correct
 from video_llm import answer
 
 
@@ -18,12 +16,12 @@ class Validation:
 
     The policy with the largest margin is kept in best.safetensors. `state` goes into checkpoints.
     It holds the best margin, the step of it, and for how many steps since then the oracle could
-    compare nothing.
+    compare nothing. `differ` says which groups of answers need an order (oracle.py).
     """
 
-    def __init__(self, run, roles, records, cache, oracle, state):
+    def __init__(self, run, roles, records, cache, oracle, differ, state):
         self.run, self.roles, self.cache = run, roles, cache
-        self.oracle, self.state = oracle, state
+        self.oracle, self.differ, self.state = oracle, differ, state
         self.records, self.wanted = records[run.rank :: run.world], bool(records)
         if oracle and len(records) < run.world:
             sys.exit(f"{run.args.eval_data}: {len(records)} usable questions; --stop_oracle needs "
@@ -56,8 +54,7 @@ class Validation:
         clips, questions = ([r[key] for r in self.records] for key in ("clip", "question"))
         pairs = [list(pair) for pair in zip(answers, self.answers_of_start)]
         scores, ok = self.oracle.score(clips, questions, pairs)
-        differ = torch.tensor([normalize(a) != normalize(b) for a, b in pairs])
-        if not self.run.scored_or_stop(step, ok, differ, "--stop_oracle"):
+        if not self.run.scored_or_stop(step, ok, self.differ(pairs), "--stop_oracle"):
             state["unscored"] = state.get("unscored", 0) + args.eval_steps
             return False
         total, count = ((scores[:, 0] - scores[:, 1]) * ok).sum().double(), ok.sum().double()

@@ -754,7 +754,8 @@ def test_the_gradient_of_a_step(world, policy, monkeypatch, tmp_path):
         seen["grads"] = [p.grad.clone() for p in params]
         sys.exit("enough")
 
-    monkeypatch.setattr(dpo_iter_w2s, "reference_of", lambda model: lambda: nullcontext(other))
+    monkeypatch.setattr(plumbing.run, "reference_of",
+                        lambda model, place: lambda: nullcontext(other))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop_there)
     with pytest.raises(SystemExit, match="enough"):
         main_of(monkeypatch, world, "dpo_iter_w2s.py", *GIVEN, "--preferences",

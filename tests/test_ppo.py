@@ -22,7 +22,7 @@ from test_video_llm import lively, plain_logprobs, plain_scores
 import plumbing.run
 import ppo_rlaif
 from inputs.features import FeatureCache
-from oracle import ReferenceOracle, RewardModelOracle, finite
+from oracle import ReferenceOracle, RewardModelOracle, differ, finite
 from plumbing.batches import by_length
 from plumbing.flags import parse_args
 from plumbing.validation import Validation
@@ -705,7 +705,7 @@ def test_the_best_policy_is_kept_and_patience_ends(tmp_path, monkeypatch):
     oracle = SimpleNamespace(score=fake)
     run, roles, state = fake_run(tmp_path), FakeRoles(), dict(best=None, best_step=0)
     records = [dict(clip=None, question="q", answer=a) for a in ("a", None)]
-    validate = Validation(run, roles, records, None, oracle, state)
+    validate = Validation(run, roles, records, None, oracle, differ, state)
     assert [validate(step) for step in (0, 5, 10, 20, 25, 30, 40)] == [False] * 5 + [True, True]
     assert (state["best_step"] == 10 and state["best"] == pytest.approx(0.3)
             and len(roles.saved) == 2)
@@ -714,7 +714,7 @@ def test_the_best_policy_is_kept_and_patience_ends(tmp_path, monkeypatch):
 
 def test_without_held_out_questions_nothing_is_measured(tmp_path):
     run = fake_run(tmp_path)
-    validate = Validation(run, FakeRoles(), [], None, None, {})
+    validate = Validation(run, FakeRoles(), [], None, None, differ, {})
     assert not validate(0) and not validate(100) and not run.log.sums
 
 
@@ -735,7 +735,8 @@ def test_an_early_stop_whose_oracle_is_dead(tmp_path, monkeypatch):
 
     run, state = fake_run(tmp_path, max_new_tokens=7), dict(best=None, best_step=0)
     records = [dict(clip=None, question="q", answer=a) for a in "ab"]
-    validate = Validation(run, FakeRoles(), records, None, SimpleNamespace(score=score), state)
+    validate = Validation(run, FakeRoles(), records, None, SimpleNamespace(score=score), differ,
+                          state)
     assert [validate(step) for step in (0, 10, 20, 30, 40, 50)] == [False] * 6
     assert state["best_step"] == 0 and lengths == {7}
     with pytest.raises(SystemExit, match="--stop_oracle has ranked nothing"):

@@ -470,8 +470,6 @@ def video_at(ids, video_id):
     return at
 
 
-
-
 @pytest.mark.parametrize("word", ["red circle ", "é ü 漢字"])
 def test_overlong_questions_are_cut_never_the_video(start, word):
     processor, video_id = start[1], start[0].config.video_token_id
