@@ -103,7 +103,7 @@ class Args(OracleArgs, ModelArgs):  # memory, oracle, server: plumbing/flags.py
     questions: int = flag(1600, "questions of an iteration", low=1)
     steps: int = flag(75, "optimizer steps of an iteration", low=1)
     prompts_per_step: int = flag(48, "pairs per step, over all processes", low=1)
-    micro_batch_size: int = flag(12, "pairs per forward pass and process", low=1)
+    tokens_per_micro_batch: int = flag(2048, "tokens in a forward pass, padding included", low=1)
     lr: float = flag(3e-4, "peak learning rate; each iteration: 10 steps up, then to zero", above=0)
     max_prompt_tokens: int = flag(512, "of a longer question the end is cut, not the video", low=1)
     max_new_tokens: int = flag(16, "longest answer, EOS included; longer ones are cut", low=1)
@@ -162,16 +162,14 @@ import video_llm
 from inputs.features import FeatureCache
 from inputs.preferences import read_preferences, write_preferences
 from inputs.records import DataError, report_lines
+from model.packing import batches
 from oracle import ASPECTS, make_oracle
-from plumbing import files, processes, zoo
+from plumbing import processes, zoo
 from plumbing.api_client import ApiError
+from plumbing.batches import micro_batches
 from plumbing.embedded import build_embedded, sft_start
-from plumbing.questions import (
-    choose_questions,
-    held_out_questions,
-    question_indices,
-    read_questions,
-)
+from plumbing.questions import (choose_questions, held_out_questions, question_indices,
+                                read_questions)
 from plumbing.run import Run, save_checkpoint
 from plumbing.text import is_correct, normalize
 from video_llm import Prefix, generate, has_adapter, token_logprobs, unwrap
@@ -356,11 +354,11 @@ def main(args):
             began, lr = time.time(), lr_at(step - first_step, args.steps, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            mine = question_indices(len(pairs), step, args)[run.rank :: run.world]
-            mine = [pairs[i] for i in mine]
-            # alike in a micro-batch
-            mine.sort(key=lambda p: max(len(p["chosen"]), len(p["rejected"])))
-            micros = files.in_chunks(mine, args.micro_batch_size)
+            asked = question_indices(len(pairs), step, args)
+            mine = [pairs[i] for i in asked[run.rank :: run.world]]
+            micros = [[mine[i] for i in part]  # of like length
+                      for part in micro_batches(row_tokens(mine, processor, args),
+                                                args.tokens_per_micro_batch)]
             for i, micro in enumerate(micros):
                 with torch.no_grad(), reference() as ref:
                     ref_logps, _ = logps_of(ref, micro)  # (B,2)
@@ -390,7 +388,8 @@ def main(args):
         for alpha in args.alphas:
             go_to(line, alpha)
             texts, sums = greedy(evals_here, model, processor, cache, args)
-            sums |= rewards_on(pairs[:192][run.rank :: run.world], logps_of, model, reference, args)
+            some = pairs[:192][run.rank :: run.world]
+            sums |= rewards_on(some, logps_of, model, processor, reference, args)
             answers.append(texts)
             curve.append({"alpha": alpha} | processes.all_means(sums))
         with processes.one_line_errors(ApiError):
@@ -452,9 +451,7 @@ def score(oracle, clips, questions, answers):
 
 def questions_of(k, count, args):
     """The questions of iteration k, indices: the next --questions of a permutation keyed by the
-    seed.
-
-    After its end it starts again."""
+    seed, which starts again after its end."""
     order = np.random.default_rng([args.seed, 0]).permutation(count).tolist()
     n = min(args.questions, count)
     return [order[i % count] for i in range((k - 1) * n, k * n)]
@@ -463,6 +460,13 @@ def questions_of(k, count, args):
 # --------------------------------------------------------------------------------------------------
 # Steps 4 and 5: log-probabilities of pairs, the line through two models
 # --------------------------------------------------------------------------------------------------
+def row_tokens(pairs, processor, args):
+    """Tokens of each pair's packed row, (B,): prompt and both answers."""
+    prompt = lambda p: processor.prompt_ids(p["question"], True, args.max_prompt_tokens)
+    answers = lambda p: [ids_of(p, side, processor, args.max_new_tokens) for side in SIDES]
+    return torch.tensor([len(prompt(p)) + 2 * max(map(len, answers(p))) for p in pairs])
+
+
 def answer_logps(model, pairs, processor, cache, args, device):
     """log pi of both answers of B pairs, packed after one prefix -> logps (B,2), lengths (B,2)."""
     prefix = Prefix.build(processor, cache, [p["question"] for p in pairs],
@@ -505,10 +509,11 @@ def go_to(line, alpha):
 
 
 @torch.no_grad()
-def rewards_on(pairs, logps_of, model, reference, args):
+def rewards_on(pairs, logps_of, model, processor, reference, args):
     """What DPO logs, on fixed pairs, for the model as it is now -> {key: (sum, count)}."""
-    out = Counter()
-    for micro in files.in_chunks(pairs, args.micro_batch_size):
+    out, tokens = Counter(), row_tokens(pairs, processor, args)
+    for part in batches(tokens, args.tokens_per_micro_batch):
+        micro = [pairs[i] for i in part]
         with reference() as ref:
             ref_logps, _ = logps_of(ref, micro)
         logps, _ = logps_of(model, micro)

@@ -133,20 +133,9 @@ from evaluation import benchmark_files
 from evaluation.answers import Answering, Run, fingerprint
 from evaluation.judges import ClipText, make_judge, never_read, score_rows
 from evaluation.prediction_files import in_own_format, join, predictions
-from evaluation.report import (
-    as_markdown,
-    as_text,
-    facts,
-    group_tables,
-    overview,
-    paired,
-    plot_benchmarks,
-    plot_curve,
-    plot_runs,
-    side_by_side,
-    summarise,
-    uneven_counts,
-)
+from evaluation.report import (as_markdown, as_text, facts, group_tables, overview, paired,
+                               plot_benchmarks, plot_curve, plot_runs, side_by_side, summarise,
+                               uneven_counts)
 from evaluation.runs import chance, compare, find_run, group_runs, learning_curve, table
 from inputs.features import FeatureCache
 from inputs.frames import VideoError

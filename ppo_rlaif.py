@@ -92,17 +92,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing.flags import (
-    ORACLES,
-    WORLD,
-    ModelArgs,
-    OracleArgs,
-    RolloutArgs,
-    answer_help,
-    flag,
-    parse_args,
-    world_size,
-)
+from plumbing.flags import (ORACLES, WORLD, ModelArgs, OracleArgs, RolloutArgs, answer_help, flag,
+                            parse_args, world_size)
 
 
 @dataclass
@@ -114,7 +105,7 @@ class Args(OracleArgs, RolloutArgs, ModelArgs):  # memory, oracle, server: plumb
         clip_range=0.2, value_clip_range=0.2, gamma=1.0, lam=1.0, temperature=1.0, adam_eps=1e-8,
         adam_beta2=0.999, zero_value_head=True, max_new_tokens=896, lora_r=64, lora_alpha=16,
         quantize="nf4", dtype="bfloat16", oracle_dtype="bfloat16", oracle_tokens=4096,
-        gradient_checkpointing=True, micro_batch_size=8, stop_oracle="")}
+        gradient_checkpointing=True, tokens_per_micro_batch=2048, stop_oracle="")}
     # -- algorithm
     preset: str = flag("", "paper: the values of VLM-RLAIF's script, QLoRA included; other flags "
                        "still win", choices=("", "paper"))
@@ -150,7 +141,7 @@ class Args(OracleArgs, RolloutArgs, ModelArgs):  # memory, oracle, server: plumb
     steps: int = flag(150, "rollout steps", low=1)
     prompts_per_step: int = flag(48, "questions per step, over all processes [V: 256]", low=1)
     G: int = flag(5, "answers per question (D4) [V: 1]", low=1)
-    micro_batch_size: int = flag(12, "questions, of G answers, per forward pass: memory", low=1)
+    tokens_per_micro_batch: int = flag(2048, "tokens in a forward pass, padding included", low=1)
     lr: float = flag(3e-4, "peak learning rate of the policy", above=0)
     value_lr: float = flag(3e-4, "peak learning rate of the value model", above=0)
     schedule: str = flag("linear", "decay to zero (I21)", choices=("linear", "cosine"))
@@ -214,17 +205,8 @@ from plumbing.embedded import build_embedded, build_oracle, sft_start
 from plumbing.questions import choose_questions, read_questions, step_questions
 from plumbing.run import Run, adapter_of
 from plumbing.validation import Validation
-from video_llm import (
-    Prefix,
-    add_scalar_head,
-    answer_mask,
-    generate,
-    token_logprobs,
-    token_scores,
-    uniforms_of,
-    unpacked,
-    unwrap,
-)
+from video_llm import (Prefix, add_scalar_head, answer_mask, generate, token_logprobs, token_scores,
+                       uniforms_of, unpacked, unwrap)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -392,8 +374,10 @@ def main(args):
         # 3. Log-probabilities, values and advantages, before the first update, no dropout      [I5]
         B, G, T = tokens.shape
         mask = answer_mask(lengths * ok.unsqueeze(-1), T)  # (N,T) D1, I3
-        micros = by_length(torch.arange(B), lengths, args.micro_batch_size)
         value_prefix = value_prompt(questions, clips, prefix)  # D5
+        prompt_tokens = torch.maximum(*(p.attention_mask.sum(-1) for p in (prefix, value_prefix)))
+        row_tokens = (prompt_tokens + lengths.sum(-1)).cpu()  # (B,)
+        micros = by_length(torch.arange(B), row_tokens, args.tokens_per_micro_batch)
 
         def logprobs_of(model, i, entropy="none"):  # -> (n,T_i) x 2: log-probability, entropy
             T_i = lengths[i].max()
@@ -435,7 +419,7 @@ def main(args):
             for chunk in np.split(draw.permutation(args.prompts_per_step), args.mini_batches):
                 here = torch.from_numpy(chunk[chunk % run.world == run.rank] // run.world)
                 n_tokens = processes.all_sum(mask.view(B, G, T)[here].sum().double())  # D1: global
-                for i in by_length(here, lengths, args.micro_batch_size):
+                for i in by_length(here, row_tokens, args.tokens_per_micro_batch):
                     of = lambda x: x.view(B, G, T)[i, :, : lengths[i].max()].flatten(0, 1)
                     m = of(mask)
                     if "policy" in networks:

@@ -64,6 +64,7 @@ import random
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from plumbing.flags import JUDGE, WORLD, ModelArgs, answer_help, flag, parse_args
 
@@ -100,7 +101,7 @@ class Args(ModelArgs):  # --dtype, ...: plumbing/flags.py
     epochs: float = flag(4.0, "passes over the pairs [V: 1]", above=0)
     prompts_per_step: int = flag(16, "groups (up to --pack pairs about a video) per step", low=1)
     pack: int = flag(8, "pairs about one video that share its prefix, at most", low=1)
-    micro_batch_size: int = flag(4, "groups per forward pass and process", low=1)
+    tokens_per_micro_batch: int = flag(2048, "tokens in a forward pass, padding included", low=1)
     lr: float = flag(5e-4, "peak learning rate; 10 steps up, linear to zero [V: 2e-5]", above=0)
     head_lr: float = flag(1e-2, "peak learning rate of the head (D11)", above=0)
     weight_decay: float = flag(0.0, "AdamW weight decay [V: 0]", low=0)
@@ -158,8 +159,10 @@ import torch.nn.functional as F
 from inputs.features import FeatureCache
 from inputs.preferences import read_preferences, write_preferences
 from inputs.records import DataError, report_lines
+from model.packing import batches
 from oracle import JudgeOracle, ReferenceOracle, as_read, cut_narrative, reward_batch
 from plumbing import files, processes
+from plumbing.batches import micro_batches
 from plumbing.embedded import build_embedded, sft_start, ship_weights
 from plumbing.pairs import Reading, by_video, group_size, unseen_by
 from plumbing.questions import prepare_videos, question_indices, read_questions, usable_questions
@@ -358,25 +361,28 @@ def main(args):
                                   weight_decay=args.weight_decay)
     run.resume(optimizer, model)
     steps = math.ceil(args.epochs * len(groups) / args.prompts_per_step)
-    ddp, size = run.distribute(model, report["text_only"] > 0), args.micro_batch_size
-    log = run.start(steps)
+    ddp, log = run.distribute(model, report["text_only"] > 0), run.start(steps)
 
-    def rewards_of(m, groups):  # -> rewards (n,2) of the n pairs, and the pairs in the same order
-        prefix, tokens, lengths, places = collate(groups, reading, processor, cache, run.device,
-                                                  args)
-        rewards = read_rewards(token_scores(m, prefix, tokens, lengths), lengths)  # (B,G)
-        return rewards.view(-1)[places], [p for group in groups for p in group]
+    batch_of = lambda groups: collate(groups, reading, processor, cache, run.device, args)
+    row_tokens = lambda batch: batch.prefix.attention_mask.sum(-1) + batch.lengths.sum(-1)  # (B,)
+
+    @torch.no_grad()
+    def rewards_on(groups):  # rewards (n,2) and pairs of one micro-batch after the other
+        for some in files.in_chunks(groups, args.prompts_per_step // run.world):
+            batch = batch_of(some)
+            for i in batches(row_tokens(batch), args.tokens_per_micro_batch):
+                yield rewards_of(model, batch, i)
 
     for step in range(run.first_step, steps):
         # 2. Rewards, Bradley-Terry, centring                                       [BT, C; D3, D6]
-        #    Groups of like size and length together: a micro-batch holds little padding.
-        batch = [groups[i] for i in question_indices(len(groups), step, args)]
-        n_pairs = sum(map(len, batch))
-        mine = sorted(batch, key=group_size)[run.rank :: run.world]
-        micros = [mine[i : i + size] for i in range(0, len(mine), size)]
-        for k, micro in enumerate(micros):
+        asked = [groups[i] for i in question_indices(len(groups), step, args)]
+        n_pairs = sum(map(len, asked))
+        mine = sorted(asked, key=group_size)[run.rank :: run.world]
+        batch = batch_of(mine)
+        micros = micro_batches(row_tokens(batch), args.tokens_per_micro_batch)  # of like length
+        for k, i in enumerate(micros):
             with processes.no_sync(ddp, when=k < len(micros) - 1):
-                rewards, pairs = rewards_of(ddp, micro)  # (n,2)
+                rewards, pairs = rewards_of(ddp, batch, i)  # (n,2), n pairs
                 bt = bradley_terry(rewards)  # (n,)
                 centring = args.centring * centring_term(rewards)  # (n,)
                 # DDP averages over processes; * world undoes it
@@ -401,10 +407,7 @@ def main(args):
 
         # 4. Measure on held-out videos, log, save
         if (step + 1) % args.eval_steps == 0 or step + 1 == steps:
-            mine = held_groups[run.rank :: run.world]
-            for i in range(0, len(mine), size):
-                with torch.no_grad():
-                    rewards, pairs = rewards_of(model, mine[i : i + size])
+            for rewards, pairs in rewards_on(held_groups[run.rank :: run.world]):
                 measured = measure(rewards.cpu(), pairs)
                 for key in MEASURES:
                     log.add(f"eval/{key}", *measured[key])
@@ -413,14 +416,10 @@ def main(args):
         run.save(step + 1, model, processor, optimizer)
 
     # 5. Normalise (D8) and say how the model is to be used
-    mine, rewards = groups[:1000][run.rank :: run.world], torch.zeros(0, dtype=torch.float64)
-    with torch.no_grad():
-        for i in range(0, len(mine), size):
-            part = rewards_of(model, mine[i : i + size])[0]
-            rewards = torch.cat([rewards, part.flatten().cpu().double()])
-    number = torch.tensor(float(len(rewards)), dtype=torch.float64)
-    sums = processes.all_sum(torch.stack([number, rewards.sum(), rewards.square().sum()]))
-    n, total, squares = sums.tolist()
+    mine = groups[:1000][run.rank :: run.world]
+    rewards = torch.cat([r.flatten().cpu().double() for r, _ in rewards_on(mine)])
+    sums = torch.stack([torch.ones_like(rewards).sum(), rewards.sum(), rewards.square().sum()])
+    n, total, squares = processes.all_sum(sums).tolist()
     mean, std = total / n, math.sqrt(max(squares / n - (total / n) ** 2, 1e-12))
     normalise_head(unwrap(model).score_head, mean, std)
     settings = dict(narrative_clips=args.clips if args.narrative else 0,
@@ -433,9 +432,8 @@ def main(args):
 
 
 def trained_parts(model):
-    """-> the trained weights of the network, those of the scalar head. Frozen: the output
-    embeddings, which predict nothing here, and the head's bias, which Bradley-Terry cannot see (D8
-    sets it)."""
+    """-> the trained weights of the network, those of the scalar head. Frozen: output embeddings,
+    which predict nothing here, and the head's bias, which Bradley-Terry cannot see (D8 sets it)."""
     words = unwrap(model).get_output_embeddings().weight
     if words is not unwrap(model).get_input_embeddings().weight:
         words.requires_grad_(False)
@@ -447,11 +445,20 @@ def trained_parts(model):
             [p for n, p in trained.items() if "score_head" in n])
 
 
+class Batch(NamedTuple):
+    """B groups of pairs. columns[b] (n,2): which of the texts of row b are the chosen and the
+    rejected answer of each of its n pairs."""
+
+    groups: list
+    prefix: Prefix
+    tokens: torch.Tensor  # (B,G,T), texts that differ
+    lengths: torch.Tensor  # (B,G)
+    columns: list
+
+
 def collate(groups, reading, processor, cache, device, args):
-    """Groups of n pairs in all -> Prefix of B videos, tokens (B,G,T), lengths (B,G) of their
-    different answers, and where each pair's are among these B*G: (n,2), chosen first."""
-    rows, places = [], []
-    for b, group in enumerate(groups):
+    rows, columns = [], []
+    for group in groups:
         texts = {}  # an answer that is in several pairs is read once
         for p in group:
             narrative, own = reading.beside(p)
@@ -459,13 +466,24 @@ def collate(groups, reading, processor, cache, device, args):
                 texts[str(p["question"]), p[side]] = p["question"], narrative, p[side], own
         order = list(texts)
         rows.append(list(texts.values()))
-        places += [[b, *(order.index((str(p["question"]), p[side])) for side in SIDES)]
-                   for p in group]
+        columns.append(torch.tensor(
+            [[order.index((str(p["question"]), p[side])) for side in SIDES] for p in group]))
     prefix, tokens, lengths = reward_batch(
         rows, [group[0]["clip"] for group in groups], processor, cache, device,
         args.answer_first, args.max_prompt_tokens, args.max_answer_tokens)
-    places = torch.tensor(places, device=device)
-    return prefix, tokens, lengths, places[:, :1] * lengths.shape[1] + places[:, 1:]
+    return Batch(groups, prefix, tokens, lengths, columns)
+
+
+def rewards_of(model, batch, rows):
+    """-> rewards (n,2) of the n pairs of these rows, chosen first, and the pairs."""
+    G = 1 + max(int(batch.columns[b].max()) for b in rows)
+    lengths = batch.lengths[rows, :G]
+    tokens = batch.tokens[rows, :G, : lengths.max()]
+    has_video = torch.tensor([group[0]["clip"] is not None for group in batch.groups])
+    scores = token_scores(model, batch.prefix.rows(rows, has_video), tokens, lengths)
+    rewards = read_rewards(scores, lengths)  # (b,G)
+    pairs = [p for b in rows for p in batch.groups[b]]
+    return torch.cat([r[batch.columns[b]] for r, b in zip(rewards, rows)]), pairs
 
 
 def measure(rewards, pairs):

@@ -52,7 +52,7 @@ class Args(ShardArgs):  # --dtype, --shard, ...: plumbing/flags.py
     PRESETS = {"paper": dict(
         clip="openai/clip-vit-large-patch14-336", qformer="32", llm="meta-llama/Llama-2-7b-hf",
         num_frames=50, judge_share=0.0, lora_r=32, lora_alpha=32, quantize="nf4", lr=1e-4,
-        dtype="bfloat16", gradient_checkpointing=True, batch_size=128, micro_batch_size=2,
+        dtype="bfloat16", gradient_checkpointing=True, batch_size=128, tokens_per_micro_batch=1750,
         weight_decay=0.0)}
     # -- algorithm
     preset: str = flag("", "paper: 7B with QLoRA, 50 frames, 32 queries; other flags still win",
@@ -70,7 +70,7 @@ class Args(ShardArgs):  # --dtype, --shard, ...: plumbing/flags.py
     batch_size: int = flag(32, "groups (up to --pack examples about one clip) per optimizer step, "
                            "over all processes", low=1)
     pack: int = flag(6, "examples about one clip that share its video, at most", low=1)
-    micro_batch_size: int = flag(4, "groups per forward pass and process", low=1)
+    tokens_per_micro_batch: int = flag(2048, "tokens in a forward pass, padding included", low=1)
     lr: float = flag(1.5e-3, "peak learning rate; linear warm-up, then linear to zero", above=0)
     warmup: float = flag(0.03, "share of the steps that warm up", low=0, high=1)
     weight_decay: float = flag(0.05, "AdamW weight decay", low=0)
@@ -113,6 +113,7 @@ from inputs.records import DataError, read_records
 from model.compose import compose
 from oracle import judge_prompt
 from plumbing import processes
+from plumbing.batches import micro_batches
 from plumbing.embedded import build_world, ship_weights
 from plumbing.questions import choose_labels, fitting_records
 from plumbing.run import Run
@@ -237,13 +238,14 @@ def main(args):
                 groups[k] = [pair for pair in pairs if pair] or group
         n_examples = sum(map(len, groups))
 
-        # 5. Likelihood of the answers. Sorted by length: a micro-batch holds little padding.
+        # 5. Likelihood of the answers. Rows of like length: a micro-batch holds little padding.
         rows = sorted((encode(g, processor, args) for g in groups), key=row_length)
         mine = rows[run.rank :: run.world]
-        size = args.micro_batch_size
-        micros = [mine[i : i + size] for i in range(0, len(mine), size)]
+        row_tokens = torch.tensor([*map(row_length, mine)])
+        micros = micro_batches(row_tokens, args.tokens_per_micro_batch)
         for i, micro in enumerate(micros):
-            prefix, tokens, lengths, mask, kinds = collate(micro, processor, cache, run.device)
+            some = [mine[k] for k in micro]
+            prefix, tokens, lengths, mask, kinds = collate(some, processor, cache, run.device)
             with processes.no_sync(ddp, when=i < len(micros) - 1):
                 logprobs, _ = token_logprobs(ddp, prefix, tokens, lengths)  # (N,T)
                 nll = sft_loss(logprobs, mask)  # (N,)
@@ -266,8 +268,7 @@ def main(args):
         optimizer.zero_grad()
         log.add("policy/grad_norm", grad_norm)
         log.add("charts/lr", lr_at(step, args.steps, args.lr, args.warmup))
-        losses = [f"losses/{kind}" for kind in KINDS]
-        log.step(step, show=["losses/sft", *losses, "policy/grad_norm"])
+        log.step(step, show=["losses/sft", *(f"losses/{k}" for k in KINDS), "policy/grad_norm"])
         run.save(step + 1, model, processor, optimizer)
     run.finish(model, processor)
 

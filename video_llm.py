@@ -36,18 +36,9 @@ import torch
 import torch.nn as nn
 import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    Blip2QFormerConfig,
-    Blip2QFormerModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import (AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Blip2QFormerConfig,
+                          Blip2QFormerModel, CLIPVisionConfig, CLIPVisionModel, GenerationMixin,
+                          PreTrainedConfig, PreTrainedModel)
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -431,10 +422,15 @@ class Prefix(NamedTuple):
         return cls(*(x if x is None else x.to(device)
                      for x in (*processor.pad(rows, "left"), *features)))
 
-    def rows(self, which):
-        """The same for a slice of rows; every row has a video here (text-only prompts are not
-        sampled in groups)."""
-        return Prefix(*(x[which] for x in self))
+    def rows(self, which, has_video=None):
+        """The same for some rows. has_video (B,): the rows that have one; None: all do."""
+        text = self.input_ids[which], self.attention_mask[which]
+        if has_video is None:
+            return Prefix(*text, self.video_features[which], self.frame_mask[which])
+        videos = (has_video.cumsum(0) - 1)[which][has_video[which]]
+        if not len(videos):
+            return Prefix(*text, None, None)
+        return Prefix(*text, self.video_features[videos], self.frame_mask[videos])
 
     def model_inputs(self):
         return dict(video_features=self.video_features, frame_mask=self.frame_mask)

@@ -27,15 +27,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 import video_llm
 from plumbing.flags import Parser  # noqa: E402
-from video_llm import (
-    Prefix,
-    VideoLLM,
-    VideoLLMConfig,
-    VideoQFormerConfig,
-    add_lora,
-    generate,
-    token_logprobs,
-)
+from video_llm import (Prefix, VideoLLM, VideoLLMConfig, VideoQFormerConfig, add_lora, generate,
+                       token_logprobs)
 
 # vision tower, Q-Former, decoder; frames
 SHAPES = {"7b": (dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
@@ -89,11 +82,9 @@ def counts(config):
                 matrices=matrices, rest=size(model.language_model) - matrices, lora=lora)
 
 
-def micro_batch(args, prompt, answer):
-    """Rows of a forward pass; of grpo_rank.py: groups that fill its budget of tokens."""
-    if hasattr(args, "micro_batch_size"):
-        return args.micro_batch_size
-    return max(1, args.tokens_per_micro_batch // (prompt + args.G * answer))
+def micro_batch(args, G, prompt, answer):
+    """Rows of G answers that fill the budget of tokens, one at least."""
+    return max(1, args.tokens_per_micro_batch // (prompt + G * answer))
 
 
 def table(script, args, shape, processes, prompt, answer, rows=None):
@@ -103,7 +94,7 @@ def table(script, args, shape, processes, prompt, answer, rows=None):
     about, config, frames = SCRIPTS[script], configuration(shape), SHAPES[shape][3]
     t, q, v = config.text_config, config.qformer_config, config.vision_config
     n, G = counts(config), about["G"](args)
-    b = micro_batch(args, prompt + q.num_query_tokens, answer)
+    b = micro_batch(args, G, prompt + q.num_query_tokens, answer)
     lora, nf4 = args.lora_r, args.quantize == "nf4"
     # bytes of what is not trained, and of what layers put out
     e = 2 if args.dtype == "bfloat16" else 4
@@ -221,7 +212,7 @@ def measure(args, shape, prompt, answer, rows):
         optimizer.state[p] = dict(step=torch.tensor(1.0), exp_avg=torch.zeros_like(p),
                                   exp_avg_sq=torch.zeros_like(p))
     v, Q, G = config.vision_config, config.qformer_config.num_query_tokens, args.G
-    b = micro_batch(args, prompt + Q, answer)
+    b = micro_batch(args, G, prompt + Q, answer)
     S = (v.image_size // v.patch_size) ** 2 + 1
     ids = torch.randint(1, config.text_config.vocab_size, (rows, prompt + Q))
     ids[:, 1 : 1 + Q] = config.video_token_id
@@ -294,7 +285,8 @@ def main():
         if about.measure and args.quantize != "none":
             parser.error("--measure: with --quantize none")
         queries = configuration(about.shape).qformer_config.num_query_tokens
-        b = micro_batch(args, about.prompt_tokens + queries, about.answer_tokens)
+        b = micro_batch(args, SCRIPTS[script]["G"](args), about.prompt_tokens + queries,
+                        about.answer_tokens)
         rows = 2 * b if about.measure else None
         columns[script] = table(script, args, about.shape, 1 if about.measure else about.processes,
                                 about.prompt_tokens, about.answer_tokens, rows)

@@ -44,16 +44,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPModel
 
 import oracle
-from evaluation.metrics import (
-    choice_values,
-    class_hits,
-    qa_values,
-    retrieval_hits,
-    score_values,
-    tempcompass,
-    tempcompass_strict,
-    unanswered,
-)
+from evaluation.metrics import (choice_values, class_hits, qa_values, retrieval_hits, score_values,
+                                tempcompass, tempcompass_strict, unanswered)
 from inputs.frames import VideoError
 from inputs.records import DataError
 from oracle import JudgeOracle

@@ -17,26 +17,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from safetensors import safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPImageProcessorPil,
-    CLIPVisionModel,
-    LlamaConfig,
-)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil,
+                          CLIPVisionModel, LlamaConfig)
 
 from model.packing import whole_rows
-from video_llm import (
-    TINY_LLAMA,
-    VIDEO_TOKEN,
-    VideoLLM,
-    VideoLLMConfig,
-    VideoLLMProcessor,
-    VideoQFormer,
-    VideoQFormerConfig,
-    find,
-)
+from video_llm import (TINY_LLAMA, VIDEO_TOKEN, VideoLLM, VideoLLMConfig, VideoLLMProcessor,
+                       VideoQFormer, VideoQFormerConfig, find)
 
 
 def init_from_nothing(module, seed):

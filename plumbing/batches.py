@@ -5,7 +5,8 @@ from plumbing import processes
 
 
 def micro_batches(tokens, budget):
-    """The same, and equally many on every process, so that none waits for another within a step."""
+    """tokens (B,) of a packed row each -> lists of places: rows of like length, as many as `budget`
+    holds. Equally many lists on every process, so that none waits for another within a step."""
     parts = batches(tokens, budget)
     for _ in range(processes.all_max(len(parts)) - len(parts)):
         at = max(range(len(parts)), key=lambda k: len(parts[k]))
@@ -13,8 +14,7 @@ def micro_batches(tokens, budget):
     return parts
 
 
-def by_length(rows, lengths, size):
-    """Questions `rows` in micro-batches of `size`, like lengths together. lengths (B,G)."""
-    if not len(rows):
-        return []
-    return rows[lengths[rows].max(-1).values.cpu().argsort(stable=True)].split(size)
+def by_length(rows, tokens, budget):
+    """The same for some rows of all: rows (n,), places in tokens (B,) -> tensors of places. Each
+    process has as many as it needs."""
+    return [rows[part] for part in batches(tokens[rows], budget)]

@@ -90,8 +90,8 @@ class ModelArgs(Flags):
                                                "activations")
 
     def check_training(self, batch=None):
-        """What the training scripts refuse alike. batch: the flag of the global batch, where
-        micro-batches must fill it."""
+        """What the training scripts refuse alike. batch: the flag of the global batch,
+        which the processes share evenly."""
         if self.quantize == "nf4" and not self.lora_r:
             raise ValueError("--quantize nf4: only with --lora_r")
         if not re.fullmatch(r"\w[\w.+-]*", self.name):
@@ -109,12 +109,8 @@ class ModelArgs(Flags):
                 raise ValueError("--shard: one process has nobody to share with; start several "
                                  "with torchrun")
         world, size = world_size(), batch and getattr(self, batch)
-        if hasattr(self, "tokens_per_micro_batch"):  # these are as long as they may be, not as many
-            if size % world:
-                raise ValueError(f"--{batch} {size} must be a multiple of the {world} processes")
-        elif batch and size % (world * self.micro_batch_size):
-            raise ValueError(f"--{batch} {size} must be a multiple of processes x "
-                             f"--micro_batch_size ({world} x {self.micro_batch_size})")
+        if batch and size % world:
+            raise ValueError(f"--{batch} {size} must be a multiple of the {world} processes")
 
     def check_start(self, name):
         """ValueError where the model of the flag is an adapter, which cannot be a reference: its

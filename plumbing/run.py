@@ -39,7 +39,6 @@ from video_llm import add_lora, has_adapter, load_model, merged, reference_of, s
 KL_WARNING = 10.0  # nats: so far from its start a policy says something else altogether
 NEUTRAL = (
     "tokens_per_micro_batch",
-    "micro_batch_size",
     "gradient_checkpointing",
     "unpack_nf4",
     "cuda_graphs",

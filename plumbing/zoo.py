@@ -42,14 +42,8 @@ import torch
 from inputs.features import FeatureCache
 from inputs.frames import VideoError
 from plumbing import embedded, files, processes
-from plumbing.api_client import (
-    ApiClient,
-    ApiError,
-    ReplyError,
-    check_server,
-    frames_as_urls,
-    message,
-)
+from plumbing.api_client import (ApiClient, ApiError, ReplyError, check_server, frames_as_urls,
+                                 message)
 from plumbing.embedded import POLICY_SFT, sft_start
 from plumbing.flags import WORLD
 from plumbing.questions import prepare_videos

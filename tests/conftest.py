@@ -151,7 +151,7 @@ def policy(world, tmp_path_factory):
         (folder / "data").symlink_to(world / "data")
         make_in(folder, "sft.py", "--name", "policy", "--data", "data/moving_shapes/train.json",
                 "--num_clips", "6",
-                "--steps", "4", "--batch_size", "8", "--micro_batch_size", "8")
+                "--steps", "4", "--batch_size", "8", "--tokens_per_micro_batch", "1200")
 
     made = made_once(tmp_path_factory, "policy", make)
     shutil.copytree(made / "runs/sft/policy_s0", world / "runs/sft/policy_s0")

@@ -6,22 +6,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    GenerationConfig,
-    InstructBlipConfig,
-    InstructBlipForConditionalGeneration,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import (AutoModelForCausalLM, Blip2Config, Blip2ForConditionalGeneration,
+                          CLIPConfig, CLIPImageProcessorPil, CLIPModel, GenerationConfig,
+                          InstructBlipConfig, InstructBlipForConditionalGeneration, LlamaConfig,
+                          MistralConfig, OPTConfig, PreTrainedTokenizerFast, Qwen2Config)
 
 from video_llm import VideoQFormer, VideoQFormerConfig
 

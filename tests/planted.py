@@ -191,13 +191,12 @@ plant("plumbing/pairs.py", "rm_split", 'random.Random(f"{seed} held out {name}")
       "random.Random(f\"{seed} held out {pair['id']}\")",
       "held-out pairs share videos with training",
       "test_reward_model.py::test_held_out_pairs_share_no_video")
-rm("rm_places", "places[:, :1] * lengths.shape[1] + places[:, 1:]",
-   "places[:, :1] * lengths.shape[1] + places[:, 1:].flip(-1)", "chosen and rejected exchanged",
-   RM_PACKED)
+rm("rm_places", "r[batch.columns[b]]", "r[batch.columns[b].flip(-1)]",
+   "chosen and rejected exchanged", RM_PACKED)
 rm("rm_measure", "torch.where(truth > 0, won, 1 - won)", "torch.where(truth > 0, won, won)",
    "agreement with the oracle is called truth", "test_reward_model.py::test_measures_by_hand")
-rm("rm_measured_on_training", "mine = held_groups[run.rank :: run.world]",
-   "mine = groups[run.rank :: run.world]", "eval/* measured on training pairs", RM_STEP)
+rm("rm_measured_on_training", "rewards_on(held_groups[run.rank", "rewards_on(groups[run.rank",
+   "eval/* measured on training pairs", RM_STEP)
 plant("plumbing/pairs.py", "rm_narratives_shifted", "dict(zip(clips, judge.narratives(clips)))",
       "dict(zip(clips, judge.narratives(clips[1:] + clips[:1])))",
       "narratives shifted by one video", RM_TELL)
@@ -394,9 +393,8 @@ dpo("dpo_zero_grad", "            optimizer.zero_grad()\n", "",
     "gradients add up from step to step", DPO_STEP)
 dpo("dpo_optimizer_lost", "            run.resume(optimizer, model)", "            pass",
     "a resumed iteration has no momentum", DPO_LORA_RUN)
-dpo("dpo_one_step_pairs", "question_indices(len(pairs), step, args)[run.rank :: run.world]",
-    "question_indices(len(pairs), 0, args)[run.rank :: run.world]",
-    "every step trains on the same pairs", DPO_STEP)
+dpo("dpo_one_step_pairs", "question_indices(len(pairs), step, args)",
+    "question_indices(len(pairs), 0, args)", "every step trains on the same pairs", DPO_STEP)
 
 zoo = partial(plant, "plumbing/zoo.py")
 ZOO_SAMPLE = "test_own_rows.py::test_a_checkpoint_samples_as_it_is_asked_to"

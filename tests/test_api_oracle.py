@@ -29,14 +29,8 @@ from inputs.frames import VideoError, read_frames
 from inputs.records import Clip
 from oracle import COUNTERS, ApiOracle
 from plumbing import api_client
-from plumbing.api_client import (
-    ApiClient,
-    ApiError,
-    ReplyError,
-    frames_as_urls,
-    parse_json,
-    retry_after,
-)
+from plumbing.api_client import (ApiClient, ApiError, ReplyError, frames_as_urls, parse_json,
+                                 retry_after)
 from plumbing.flags import ApiArgs
 from plumbing.replies import read_choice, read_ranking, read_scores
 

@@ -9,16 +9,8 @@ import re
 import pytest
 import torch
 import transformers
-from hub import (
-    DECODERS,
-    as_hub_cache,
-    shards,
-    write_blip2,
-    write_clip,
-    write_decoder,
-    write_qformer,
-    write_tokenizer,
-)
+from hub import (DECODERS, as_hub_cache, shards, write_blip2, write_clip, write_decoder,
+                 write_qformer, write_tokenizer)
 from inside import flags_of, main_of
 from safetensors.torch import load_file
 from test_video_llm import assert_capturable
@@ -28,17 +20,8 @@ from inputs.features import encode_frames
 from model.compose import check_decoder, compose, load_qformer
 from model.packing import Tree, tree_rows
 from model.processor import VICUNA_TEMPLATE
-from video_llm import (
-    Prefix,
-    VideoLLMProcessor,
-    add_lora,
-    generate,
-    load_model,
-    mask_kind,
-    merged,
-    save_model,
-    token_logprobs,
-)
+from video_llm import (Prefix, VideoLLMProcessor, add_lora, generate, load_model, mask_kind, merged,
+                       save_model, token_logprobs)
 
 QUESTIONS = ["what happens in the video?", "where is the green star?"]
 
@@ -639,8 +622,9 @@ def test_hub_names_and_the_papers_flags_from_parts_to_rl(world, tmp_path, monkey
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     parts = [word for name, hub in names.items() for word in (f"--{name}", hub)]
     few = ["--data", "data/moving_shapes/train.json", "--preset", "paper", "--steps", "3"]
-    main_of(monkeypatch, world, "sft.py", *few, *parts, "--batch_size", "4", "--micro_batch_size",
-            "2", "--name",
+    main_of(monkeypatch, world, "sft.py", *few, *parts, "--batch_size", "4",
+            "--tokens_per_micro_batch",
+            "300", "--name",
             "published", "--lr", "1e-2")
     start = world / "runs/sft/published_s0"
     settings = json.loads((start / "final/processor_config.json").read_text())

@@ -163,7 +163,7 @@ def test_a_tenth_of_the_videos_broken_on_two_ranks(world, policy, forked, tmp_pa
              for last, f in zip(["", *SCRIPTS[name][0]], SCRIPTS[name][0])]
     if "--data" not in flags:
         flags += ["--data", str(file)]
-    flags += ["--micro_batch_size", "2"] if name != "grpo_rank" else []
+    flags += ["--tokens_per_micro_batch", "300"] if name != "grpo_rank" else []
     flags += ["--epochs", "2"] if name == "reward_model" else ["--steps", "4"]
     flags += ["--eval_questions", "3"] if name in ("grpo_rank", "ppo_rlaif") else []
     assert forked.run(place, *flags, world=2) == [0, 0], forked.said() + forked.said(1)

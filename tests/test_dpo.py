@@ -22,22 +22,8 @@ from test_video_llm import lively, plain_logprobs
 
 import dpo_iter_w2s
 import plumbing.run
-from dpo_iter_w2s import (
-    Args,
-    best_and_worst,
-    cap_share,
-    choose_alpha,
-    dpo_loss,
-    extrapolated,
-    go_to,
-    ids_of,
-    line_of,
-    lr_at,
-    make_pairs,
-    questions_of,
-    sample,
-    score,
-)
+from dpo_iter_w2s import (Args, best_and_worst, cap_share, choose_alpha, dpo_loss, extrapolated,
+                          go_to, ids_of, line_of, lr_at, make_pairs, questions_of, sample, score)
 from inputs.features import FeatureCache
 from inputs.frames import VideoError
 from inputs.preferences import read_preferences, write_preferences
@@ -46,22 +32,14 @@ from plumbing import embedded, zoo
 from plumbing.files import collect_rows
 from plumbing.flags import parse_args
 from plumbing.zoo import MISSING, Checkpoint, Server, collect_answers, collect_scores, write_card
-from video_llm import (
-    Prefix,
-    VideoLLM,
-    add_lora,
-    answer,
-    load_model,
-    merged,
-    reference_of,
-    token_logprobs,
-)
+from video_llm import (Prefix, VideoLLM, add_lora, answer, load_model, merged, reference_of,
+                       token_logprobs)
 
 ONE = SimpleNamespace(rank=0, world=1)  # process
 # its scores differ where answers differ
 JUDGE = ["--oracle", "judge", "--oracle_model", "runs/sft/policy_s0/final"]
 SMALL = [*JUDGE, "--samples", "3", "--questions", "12", "--steps", "4", "--prompts_per_step", "4",
-         "--micro_batch_size", "2", "--max_new_tokens", "6", "--eval_questions", "5",
+         "--tokens_per_micro_batch", "300", "--max_new_tokens", "6", "--eval_questions", "5",
          "--eval_steps", "3",
          "--save_steps", "2", "--min_gap", "0", "--alphas", "0.5", "--lr", "1e-3"]
 SELF = ["--zoo", "policy", *SMALL]
@@ -698,7 +676,7 @@ def test_killed_at_any_stage_and_resumed_equals_uninterrupted(world, whole, stag
 
 
 def test_two_processes_equal_one(world, whole, forked):
-    flags = [f if last != "--micro_batch_size" else "1" for last, f in zip(["", *ZOO], ZOO)]
+    flags = [*ZOO, "--tokens_per_micro_batch", "1"]
     codes = forked.run(world, "dpo_iter_w2s.py", *flags, "--name", "two", world=2)
     assert codes == [0, 0], forked.said() + forked.said(1)
     two = world / "runs/dpo_iter_w2s/two_s0"
@@ -760,7 +738,8 @@ def test_the_gradient_of_a_step(world, policy, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="enough"):
         main_of(monkeypatch, world, "dpo_iter_w2s.py", *GIVEN, "--preferences",
                 tmp_path / "pairs.json", "--name",
-                "gradient", "--prompts_per_step", "4", "--micro_batch_size", "1", "--beta", "0.7")
+                "gradient", "--prompts_per_step", "4", "--tokens_per_micro_batch", "1", "--beta",
+                "0.7")
 
     model, processor = load_model(policy)
     prefix = Prefix.build(processor, FeatureCache(model, processor, world / "cache"),
@@ -820,7 +799,8 @@ def test_preference_files_of_every_format(world, policy, monkeypatch, tmp_path, 
         answer_logps(m, some, *rest))[1])
     main_of(monkeypatch, world, "dpo_iter_w2s.py", *GIVEN, "--preferences",
             tmp_path / "pairs.jsonl", "--model", policy,
-            "--prompts_per_step", "7", "--micro_batch_size", "7", "--max_new_tokens", "1", "--name",
+            "--prompts_per_step", "7", "--tokens_per_micro_batch", "1050", "--max_new_tokens", "1",
+            "--name",
             "formats")
     assert set(used) == {(clip, "what moves?", "red", "blue") for clip in clips}
     said = capfd.readouterr().out
@@ -998,7 +978,7 @@ def test_a_server_is_a_source(world, policy, monkeypatch, server, capfd):
     "--zoo ftp://x#m",
     "--zoo http://x/v1", "--zoo a/final b/a/final", "--stage train", "--oracle god",
     "--oracle reward_model",
-    "--quantize nf4", "--alphas 0.5 --eval_data=", "--alphas nan", "--prompts_per_step 7",
+    "--quantize nf4", "--alphas 0.5 --eval_data=", "--alphas nan",
     "--prompts_per_step 0",
     "--stage build --preferences x.json", "--questions 0", "--lora_r -1", "--fresh_pairs maybe",
     "--gap 1",

@@ -23,7 +23,7 @@ GRPO = ["grpo_rank.py", *TRAIN, "--oracle", "reference", "--prompts_per_step", "
         "--max_new_tokens", "6",
         "--eval_questions", "6", "--eval_steps", "1", "--beta", "0.1", "--inner_epochs", "2",
         "--tokens_per_micro_batch", "150"]
-SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--micro_batch_size", "2"]
+SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--tokens_per_micro_batch", "300"]
 
 
 def assert_equal_runs(one, two, start, within):

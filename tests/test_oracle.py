@@ -18,22 +18,9 @@ from inputs import features
 from inputs.frames import VideoError
 from inputs.records import Clip, DataError, read_records
 from model.packing import Tree
-from oracle import (
-    ApiOracle,
-    JudgeOracle,
-    MeanRankOracle,
-    ReferenceOracle,
-    RewardModelOracle,
-    cut,
-    judge_prompt,
-    log_counts,
-    make_oracle,
-    mean_rank,
-    one_of_equals,
-    places_of,
-    ranks_of,
-    reward_prompt,
-)
+from oracle import (ApiOracle, JudgeOracle, MeanRankOracle, ReferenceOracle, RewardModelOracle, cut,
+                    judge_prompt, log_counts, make_oracle, mean_rank, one_of_equals, places_of,
+                    ranks_of, reward_prompt)
 from plumbing.flags import OracleArgs, parse_args
 from plumbing.text import DESCRIBE, f1_parts, final_answer, normalize, strip_thinking, token_f1
 from video_llm import add_scalar_head, load_model, reply_logprobs, save_model

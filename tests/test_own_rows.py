@@ -176,7 +176,8 @@ def test_the_share_of_a_source_is_limited_in_the_pairs_that_are_written(world, s
     monkeypatch.setattr(zoo, "collect_scores", scored)
     flags = (f"--model '{start}' --zoo policy runs/sft/other/final --oracle reference --stage "
              "build "
-             "--questions 6 --prompts_per_step 2 --micro_batch_size 2 --max_share 0.5 --eval_data= "
+             "--questions 6 --prompts_per_step 2 --tokens_per_micro_batch 300 "
+             "--max_share 0.5 --eval_data= "
              "--alphas 0 --name share")
     main_of(monkeypatch, world, "dpo_iter_w2s.py", *shlex.split(flags))
     made = world / "runs/dpo_iter_w2s/share_s0/iteration_1_s0/preferences.json"

@@ -26,38 +26,17 @@ from oracle import ReferenceOracle, RewardModelOracle, differ, finite
 from plumbing.batches import by_length
 from plumbing.flags import parse_args
 from plumbing.validation import Validation
-from ppo_rlaif import (
-    Args,
-    Roles,
-    adapter_of,
-    centered,
-    gae,
-    lr_at,
-    moments,
-    next_kl_coef,
-    normal_of,
-    policy_loss,
-    shaped_scores,
-    token_rewards,
-    value_loss,
-    whiten,
-)
-from video_llm import (
-    Prefix,
-    add_lora,
-    add_scalar_head,
-    answer_mask,
-    load_model,
-    save_model,
-    token_scores,
-)
+from ppo_rlaif import (Args, Roles, adapter_of, centered, gae, lr_at, moments, next_kl_coef,
+                       normal_of, policy_loss, shaped_scores, token_rewards, value_loss, whiten)
+from video_llm import (Prefix, add_lora, add_scalar_head, answer_mask, load_model, save_model,
+                       token_scores)
 
 t = torch.tensor
 LENGTHS = t([3, 1, 4, 2])
 MASK = answer_mask(LENGTHS, 4)
 PPO = ["ppo_rlaif.py", "--data", "data/moving_shapes/train.json", "--oracle", "reference",
        "--prompts_per_step", "4",
-       "--micro_batch_size", "2", "--G", "3", "--max_new_tokens", "6", "--eval_data", "",
+       "--tokens_per_micro_batch", "300", "--G", "3", "--max_new_tokens", "6", "--eval_data", "",
        "--value_warmup", "0"]
 SHORT = [*PPO, "--steps", "2"]
 
@@ -244,10 +223,9 @@ def test_a_mini_batch_without_scored_answers_moves_no_weights(world, policy, mon
 
 
 def test_micro_batches_hold_every_question_once():
-    lengths = t([[5, 1], [2, 2], [9, 9], [1, 1], [3, 4]])
-    parts = by_length(t([0, 2, 3, 4]), lengths, 3)
-    assert [p.tolist() for p in parts] == [[3, 4, 0], [2]]
-    assert not list(by_length(t([], dtype=torch.long), lengths, 3))
+    parts = by_length(t([0, 2, 3, 4]), t([6, 4, 18, 2, 7]), 21)
+    assert [p.tolist() for p in parts] == [[3, 0, 4], [2]]
+    assert not by_length(t([], dtype=torch.long), t([6, 4]), 21)
 
 
 # --- what the header says -------------------------------------------------------------------------
@@ -774,7 +752,7 @@ def test_two_processes_equal_one(world, policy, forked, monkeypatch):
     flags = [*PPO, *ALL, *STOP, "--steps", "3", "--prompts_per_step", "8"]
     main_of(monkeypatch, world, *flags, "--name", "one")
     # nor may this show
-    flags = [f if last != "--micro_batch_size" else "3" for last, f in zip(["", *flags], flags)]
+    flags = [*flags, "--tokens_per_micro_batch", "450"]
     assert forked.run(world, *flags, "--name", "two", world=2) == [0, 0], (
         forked.said() + forked.said(1)
     )

@@ -13,7 +13,8 @@ GRPO = ["grpo_rank.py", *TRAIN, "--oracle", "reference", "--prompts_per_step", "
         "--eval_questions", "7", "--eval_steps", "1", "--beta", "0.1", "--inner_epochs", "2",
         "--entropy_coef", "0.01",
         "--tokens_per_micro_batch", "100"]
-SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--judge_share", "0.5", "--micro_batch_size", "2"]
+SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--judge_share", "0.5", "--tokens_per_micro_batch",
+       "300"]
 
 
 def rows(folder):
@@ -27,7 +28,7 @@ def rows(folder):
 def test_two_processes_equal_one(world, policy, forked, monkeypatch, command, folder):
     main_of(monkeypatch, world, *command, "--name", "one")
     # other micro-batches as well: neither may show
-    other = {"--micro_batch_size": "4", "--tokens_per_micro_batch": "170"}
+    other = {"--tokens_per_micro_batch": "170"}
     flags = [other.get(last, f) for last, f in zip(["", *command], command)]
     assert forked.run(world, *flags, "--name", "two", world=2) == [0, 0], (
         forked.said() + forked.said(1)

@@ -18,7 +18,7 @@ from video_llm import load_model, uniforms_of
 
 TRAIN = ["--data", "data/moving_shapes/train.json", "--steps", "10", "--save_steps", "3", "--lr",
          "3e-3"]
-SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--micro_batch_size", "4"]
+SFT = ["sft.py", *TRAIN, "--batch_size", "8", "--tokens_per_micro_batch", "600"]
 GRPO = ["grpo_rank.py", *TRAIN, "--oracle", "reference", "--advantage", "random",
         "--prompts_per_step", "6", "--G", "3",
         "--tokens_per_micro_batch", "150", "--max_new_tokens", "6", "--eval_questions", "5",

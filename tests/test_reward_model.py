@@ -31,7 +31,7 @@ COLLECT = ["reward_model.py", "--data", "data/moving_shapes/train.json", "--orac
            "--base", JUDGE,
            "--prompts", "60", "--samples", "3", "--max_new_tokens", "6", "--min_margin", "0",
            "--eval_share", "0.3"]
-TRAIN = [*COLLECT, "--prompts_per_step", "4", "--micro_batch_size", "2", "--pack", "3",
+TRAIN = [*COLLECT, "--prompts_per_step", "4", "--tokens_per_micro_batch", "300", "--pack", "3",
          "--save_steps", "3",
          "--eval_steps", "4", "--epochs", "2", "--lr", "3e-3"]
 
@@ -255,18 +255,20 @@ def test_packed_pairs_are_rewarded_as_if_alone(world, policy, tmp_path, answer_f
     groups = reward_model.by_video(pairs, 4)
     assert [len(g) for g in groups] == [2, 3, 4, 3]
     owns = {about(p): f"own {k}" for k, p in enumerate(pairs)} if guided else {}
-    prefix, tokens, lengths, places = reward_model.collate(
-        groups, beside(args, processor, stories, owns), processor, cache, "cpu", args)
+    batch = reward_model.collate(groups, beside(args, processor, stories, owns), processor, cache,
+                                 "cpu", args)
     # an answer in several pairs is read once
-    assert places.shape == (12, 2) and len(places[-3:].unique()) == 3
-    rewards = read_rewards(token_scores(model, prefix, tokens, lengths), lengths).view(-1)[places]
-    for p, both in zip([p for g in groups for p in g], rewards):
+    assert [len(c) for c in batch.columns] == [2, 3, 4, 3] and len(batch.columns[3].unique()) == 3
+    rewards, read = map(list, zip(*(reward_model.rewards_of(model, batch, rows)
+                                    for rows in ([2, 0], [1, 3]))))
+    assert sum(read, []) == [p for b in (2, 0, 1, 3) for p in groups[b]]
+    for p, both in zip(sum(read, []), torch.cat(rewards)):
         for answer, reward in zip((p["chosen"], p["rejected"]), both):
             one = reward_alone(model, processor, cache, p["clip"], p["question"],
                                stories.get(p["clip"]), answer,
                                answer_first, owns.get(about(p)))
             torch.testing.assert_close(one, reward, rtol=1e-4, atol=1e-4)
-    assert rewards.std() > 0.1 and prefix.input_ids.shape[1] > 20
+    assert torch.cat(rewards).std() > 0.1 and batch.prefix.input_ids.shape[1] > 20
 
 
 @pytest.mark.parametrize(
@@ -391,7 +393,7 @@ def test_collect(world, pairs_file, monkeypatch):
 def test_two_processes_collect_and_train_as_one(world, pairs_file, forked, monkeypatch):
     """The two collect for themselves; the one trains on the same pairs from its file."""
     main_of(monkeypatch, world, *TRAIN, "--preferences", "runs/pairs/whole.json", "--name", "one")
-    flags = [f if last != "--micro_batch_size" else "1" for last, f in zip(["", *TRAIN], TRAIN)]
+    flags = [*TRAIN, "--tokens_per_micro_batch", "1"]
     assert forked.run(world, *flags, "--name", "two", world=2) == [0, 0], (
         forked.said() + forked.said(1)
     )
@@ -457,10 +459,10 @@ def test_preferences_of_ones_own(world, pairs_file, policy, monkeypatch, capfd):
     cache = FeatureCache(model, processor, world / "cache")
     args = SimpleNamespace(max_prompt_tokens=99, max_answer_tokens=99, answer_first=True)
     half = reward_model.random.Random("0 share").sample(train, about["pairs"])
-    _, *rest = got = reward_model.collate(
-        [[p] for p in half], beside(args, processor, {}, {}), processor, cache, "cpu", args)
+    batch = reward_model.collate([[p] for p in half], beside(args, processor, {}, {}), processor,
+                                 cache, "cpu", args)
     with torch.no_grad():
-        rewards = read_rewards(token_scores(model, got[0], *rest[:2]), rest[1])
+        rewards, _ = reward_model.rewards_of(model, batch, list(range(len(half))))
     assert rewards.mean().abs() < 1e-3 and rewards.std(correction=0) == pytest.approx(1, abs=1e-3)
 
 
@@ -469,7 +471,7 @@ def test_preferences_of_ones_own(world, pairs_file, policy, monkeypatch, capfd):
     (["--samples", "1"], "--samples 1"),
     (["--share", "0"], "--share"), (["--eval_share", "1"], "--eval_share"),
     (["--min_margin", "0.5"], "--min_margin"),
-    (["--quantize", "nf4"], "--lora_r"), (["--prompts_per_step", "3"], "--micro_batch_size"),
+    (["--quantize", "nf4"], "--lora_r"),
     (["--clips", "0"], "--clips 0"), (["--answer_first", "False"], "--guided False"),
     (["--stage", "collect", "--preferences", "a.json,b.json"], "one file")])
 def test_bad_flags(world, policy, monkeypatch, capfd, flags, said):

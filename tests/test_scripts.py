@@ -32,7 +32,7 @@ from video_llm import VideoLLM, load_model
 
 Done = namedtuple("Done", "code out err")
 TINY = ["--steps", "2", "--data", "data/moving_shapes/train.json"]
-SFT = [*TINY, "--batch_size", "4", "--micro_batch_size", "2"]
+SFT = [*TINY, "--batch_size", "4", "--tokens_per_micro_batch", "300"]
 GRPO = [*TINY, "--prompts_per_step", "4", "--tokens_per_micro_batch", "90", "--G", "3",
         "--max_new_tokens", "5",
         "--eval_data", ""]
@@ -462,14 +462,13 @@ BAD_FLAGS = {
     "pretrain_tiny": ["--steps two", "--step 2", "--steps -1", "--batch_size 0", "--lr -1",
                       "--seed x", "--seed -1",
                       "--lr nan", "--lr inf", "--text_steps 0"],
-    "sft": ["--steps 0", "--steps", "--stepz 2", "--step 2", "--batch_size 3 --micro_batch_size 2",
-            "--lr 0",
+    "sft": ["--steps 0", "--steps", "--stepz 2", "--step 2", "--lr 0",
             "--curriculum easy", "--easy_share 1.5", "--judge_share -1", "--quantize nf4",
             "--lora_r -1", "--pack 0",
             "--quantize int8 --lora_r 4", "--lr zero", "--resume maybe", "--num_clips -1", "stray",
             "--seed 1.5",
-            "--max_answer_tokens 0", "--micro_batch_size 0", "--batch_size 0",
-            "--micro_batch_size -2",
+            "--max_answer_tokens 0", "--tokens_per_micro_batch 0", "--batch_size 0",
+            "--tokens_per_micro_batch -2",
             "--model m --clip c", "--model m --num_frames 4", "--lora_alpha 4",
             "--lora_r 4 --lora_alpha 0",
             "--seed -1", "--name ../x", "--name a/b", "--weight_decay -1", "--lr inf", "--lr nan",
@@ -590,7 +589,7 @@ def test_a_mistyped_file_leaves_the_name_free(world, tmp_path, monkeypatch, capf
     args = lambda **flags: sft.Args(name="mine", **flags)
     assert plumbing.run.open_run("runs/sft/mine", args(data="my.jsn"), 0) is None
     processes.unlock()
-    assert plumbing.run.open_run("runs/sft/mine", args(data="my.json", micro_batch_size=8),
+    assert plumbing.run.open_run("runs/sft/mine", args(data="my.json", tokens_per_micro_batch=8),
                                  0) is None
     saved = json.loads(Path("runs/sft/mine/args.json").read_text())["args"]
     assert saved["data"] == "my.json"
@@ -603,7 +602,7 @@ def test_a_mistyped_file_leaves_the_name_free(world, tmp_path, monkeypatch, capf
         assert said in capfd.readouterr().err
     processes.unlock()
     resumed = plumbing.run.open_run("runs/sft/mine",
-                                    args(data="my.json", micro_batch_size=4, resume=True), 0)
+                                    args(data="my.json", tokens_per_micro_batch=4, resume=True), 0)
     assert resumed.name == "checkpoint-3"
     processes.unlock()
 

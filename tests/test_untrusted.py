@@ -107,7 +107,7 @@ def test_resume_refuses_a_planted_pickle(world, policy, tmp_path, monkeypatch):
     (place / "data").symlink_to(world / "data")
     flags = ["sft.py", "--data", "data/moving_shapes/train.json", "--steps", "3", "--save_steps",
              "2", "--name", "x",
-             "--batch_size", "4", "--micro_batch_size", "4"]
+             "--batch_size", "4", "--tokens_per_micro_batch", "600"]
     main_of(monkeypatch, place, *flags)
     folder = place / "runs/sft/x_s0"
     (folder / "final").rename(folder / "checkpoint-2")

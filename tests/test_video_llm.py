@@ -18,23 +18,9 @@ from inputs.features import FeatureCache, encode_frames
 from inputs.frames import VideoError, read_frames
 from inputs.records import Clip, read_records
 from model import packing
-from video_llm import (
-    VIDEO_TOKEN,
-    Prefix,
-    ScalarHead,
-    VideoLLM,
-    add_lora,
-    add_scalar_head,
-    answer_mask,
-    generate,
-    load_model,
-    merged,
-    reference_of,
-    save_model,
-    token_logprobs,
-    token_scores,
-    unwrap,
-)
+from video_llm import (VIDEO_TOKEN, Prefix, ScalarHead, VideoLLM, add_lora, add_scalar_head,
+                       answer_mask, generate, load_model, merged, reference_of, save_model,
+                       token_logprobs, token_scores, unwrap)
 
 QUESTIONS = ["what moves?", "what does the red shape do at the end of the video?",
              "where is the blue circle?"]

@@ -259,7 +259,7 @@ def test_ppo(world, start, five, monkeypatch, descent):
     monkeypatch.setattr(ppo_rlaif, "Roles", Watched)
     monkeypatch.setattr(ppo_rlaif, "by_length", in_batches)
     flags = (f"--model '{start}' --oracle reference --G 3 --prompts_per_step 4 "
-             "--micro_batch_size 1 "
+             "--tokens_per_micro_batch 1 "
              "--steps 3 --ppo_epochs 2 --mini_batches 2 --temperature 0.7 --kl_coef 0.3 "
              "--target_kl 0.4 --kl_horizon 20 --clip_range 0.05 --value_clip_range 0.02 "
              "--gamma 0.9 --lam 0.8 --lr 0.06 --value_lr 0.15 --missing_eos_penalty 2 "
@@ -352,7 +352,7 @@ def test_dpo(world, start, monkeypatch, descent, tmp_path):
         [[[float(g)] * 4 for g in range(len(group))] for group in answers]))
     flags = (f"--model '{start}' --preferences '{tmp_path}/pairs.json' --fresh_pairs False "
              f"--oracle reference --eval_data {SHAPES}/val.json --eval_questions 3 --alphas 0.5 "
-             "--iterations 2 --steps 2 --prompts_per_step 2 --micro_batch_size 1 "
+             "--iterations 2 --steps 2 --prompts_per_step 2 --tokens_per_micro_batch 1 "
              "--beta 0.7 --lr 0.5 --name step")
     main_of(monkeypatch, world, "dpo_iter_w2s.py", *shlex.split(flags))
 
@@ -404,17 +404,18 @@ def test_reward_model(world, start, monkeypatch, descent):
     monkeypatch.setattr(JudgeOracle, "unreadable", lambda self, clips: set())
     monkeypatch.setattr(JudgeOracle, "narratives", lambda self, clips: [story(c) for c in clips])
     monkeypatch.setattr(JudgeOracle, "answer", lambda self, *asked: [own(*x) for x in zip(*asked)])
-    trained_on, measured, normal, collate = [], [], [], reward_model.collate
+    trained_on, measured, normal, rewards_of = [], [], [], reward_model.rewards_of
 
-    def noted(groups, *rest):
+    def noted(model, batch, rows):
         where = trained_on if torch.is_grad_enabled() else measured
-        where.append([p for group in groups for p in group])
-        return collate(groups, *rest)
+        where.append([p for b in rows for p in batch.groups[b]])
+        return rewards_of(model, batch, rows)
 
-    monkeypatch.setattr(reward_model, "collate", noted)
+    monkeypatch.setattr(reward_model, "rewards_of", noted)
     monkeypatch.setattr(reward_model, "normalise_head", lambda head, *rest: normal.append(rest))
     flags = (f"--preferences pairs/step.json --base '{start}' --oracle_model '{start}' "
-             "--prompts_per_step 2 --micro_batch_size 1 --pack 2 --epochs 0.5 --eval_share 0.3 "
+             "--prompts_per_step 2 --tokens_per_micro_batch 1 --pack 2 "
+             "--epochs 0.5 --eval_share 0.3 "
              "--eval_steps 1 --max_answer_tokens 4 --centring 0.5 --lr 0.4 --head_lr 1 --name step")
     main_of(monkeypatch, world, "reward_model.py", *shlex.split(flags))
 
@@ -481,7 +482,7 @@ def test_sft(world, start, monkeypatch, descent):
 
     monkeypatch.setattr(sft, "encode", noted)
     flags = (f"--data {SHAPES}/train.json --model '{start}' --steps 4 --batch_size 4 "
-             "--micro_batch_size 2 --pack 3 --easy_steps 0.5 --judge_share 0.5 --lr 0.2 "
+             "--tokens_per_micro_batch 300 --pack 3 --easy_steps 0.5 --judge_share 0.5 --lr 0.2 "
              "--warmup 0.25 --weight_decay 0.04 --max_answer_tokens 20 --name step")
     main_of(monkeypatch, world, "sft.py", *shlex.split(flags))
 

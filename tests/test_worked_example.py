@@ -18,7 +18,8 @@ SECTION = (REPO
            / "README.md").read_text().split("## Your own videos and model")[1].split("\n## ")[0]
 # in place of the preset's
 PARTS = f"--clip {WEIGHTS}/clip --qformer {WEIGHTS}/qformer --llm {WEIGHTS}/llm"
-SHORT = {"sft.py": [*PARTS.split(), *"--steps 3 --batch_size 4 --micro_batch_size 4".split(),
+SHORT = {"sft.py": [*PARTS.split(), *"--steps 3 --batch_size 4".split(),
+                    *"--tokens_per_micro_batch 600".split(),
                     *"--num_frames 4 --lr 1e-3".split()],
          "grpo_rank.py": "--steps 2 --epochs 0 --prompts_per_step 2 --G 3 --max_new_tokens 16 "
                          "--api_frames 1 "
