@@ -15,8 +15,8 @@ class Validation:
     eval/margin     with an oracle: its score of an answer less its score of the start's answer
 
     The policy with the largest margin is kept in best.safetensors. `state` goes into checkpoints.
-    It holds the best margin, the step of it, and for how many steps since then the oracle could
-    compare nothing. `differ` says which groups of answers need an order (oracle.py).
+    It holds the best margin, the step of it, and for how many steps since then the oracle had
+    nothing to compare, or could not. `differ` says which answers need an order (oracle.py).
     """
 
     def __init__(self, run, roles, records, cache, oracle, differ, state):
@@ -54,11 +54,16 @@ class Validation:
         clips, questions = ([r[key] for r in self.records] for key in ("clip", "question"))
         pairs = [list(pair) for pair in zip(answers, self.answers_of_start)]
         scores, ok = self.oracle.score(clips, questions, pairs)
-        if not self.run.scored_or_stop(step, ok, self.differ(pairs), "--stop_oracle"):
+        differ = self.differ(pairs)
+        asked = processes.all_sum(differ.sum().double())
+        scored = self.run.scored_or_stop(step, ok, differ, "--stop_oracle")
+        total, count = ((scores[:, 0] - scores[:, 1]) * ok).sum().double(), ok.sum().double()
+        if scored:
+            log.add("eval/margin", total, count)
+        # answers that are all the start's are tied unasked: no lack of progress
+        if not scored or not asked and state["best"] is not None:
             state["unscored"] = state.get("unscored", 0) + args.eval_steps
             return False
-        total, count = ((scores[:, 0] - scores[:, 1]) * ok).sum().double(), ok.sum().double()
-        log.add("eval/margin", total, count)
         margin = (processes.all_sum(total) / processes.all_sum(count).clamp(min=1)).item()
         if state["best"] is None or margin > state["best"]:
             state["best"], state["best_step"], state["unscored"] = margin, step, 0

@@ -696,6 +696,21 @@ def test_without_held_out_questions_nothing_is_measured(tmp_path):
     assert not validate(0) and not validate(100) and not run.log.sums
 
 
+def test_a_policy_that_still_says_what_the_start_says_is_not_stopped(tmp_path, monkeypatch):
+    """As in the steps in which only the value model learns. The oracle is asked about no pair then,
+    so it has seen no lack of progress; from the first answer that differs on it counts."""
+    texts = iter([*[["a"]] * 6, *[["b"]] * 3])
+    monkeypatch.setattr("plumbing.validation.answer", lambda *asked: next(texts))
+    oracle = SimpleNamespace(score=lambda clips, questions, answers: (
+        t([[0.5 - 0.1 * (a != b), 0.5] for a, b in answers]), t([True])))
+    state, records = dict(best=None, best_step=0), [dict(clip=None, question="q", answer="b")]
+    roles = FakeRoles()
+    validate = Validation(fake_run(tmp_path), roles, records, None, oracle, differ, state)
+    # patience 2: two evaluations with other answers, both worse, after five with the start's
+    assert [validate(step) for step in (0, 10, 20, 30, 40, 50, 60)] == [False] * 6 + [True]
+    assert state["best"] == 0 and len(roles.saved) == 1
+
+
 def test_an_early_stop_whose_oracle_is_dead(tmp_path, monkeypatch):
     """Pairs equal to the start's answers are tied unasked. An evaluation of these alone is no lack
     of progress; three of them in a row, or one at the end, end the run. Answers are as long as in
