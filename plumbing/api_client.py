@@ -238,14 +238,17 @@ class Chat(InferenceClient):
         super().__init__(base_url=url, api_key="unused", headers=headers, timeout=timeout)
         # to another host a redirect takes no `authorization`, but it would take `api-key`
         self.session = open_session(url, timeout, follow_redirects="api-key" not in headers)
-        self.extra = extra
+        self.extra, self.last = extra, threading.local()  # last.body: what came back to this thread
 
     def _inner_post(self, request_parameters, *, stream=False):
         body = {k: v for k, v in (request_parameters.json | self.extra).items() if v is not None}
+        self.last.body = ""
         response = self.session.post(request_parameters.url, content=json.dumps(body),
                                      headers=request_parameters.headers)
         response.raise_for_status()
-        return response.content.removeprefix(codecs.BOM_UTF8)
+        content = response.content.removeprefix(codecs.BOM_UTF8)
+        self.last.body = content.decode("utf-8", "replace").strip()
+        return content
 
 
 class ApiClient:
@@ -389,7 +392,10 @@ class ApiClient:
         except httpx2.HTTPError as e:  # refused, reset, closed half-way
             raise ApiError(f"{type(e).__name__}: {self.without_key(str(e))}", again=True) from None
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as e:
-            raise ApiError(f"no chat completion ({type(e).__name__})", 200, again=True) from None
+            body = self.without_key(self.http.last.body)[:100]
+            said = f"it begins {json.dumps(body, ensure_ascii=False)}" if body else "no text"
+            said = f"no chat completion ({type(e).__name__}; {said})"
+            raise ApiError(said, 200, again=True) from None
 
     def refusal(self, status, error, options, wait=None):
         """What a server says instead of a reply, a JSON value or text -> ApiError."""

@@ -232,6 +232,20 @@ def test_the_servers_own_words_are_shown(server, client, body):
         client.ask(HELLO, 16)
 
 
+@pytest.mark.parametrize("body, words", [
+    (b"\xef\xbb\xbf<html>Please log in to the\nnetwork", '"<html>Please log in to the'),
+    (b"[1, 2]", '"[1, 2]"'), (b'{"choices": []}', '"{\\"choices\\": []}"'), (b"", "no text"),
+    (b'{"id": "7", "choices": [{"text": "C"}]}', '\\"text\\": \\"C'),
+])
+def test_what_is_no_chat_completion_is_shown(server, client, body, words):
+    """A login page, a server of another protocol: its words say what to do, our error's do not."""
+    server.act = lambda _: dict(status=200, body=body)
+    with pytest.raises(ApiError) as e:
+        client.ask(HELLO, 16)
+    assert words in str(e.value) and "no chat completion" in str(e.value)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 300
+
+
 def test_nobody_there(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
