@@ -131,7 +131,7 @@ from tqdm import tqdm
 import plumbing.run
 from evaluation import benchmark_files
 from evaluation.answers import Answering, Run, fingerprint
-from evaluation.judges import ClipText, make_judge, never_read, score_rows
+from evaluation.judges import ClipText, make_judge, score_rows, verdicts
 from evaluation.prediction_files import in_own_format, join, predictions
 from evaluation.report import (as_markdown, as_text, facts, group_tables, overview, paired,
                                plot_benchmarks, plot_curve, plot_runs, side_by_side, summarise,
@@ -318,8 +318,8 @@ def questions_of(name, args):
 
 def score_source(source, said, args, judge, clip_text):
     """{benchmark: (rows, coverage lines, folder)} with predictions in the rows -> the source's part
-    of the report."""
-    parts, items = {}, {}
+    of the report, {benchmark: values by id}, the benchmarks without a single verdict."""
+    parts, items, silent = {}, {}, []
     for name, (rows, coverage, folder) in said.items():
         described = name in ("ucf101", "hmdb51", "msvd_retrieval", "msrvtt_retrieval")
         classes = None
@@ -327,8 +327,11 @@ def score_source(source, said, args, judge, clip_text):
             classes = (sorted({row["answer"] for row in rows}) if folder is None
                        else benchmark_files.class_names(name, folder, rows))
         rule = "held_out" if name == "held_out" else name
+        before = verdicts(judge)
         values, problems = score_rows(rule, rows, judge, clip_text() if described else None,
                                       classes)
+        wanted, read = (now - then for now, then in zip(verdicts(judge), before))
+        silent += [f"{source.label}, {name}"] * (wanted > 0 == read)
         asked = not described and name not in ("video_mme", "video_mme_subtitles", "nextqa",
                                                "tempcompass")
         own = any(row["reply"] is not None for row in rows)
@@ -343,7 +346,7 @@ def score_source(source, said, args, judge, clip_text):
             row["values"] = v
     return dict(label=source.label,
                 source=str(source.run.checkpoint if source.run else ",".join(source.files)),
-                benchmarks=parts), items
+                benchmarks=parts), items, silent
 
 
 def from_files(source, args):
@@ -431,10 +434,15 @@ def main_benchmarks(args):
             clip_text = lambda: loaded.get("clip") or loaded.setdefault("clip",
                                                                         ClipText(args.clip, device))
             scored = [score_source(source, said, args, judge, clip_text) for source, said in done]
-            if never_read(judge):
-                raise DataError(f"{judge.name}: not one verdict on {judge.asked} predictions could "
-                                "be read")
-            write_report(scored, done, args)
+            asked, read = verdicts(judge)
+            if asked > 0 == read:
+                raise DataError(f"{judge.name}: not one verdict on {asked} predictions could be "
+                                "read")
+            silent = [which for _, _, names in scored for which in names]
+            write_report([(part, items) for part, items, _ in scored], done, args)
+            if silent:
+                raise DataError(f"{judge.name}: not one verdict could be read on "
+                                f"{'; '.join(silent)}: the zeros there are no accuracy")
         processes.barrier()
 
 

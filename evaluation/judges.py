@@ -19,7 +19,8 @@ A reply that cannot be read is asked for again, ATTEMPTS times in all, each time
 then it is counted under its reason and both conventions are reported. What was read is not asked
 again: replies of a server are kept by `ApiClient`, those of a local judge in <cache>/verdicts. A
 blank answer is wrong with score 0 and is not asked about. A judge that gives no verdict at all ends
-the script: its zeros would be no accuracy. Of a reasoning model's reply `exact` and `local` read
+the script: its zeros would be no accuracy. Where it gives none on one of several benchmarks, the
+report is written and the script ends with an error. Of a reasoning model's reply `exact` and `local` read
 what it says after its thinking; the official rules and a server get all of it, and how many replies
 hold thinking is counted.
 
@@ -355,12 +356,14 @@ def score_rows(benchmark, rows, judge, clip_text=None, classes=None):
 
 
 def note(judge, asked, read):
-    """How many verdicts it was asked for in all, and how many could be read: for `never_read`."""
-    judge.asked, judge.read = getattr(judge, "asked", 0) + asked, getattr(judge, "read", 0) + read
+    """How many verdicts it was asked for in all, and how many could be read: for `verdicts`."""
+    before = verdicts(judge)
+    judge.asked, judge.read = before[0] + asked, before[1] + read
 
 
-def never_read(judge):
-    return getattr(judge, "asked", 0) > 0 == judge.read
+def verdicts(judge):
+    """-> how many it was asked for so far, how many could be read."""
+    return getattr(judge, "asked", 0), getattr(judge, "read", 0)
 
 
 def judged(rows, kind, judge, problems, words="yes"):

@@ -187,6 +187,24 @@ def test_a_judge_that_never_gives_a_verdict_ends_the_script(
     assert "accuracy" in capfd.readouterr().out
 
 
+def test_a_judge_silent_on_one_of_two_columns_ends_with_an_error_after_the_report(
+    server, tmp_path, monkeypatch, capfd
+):
+    """Zeros of predictions on which no verdict came are no accuracy, whatever it said of others."""
+    from inside import main_of
+
+    for name in ("good", "never"):
+        rows = [dict(id=str(k), question=f"what {k}?", answer="cat", pred=name) for k in range(2)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    flags = ["--benchmark", "msvd_qa", "--judge", "api", "--api_url", server.url, "--api_model",
+             "m", "--api_retries", "0"]
+    with pytest.raises(SystemExit, match="not one verdict could be read on never, msvd_qa:"):
+        main_of(monkeypatch, tmp_path, "evaluate.py", "--compare", "good.json", "never.json",
+                *flags)
+    assert "accuracy" in capfd.readouterr().out
+    main_of(monkeypatch, tmp_path, "evaluate.py", "--compare", "good.json", *flags)
+
+
 def test_the_local_judge_scores_by_its_preference():
     """[D1] P = 1/2 is as good as the reference: 5 and yes; of two predictions the worse one
     counts."""
