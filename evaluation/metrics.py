@@ -51,10 +51,30 @@ SCORES = 5  # judges give 0..5
 def literal(text):
     """The Python or JSON value that a text spells, or a mixture of both; None. Never eval()."""
     name = {"true": "True", "false": "False", "null": "None"}
-    python = lambda t: ast.literal_eval(re.sub(r"\b(true|false|null)\b", lambda m: name[m[0]], t))
-    for read in (ast.literal_eval, json.loads, python):
+    python = lambda t: python_value(re.sub(r"\b(true|false|null)\b", lambda m: name[m[0]], t))
+    json_value = lambda t: json.loads(t, object_pairs_hook=one_verdict)
+    for read in (python_value, json_value, python):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             return read(text)
+
+
+def python_value(text):
+    """ast.literal_eval, but ValueError for a dictionary that `one_verdict` refuses."""
+    tree = ast.parse(text.lstrip(" \t"), mode="eval")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            one_verdict([(getattr(key, "value", None), None) for key in node.keys])
+    return ast.literal_eval(tree)
+
+
+def one_verdict(pairs):
+    """The dictionary of these keys and values. ValueError where it names pred, type or score twice:
+    the last one would count."""
+    pairs = list(pairs)
+    names = [key.strip().lower() for key, _ in pairs if isinstance(key, str)]
+    if any(names.count(name) > 1 for name in ("pred", "type", "score")):
+        raise ValueError("several verdicts")
+    return dict(pairs)
 
 
 def reply_dict(reply):
@@ -67,7 +87,11 @@ def reply_dict(reply):
     found = dictionaries(reply) if isinstance(reply, str) else [reply]
     if not found or not all(isinstance(d, dict) for d in found):
         return None, "several verdicts" if len(found) > 1 else "no dictionary"
-    found = [{k.strip().lower(): v for k, v in d.items() if isinstance(k, str)} for d in found]
+    try:
+        found = [one_verdict((k.strip().lower(), v) for k, v in d.items() if isinstance(k, str))
+                 for d in found]
+    except ValueError:
+        return None, "several verdicts"
     verdicts = [d for d in found if "pred" in d or "score" in d] or found
     said = lambda d: (str(d.get("pred", d.get("type"))).lower(), read_score(d.get("score")))
     several = len(set(map(said, verdicts))) > 1

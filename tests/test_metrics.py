@@ -51,6 +51,10 @@ def test_replies_that_count(reply, right, score):
     ("{'pred': print(1), 'score': 4}", "no dictionary"),
     ("<think>{'pred': 'yes', 'score': 5}", "no dictionary"),
     ("<think>{'pred': 'yes', 'score': 5}</think>yes", "no dictionary"),
+    # a verdict named twice in one dictionary: the last one would count
+    ("{'pred': 'no', 'score': 0, 'pred': 'yes', 'score': 5}", "no dictionary"),
+    ('It says {"pred": "no", "score": 0, "Score": 5}', "no dictionary"),
+    ({"pred": "no", "Pred": "yes", "score": 5}, "several verdicts"),
     *((said, "several verdicts") for said in (
         "{'pred': 'yes', 'score': 4}{'pred': 'no', 'score': 0}",
         "The answer is: a cat {'pred': 'yes', 'score': 5}. It is wrong: {'pred': 'no', 'score': 0}",
