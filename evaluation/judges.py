@@ -20,9 +20,9 @@ then it is counted under its reason and both conventions are reported. What was 
 again: replies of a server are kept by `ApiClient`, those of a local judge in <cache>/verdicts. A
 blank answer is wrong with score 0 and is not asked about. A judge that gives no verdict at all ends
 the script: its zeros would be no accuracy. Where it gives none on one of several benchmarks, the
-report is written and the script ends with an error. Of a reasoning model's reply `exact` and `local` read
-what it says after its thinking; the official rules and a server get all of it, and how many replies
-hold thinking is counted.
+report is written and the script ends with an error. Of a reasoning model's reply `exact` and
+`local` read what it says after its thinking; the official rules and a server get all of it, and how
+many replies hold thinking is counted.
 
 D1      A small video LLM cannot write a dictionary; comparing two responses is what the judge of
         this repository was trained to do (oracle.py). As good as the reference is P = 1/2, hence 10

@@ -57,7 +57,7 @@ from PIL import Image
 from inputs.frames import read_frames
 from plumbing import files
 from plumbing.flags import KEY
-from plumbing.text import strip_thinking
+from plumbing.text import END_MARKS, strip_thinking
 
 LONGEST_WAIT = 120  # seconds; a server that asks for a longer pause is given up
 COST = ("requests", "retries", "cached", "repairs", "prompt_tokens", "completion_tokens", "seconds")
@@ -74,7 +74,6 @@ TOO_LONG = re.compile(r"context|too (large|long)|exceed|reduce|(prompt|sequence)
 NO_MODEL = re.compile(r"not (found|exist)|unknown|pinned", re.I)
 CREDENTIAL = re.compile(r"(key|token|secret|password|pwd|auth|authorization|credentials?|cookies?|"
                         r"bearer|headers?)$")
-END_MARKS = re.compile(r"(\s*(<[|｜][^<>]*[|｜]>|</s>|<eos>|<end_of_turn>))+\s*$")
 
 
 # --- The address, what is added to a request, the key ---------------------------------------------

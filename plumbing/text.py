@@ -8,19 +8,23 @@ from collections import Counter
 DESCRIBE = "Describe this video in detail"  # VLM-RLAIF Sec. 3.1
 
 THINKING = re.compile(
-    r"<\s*/?\s*(?:seed:)?(?:think|thinking|thought|reasoning)\s*>|\[/?THINK\]|◁/?think▷"
-    r"|<\|(?:begin|end)_of_thought\|>",
+    r"<\s*/?\s*(?:seed:)?(?:think|thinking|thought|reasoning|analysis|reflection|scratchpad)\s*>"
+    r"|\[/?THINK\]|◁/?think▷|<\|(?:begin|end)_of_thought\|>|<\|channel\|>[^<]*<\|message\|>",
     re.I,
 )
 
 
+END_MARKS = re.compile(r"(\s*(<[|｜][^<>]*[|｜]>|</s>|<eos>|<end_of_turn>))+\s*$")
+
+
 def strip_thinking(text):
     """What a reasoning model says beside its thinking: without <think>...</think>, however many
-    blocks, in any case, also <thinking> and [THINK]. What stands before a closing tag is thinking
-    even where the prompt had the opening one; thinking that was cut off goes to the end."""
+    blocks, in any case, also <thinking>, [THINK] and all channels but the final one. What stands
+    before a closing tag is thinking even where the prompt had the opening one; thinking that was
+    cut off goes to the end."""
     kept, opened, at = [], False, 0
     for tag in THINKING.finditer(text):
-        closing = "/" in tag[0] or "end_" in tag[0].lower()
+        closing = re.search("(?i)/|end_|>\\s*final", tag[0]) is not None
         if not opened and not closing:
             kept.append(text[at : tag.start()])
         opened, at = not closing, tag.end()
@@ -34,9 +38,10 @@ BOX = re.compile(r"\\boxed\s*\{")
 
 
 def final_answer(text):
-    """What a reply says in the end: without its thinking, and of <answer>...</answer> or
-    \\boxed{...} what is inside. Several that differ are no answer: then all of it stays."""
-    rest = strip_thinking(text)
+    """What a reply says in the end: without its thinking and end marks such as </s>, and of
+    <answer>...</answer> or \\boxed{...} what is inside. Several that differ are no answer: then all
+    of it stays."""
+    rest = END_MARKS.sub("", strip_thinking(text))
     if not rest and len(parts := CLOSING.split(text)) > 1 and not parts[-1].strip():
         rest = "".join(OPENING.split(parts[-2])[1:][-1:])  # it never closed its thinking
     if OPENING.search(rest) or CLOSING.search(rest):

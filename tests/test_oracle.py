@@ -96,6 +96,10 @@ def test_texts_that_say_something_else(texts):
     ("<think>a</think>B, <think>no</think>C", "B, C"),
     ("<think>a <think> b</think> c</think>C", "C"),
     ("<think>a</think> <think>and on", ""), ("< think >a</ think >C", "C"),
+    ("<analysis>a</analysis>C", "C"), ("<reflection>a</reflection>C", "C"),
+    ("<|channel|>analysis<|message|>Option A is near.<|end|><|start|>assistant<|channel|>final"
+     "<|message|>C", "C"), ("<|channel|>final<|message|>C", "C"),
+    ("<|channel|>analysis<|message|>cut off at (A", ""),
     ("<seed:think>a</seed:think>C", "C"), ("<|begin_of_thought|>a<|end_of_thought|>C", "C"),
 ])
 def test_thinking_is_no_part_of_an_answer(text, rest):
@@ -103,6 +107,7 @@ def test_thinking_is_no_part_of_an_answer(text, rest):
 
 
 @pytest.mark.parametrize("reply, said", [
+    ("C</s>", "C"), ("<think>a</think>C <|im_end|>", "C"), ("C<|end_of_box|>", "C"),
     ("left", "left"), ("<think>a</think>\n<answer>C</answer>", "C"), ("<ANSWER> C </Answer>.", "C"),
     ("<answer>C", "C"), ("C</answer>", "C"), ("<answer></answer>", ""),
     ("<answer>\n</answer>C", ""), ("It is <answer>C</answer>. Yes, <answer>c.</answer>", "c."),
