@@ -69,8 +69,10 @@ def boxed(text):
     return out
 
 
-# "A", "plan A" and "A, C" name something: as an article, a stands before a word.
-ARTICLE = re.compile(r"\b(?:a\s(?=\W*\w)|an\b|the\b)")
+# "A", "plan A", "A, C" and "A > C" name something: as an article, a stands before a word.
+ARTICLE = re.compile(r"\b(?:a\s(?!\s*(?:\+|[-!=]{0,2}[<=>][-=>]{0,2})\s)(?=\W*\w)|an\b|the\b)")
+# what stands between two words and relates them: x < y, but no <tag>; left -> right, x != y
+RELATION = re.compile(r"\s+[<>]\s+|\s*(?:<?[-=]+>|<[-=]+|[!=<>]=|=)\s*")
 NUMBER = re.compile(r"[$£€¥]?\.?\d")
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 DASHES = str.maketrans("\u2212\u2013\u2010\u2011\uff0d\uff0b\uff05", "-----+%")
@@ -104,13 +106,21 @@ def kept_sign(match):
         return sign  # C++, C#, A+, 5+
     if sign == "-" and re.search(r"(?<!\w)([a-z]|ab)$", past) and not re.match(r"\w", after):
         return sign  # A-
+    beside = re.search(r"\w\s*$", past) and re.match(r"\s*\w", rest)
+    letter = re.search(r"(?<!\w)\w\s*$", past) or re.match(r"\s*\w(?!\w)", rest)
     apart = (
         sign in "+-*/:^=<>" and left and right  # 1/2, 3:15, 2 - 1
         or sign == "%" and left
         or sign == "$" and NUMBER.match(rest) and not re.match(r"[\d.,]+\$", rest)  # no LaTeX $5$
         or sign == "^" and re.match(r"[\w(-]", after) and re.match(r"[\w)]", before)
         or sign in "<>=" and before not in ("-", "=") and re.match(r"[=>]?\s*[-$.]*\d", rest)
+        or sign == "+" and beside and letter  # x + y
     )
+    if not apart and sign in "-<>=!":
+        head, tail = re.search(r"[-<>=!\s]*$", past)[0], re.match(r"[-<>=!\s]*", rest)[0]
+        words = len(head) < len(past) and len(tail) < len(rest)
+        if words and RELATION.fullmatch(head + sign + tail):
+            return " " * (not head.strip()) + sign + " " * (not tail.strip())
     return f" {sign} " if apart else " "
 
 

@@ -50,13 +50,15 @@ def test_normalize():
     assert normalize(" The  red-ish Circle,\nmoves. An apple ") == "red ish circle moves apple"
     assert normalize("**Left**, I'd say: (not *the* 'right' one)!") == "left i d say not right one"
     assert normalize("+" * 20_000) and normalize("a" + " " * 20_000 + ".") == "a"  # in no time
+    assert normalize("a " + "<" * 20_000)
 
 
 SAME = [
     ["A", "a.", "The A"], ["", " \n", "\ufeff"], ["a man", "Man"], ["the", "The."],
     ["go to", "Go to the", "go to an ..."], ["-5", "−5", "(-5)"],
     ["5 %", "5%"], ["1/2", "1 / 2"], ["5", "5.", "$5$"], ["café", "Cafe\u0301."],
-    ["\u2764", "\u2764\ufe0f"],
+    ["\u2764", "\u2764\ufe0f"], ["x < y", "X  <  y."], ["x=y", "x = y"],
+    ["left->right", "Left -> the right"], ["a big cat", "big cat", "a *big* cat", "a - big cat"],
     ["left", "left 🙂", "- left", "-> left", "le\u00adft", "`left`", "the *left*!"],
 ]
 OTHERS = [
@@ -64,7 +66,10 @@ OTHERS = [
     ["5", "+5", "-5", "$5", "-$5", "€5", "<5", ">5", "5+", "5 %", ".5", "3.5", "3 5", "35",
      "√5"],
     ["1/2", "1-2", "1 2", "1.2", "1:2", "1+2", "1*2", "12"], ["C", "C++", "C#", "C+", "C-"],
-    ["x^2", "x 2", "x2"], ["(c)(a)(b).", "(c)(b)", "(a)(c)(b)"], ["👍", "👎"], ["←", "→"],
+    ["x^2", "x 2", "x2"], ["x < y", "x > y", "x = y", "x != y", "x <= y", "x + y", "x y", "y < x"],
+    ["left", "left -> right", "left <- right", "left <-> right", "left right"],
+    ["a > b", "a < b", "b", "a + b", "b > a"], ["A -> B", "A <- B", "B"],
+    ["(c)(a)(b).", "(c)(b)", "(a)(c)(b)"], ["👍", "👎"], ["←", "→"],
     ["\u0915", "\u0915\u093e", "\u0915\u0940", "\u0915\u093f"],  # Devanagari: ka, kaa, kii, ki
     ["\u0e21\u0e32", "\u0e21\u0e49\u0e32", "\u0e21\u0e48\u0e32"],  # Thai: come, horse
     ["\u05e9\u05c1", "\u05e9\u05c2", "\u05e9"],  # Hebrew: shin, sin
