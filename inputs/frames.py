@@ -255,6 +255,7 @@ def _scan(path):
     seconds per tick, the frame rate, the length in seconds, and whether to seek in it. Refuses a
     file that holds clearly less than its header promises."""
     packets, ends = [], {}  # the last tick of every stream
+    early = late = 0  # ticks of decoding; they count from zero but for what an edit list shifts
     container, stream = _open(path, 1)
     with container:
         base, rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate
@@ -271,6 +272,8 @@ def _scan(path):
             if pts is not None and not packet.is_discard:
                 ends[index] = max(ends.get(index, pts), pts + (packet.duration or 0))
             if index == video:
+                dts = packet.dts or 0
+                early, late = min(early, dts), max(late, dts + (packet.duration or 0))
                 if packet.is_corrupt:  # the file ends within it
                     raise VideoError(f"cut off after {len(packets)} of "
                                      f"{max(stream.frames, len(packets) + 1)} frames")
@@ -298,6 +301,8 @@ def _scan(path):
             if not (is_mp4 and stream.frames):
                 start = min(shown) if stream.start_time is None else min(*shown, stream.start_time)
                 covered = (ends[video] - start) * base
+                if is_mp4:  # of fragments it is the end in the order of decoding
+                    covered = (max(ends[video], late) - early) * base
                 promised = max(stream.duration * base, stream.frames / rate)
         elif container.duration is not None:
             covered = max(end * float(container.streams[index].time_base)

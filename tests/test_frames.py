@@ -1,5 +1,6 @@
 import base64
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -373,6 +374,27 @@ def test_edit_lists(tmp_path, monkeypatch, case, gap):
             assert numbers(found) == expected
             assert np.allclose(times * 25, np.arange(len(expected)), atol=0.03)
             assert clip_seconds(Clip(path))[1] == pytest.approx(len(expected) / 25, abs=0.01)
+
+
+def test_fragments_of_a_stream(tmp_path):
+    """Their header ends where decoding does: with B frames later than the last picture, and with
+    the first fragments left out (a part of a stream) still as late."""
+    flags = "frag_keyframe+empty_moov"
+    for number, more in enumerate(("", "+delay_moov", "+negative_cts_offsets")):
+        path = write(tmp_path / f"{number}.mp4", range(60), stamps=SLOW_START[:60],
+                     movflags=flags + more, bf=3)
+        assert numbers(read_frames(path, 2)[0]) == [0, 59]
+    path = write(tmp_path / "a.mp4", range(80), g=20, sc_threshold=0,
+                 movflags=f"{flags}+default_base_moof")
+    data = open(path, "rb").read()
+    parts = [found.start() - 4 for found in re.finditer(b"moof", data)]
+    assert len(parts) == 4
+    (tmp_path / "late.mp4").write_bytes(data[: parts[0]] + data[parts[2] :])
+    found, times = read_frames(tmp_path / "late.mp4", 3)
+    assert numbers(found) == [40, 59, 79] and np.allclose(times * 25, [0, 19, 39], atol=0.03)
+    (tmp_path / "cut.mp4").write_bytes(data[: parts[0]] + data[parts[2] : parts[3] + 600])
+    with pytest.raises(VideoError, match="cut off after"):
+        read_frames(tmp_path / "cut.mp4", 3)
 
 
 @pytest.mark.parametrize("options",
