@@ -27,6 +27,8 @@ READ = ("id", "video", "videos", "video_id", "image", "images", "conversations",
         *STARTS, *ENDS, *SYSTEM)  # keys of a row
 READ_TURN, READ_PART = ("from", "role", "value", "content"), ("type", "text", "video", "image",
                                                               *STARTS, *ENDS)
+TURNS = ("conversations", "messages", "prompt", "output_1", "output_2", "chosen", "rejected",
+         "rejected_response")  # keys of a row that hold turns
 
 
 class Clip(NamedTuple):
@@ -131,8 +133,9 @@ def unread_keys(row, known):
                          for key, value in thing.items() if key not in read and value not in empty)
 
     look(row, known)
-    for key in ("conversations", "messages", "prompt"):
-        for turn in row[key] if isinstance(row.get(key), list) and key in known else []:
+    for key in TURNS:
+        turns = row[key] if isinstance(row.get(key), list) else [row.get(key)]
+        for turn in turns if key in known else []:
             look(turn, READ_TURN, f"{key}: ")
             parts = turn.get("content") if isinstance(turn, dict) else None
             for part in parts if isinstance(parts, list) else []:

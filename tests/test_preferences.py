@@ -106,6 +106,8 @@ def test_what_a_row_says_beside_its_pair_counts(one, tmp_path):
     )
     assert (pair["chosen"], pair["rejected"]) == (tag, "a dog")
     assert list(report["not_understood"]) == ["fps"]
+    (pair,), report = one(rlaif(1, output_2={"from": "gpt", "value": "a dog", "video": "b.mp4"}))
+    assert list(report["not_understood"]) == ["output_2: video"]
 
 
 def test_the_preferred_output_is_the_chosen_one(one):
