@@ -280,7 +280,8 @@ def find_sources(args, labels):
         for name in args.compare:
             run_there = Path(name,
                              "final").is_dir() or glob.glob(f"{glob.escape(name)}/*config.json")
-            file = Path(name.split(",")[0]).suffix in benchmark_files.READ
+            first = Path(name.split(",")[0])
+            file = first.suffix.lower() in benchmark_files.READ or first.is_file()
             if not run_there and (file or glob.glob(f"{glob.escape(name)}/*.json*")):
                 out.append(Source(Path(name.split(",")[0]).stem, None, name.split(",")))
             else:

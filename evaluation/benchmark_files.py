@@ -153,12 +153,19 @@ def records_of(file, value):
     if isinstance(value, dict):
         inner = next((value[k] for k in ("annotations", "data", "questions")
                       if isinstance(value.get(k), list)), None)
-        if inner is None:
+        if inner is None and not one_record(value):
             return [(f"{file} record {key!r}", str(key), record) for key, record in value.items()]
-        value = inner
+        value = [value] if inner is None else inner
     if not isinstance(value, list):
         raise DataError(f"{file}: neither a list of records nor a dict of them")
     return [(f"{file} record {n}", None, record) for n, record in enumerate(value, 1)]
+
+
+def one_record(value):
+    """Is this dict a record, as in JSON lines of one line, and no dict by id?"""
+    named = value.keys() & {"id", "question_id", "sample_id", "qid", "video_name", "video_id"}
+    return bool(named) and bool(value.keys() & {"question", "q", "Q", "answer", *SAID}) and not any(
+        isinstance(part, dict) for part in value.values())
 
 
 def text_of(record, place, *keys, default=None):
@@ -475,6 +482,7 @@ def tempcompass_rows(file, value, benchmark):
                                    groups={"task": task, "aspect": f"{task} {aspect}"},
                                    reply=r["rating"] if rated else None,
                                    said=None if said is None else [said],
+                                   is_caption=caption,
                                    left_out="captions without a judge's rating" if caption
                                    and not rated else None))
     return rows

@@ -330,7 +330,7 @@ def score_rows(benchmark, rows, judge, clip_text=None, classes=None):
         values = [dict(accuracy=None if r is None else float(r), accuracy_all=float(r or 0))
                   for r in right]
         for row, v in zip(rows, values):
-            if row["said"] or row["reply"] is None:
+            if not row.get("is_caption") and (row["said"] or row["reply"] is None):
                 said = row["said"][0] if row["said"] else ""
                 v["acc_strict"] = tempcompass_strict(said, row["answer"], row["question"])
     elif benchmark in ("video_mme", "video_mme_subtitles", "nextqa"):

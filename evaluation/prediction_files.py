@@ -42,6 +42,9 @@ def predictions(benchmark, files):
                                 f"read under {', '.join(SAID)}")
             columns.setdefault(name, []).extend(row for row in rows if not row.get("left_out"))
             report["left_out"] += Counter(row["left_out"] for row in rows if row.get("left_out"))
+    if not any(columns.values()):
+        why = ", ".join(f"{n} {reason}" for reason, n in report["left_out"].items())
+        raise DataError(f"{files[0]}: no prediction can be scored; left out: {why}")
     for name, rows in columns.items():
         kept, twice = {}, []
         for row in rows:
@@ -62,8 +65,11 @@ def contents(files):
     it is for is in the folder's name."""
     out = []
     for place in map(str, files):
+        if place.lower().endswith(".txt"):  # benchmark_files.py knows lists of videos by that
+            raise DataError(f"{place}: no prediction file; read are {', '.join(READ)}")
         if not os.path.isdir(place):
-            out.append((place, load(place)))
+            value = load(place)
+            out.append((place, {Path(place).stem: value} if judged(value) else value))
             continue
         every = sorted(f for f in glob.glob(os.path.join(glob.escape(place), "*"))
                        if f.lower().endswith(READ))

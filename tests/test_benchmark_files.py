@@ -268,7 +268,9 @@ def test_files_of_other_kinds_are_refused_with_what_is_read(tmp_path):
     (tmp_path / "p.xlsx").write_bytes(b"PK\x03\x04\x14\x00\xff\xfe")
     put(tmp_path, "p.log", "Q: what? A: a cat")
     put(tmp_path, "rows.json", '{"id": 1, "pred": "a"}\n{half\n')
+    put(tmp_path, "p.txt", '{"id": 1, "pred": "a"}')
     for name, said in (("p.xlsx", "no text in UTF-8; read are .json"), ("p.log", "read are .json"),
+                       ("p.txt", "no prediction file; read are .json"),
                        ("rows.json", "rows.json line 2: no JSON")):
         with pytest.raises(DataError, match=said) as e:
             pf.predictions("msvd_qa", [str(tmp_path / name)])
@@ -300,6 +302,18 @@ def test_a_folder_of_one_judged_file_a_question(tmp_path):
     for name, number in (("temporal", 3), ("detail", 4), ("consistency", 2.5)):
         columns, _ = pf.predictions("video_chatgpt", [str(tmp_path / f"gpt_{name}")])
         assert len(columns[""]) == 2 and mean("video_chatgpt", columns[""], name) == number
+
+
+def test_one_record_alone(tmp_path):
+    """JSON lines of one line are a record, no dict by id; so is one judged file."""
+    record = {"id": "q7", "video_name": "a", "question": "what?", "answer": "cat", "pred": "cat"}
+    (row,) = pf.predictions("msvd_qa", [put(tmp_path, "p.json", record)])[0][""]
+    assert (row["id"], row["video"], row["said"]) == ("q7", "a", ["cat"])
+    (row,) = pf.predictions("msvd_qa", [put(tmp_path, "p.json", {"id": "cat"})])[0][""]
+    assert (row["id"], row["said"]) == ("id", ["cat"])  # a question of that name
+    judged = [{"pred": "no", "score": 1}, {"q": "what?", "a": "cat", "pred": "dog"}]
+    (row,) = pf.predictions("msvd_qa", [put(tmp_path, "v_a_3.json", judged)])[0][""]
+    assert (row["id"], row["said"], row["reply"]) == ("v_a_3", ["dog"], judged[0])
 
 
 def test_a_file_without_videos_says_so_and_ours_name_them(tmp_path, monkeypatch, capsys):
@@ -398,6 +412,11 @@ def test_tempcompass_ratings_need_no_question(tmp_path):
                                      [put(tmp_path, "captioning.json", {"7": {"order": rated}})])
     assert mean("tempcompass", columns[""], "accuracy") == pytest.approx(2 / 3)
     assert report["left_out"] == {"captions without a judge's rating": 1}  # -1: the judge failed
+    # a caption is no reply to a choice: it has no letter
+    assert all("acc_strict" not in v for v in score_rows("tempcompass", columns[""], None)[0])
+    none_left = put(tmp_path, "captioning.json", {"7": {"order": rated[2:3]}})
+    with pytest.raises(DataError, match="no prediction can be scored; left out: 1 captions"):
+        pf.predictions("tempcompass", [none_left])
 
 
 def test_other_prediction_shapes(tmp_path):
@@ -531,12 +550,15 @@ def test_columns_that_count_other_items_are_warned_about(tmp_path, monkeypatch, 
     (["--predictions", "a.json", "--benchmark", "msvd_qa"], 1, "a.json: cannot be read"),
     (["--predictions", "b.json", "--benchmark", "msvd_qa"], 1,
      "give the benchmark's files with --data"),
+    (["--compare", "a.xlsx", "A.JSON", "--benchmark", "msvd_qa"], 1,
+     "a.xlsx: cannot be read, it is no text in UTF-8; read are .json"),
     (["--predictions", "b.json", "--benchmark", "cvrr_es", "--data", "."], 1,
      "--data is not for cvrr_es"),
 ])
 def test_wrong_flags_and_files_are_one_line(tmp_path, monkeypatch, capsys, flags, code, message):
     monkeypatch.chdir(tmp_path)
     put(tmp_path, "b.json", {"1": "x"})
+    (tmp_path / "a.xlsx").write_bytes(b"PK\x03\x04\xff\xfe")
     with pytest.raises(SystemExit) as e:
         script(monkeypatch, *flags)
     err = capsys.readouterr().err if e.value.code == 2 else str(e.value.code)
