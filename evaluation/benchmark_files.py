@@ -340,7 +340,7 @@ def video_mme_rows(file, value, benchmark):
         rows.append(row_of(id, video, question, answer, r, options=options,
                            said=None if said is None else [said],
                            groups={k: v for k, v in groups.items() if v},
-                           names=[r.get("video_id") or video],
+                           names=[r.get("video_id") or video], unnamed=video == id,
                            asks=[choice_prompt(question, options)]))
     return rows
 

@@ -40,6 +40,9 @@ def predictions(benchmark, files):
                        for row in rows):
                 raise DataError(f"{file}: no predictions{f' of {name}' * bool(name)}; they are "
                                 f"read under {', '.join(SAID)}")
+            for row in rows:
+                if not row["video"]:  # not all of one nameless video: each of its own
+                    row |= dict(video=row["id"], unnamed=True)
             columns.setdefault(name, []).extend(row for row in rows if not row.get("left_out"))
             report["left_out"] += Counter(row["left_out"] for row in rows if row.get("left_out"))
     if not any(columns.values()):

@@ -340,6 +340,20 @@ def test_a_file_without_videos_says_so_and_ours_name_them(tmp_path, monkeypatch,
     assert columns[""][0]["video"] == "a" and not columns[""][0]["unnamed"]
 
 
+@pytest.mark.parametrize("benchmark, record", [
+    ("video_chatgpt", {"Q": "what?", "A": "cat", "pred": "cat"}),
+    ("nextqa", {"qid": 0, "answer": 1, "prediction": 1}),
+    ("video_mme", {"question_id": "q0", "answer": "A", "response": "A"}),
+])
+def test_predictions_that_name_no_video_are_not_about_one_video(tmp_path, benchmark, record):
+    """Else the interval is a point: every resample of one video is that video."""
+    key = next((key for key in ("qid", "question_id") if key in record), None)
+    second = record | ({key: str(record[key]).replace("0", "1")} if key else {})
+    columns, _ = pf.predictions(benchmark, [put(tmp_path, "generic.json", [record, second])])
+    assert [row["unnamed"] for row in columns[""]] == [True, True]
+    assert len({row["video"] for row in columns[""]}) == 2
+
+
 def test_an_id_without_a_prediction_is_dropped_in_one_convention_and_wrong_in_the_other(tmp_path):
     put(tmp_path, "test_qa.json",
         [{"answer": "cat", "id": k, "question": "what?", "video_id": k} for k in (1, 2)])
