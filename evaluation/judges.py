@@ -132,7 +132,7 @@ class LocalJudge:
 
     def __init__(self, checkpoint, cache_dir, device="cpu"):
         self.oracle = JudgeOracle(checkpoint, cache_dir, narrative=False, device=device)
-        self.mark = self.oracle.story_dir.name  # hash of the weights
+        self.mark = self.oracle.narrative_dir.name  # hash of the weights
         self.name = f"local {checkpoint} (weights {self.mark})"
         self.file = Path(cache_dir) / "verdicts" / f"{self.mark}.jsonl"
 
@@ -203,7 +203,7 @@ class ApiJudge:
                                 args.api_timeout, args.api_retries, extra=args.api_extra)
         self.args, self.name = args, f"api {args.api_model} at {args.api_url}"
         # questions in a row without reply; reasons that were told
-        self.silent, self.cut_narrative = 0, set()
+        self.silent, self.told = 0, set()
 
     def replies(self, jobs):
         with ThreadPoolExecutor(self.args.api_concurrency) as pool:
@@ -242,8 +242,8 @@ class ApiJudge:
             if e.fatal or self.silent >= ENOUGH:
                 what = "" if e.fatal else f"{ENOUGH} questions in a row got no reply: "
                 raise DataError(f"{what}{e}") from None
-            if e.reason not in self.cut_narrative:
-                self.cut_narrative.add(e.reason)
+            if e.reason not in self.told:
+                self.told.add(e.reason)
                 print(f"judge: a question is left without verdict: {e}; more of the kind are only "
                       "counted", file=sys.stderr)
             return str(e.reply) or None if unread and kind != "aspects" else None

@@ -10,7 +10,7 @@ import pytest
 
 from evaluation import judges
 from evaluation.benchmark_files import row_of
-from inputs.records import DataError
+from inputs.records import Clip, DataError
 
 
 @pytest.fixture
@@ -234,6 +234,19 @@ def test_the_local_judge_scores_by_its_preference():
         (len(groups), 2, 2), torch.nan
     )
     assert judge.judge(rows, False) == [None] * 5
+
+
+def test_a_local_judge_is_made_of_a_checkpoint_and_keeps_its_verdicts(world, policy, tmp_path):
+    rows = rows_of("red", "")
+    for row in rows:
+        row["clip"] = Clip(sorted((world / "data/moving_shapes").rglob("*.mp4"))[0])
+    judge = judges.LocalJudge(str(policy), tmp_path)
+    values, problems = judges.score_rows("msvd_qa", rows, judge)
+    assert values[0]["score"] in range(6) and problems == {"blank": 1}
+    again = judges.LocalJudge(str(policy), tmp_path)
+    again.judge = None  # nothing is asked twice
+    assert judges.score_rows("msvd_qa", rows, again)[0] == values
+    assert judge.mark in judge.name and len(judge.file.read_text().splitlines()) == 1
 
 
 def test_aspects_and_their_ratio():
