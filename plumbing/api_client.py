@@ -367,9 +367,11 @@ class ApiClient:
                 code = int(code) if re.fullmatch("[45]..", code) else 200
                 raise self.refusal(code, error, options)
             text, finish, used = choice.message.content, choice.finish_reason, out.usage
-            if isinstance(text, list):  # of parts; those that hold thinking are left out
-                parts = [p if isinstance(p, dict) else dict(type="text", text=p) for p in text]
-                text = "".join(p["text"] for p in parts if p["type"] in ("text", "output_text"))
+            if isinstance(text, (list, dict)):  # parts; those that hold thinking are left out
+                parts = [p if isinstance(p, dict) else dict(text=p)
+                         for p in (text if isinstance(text, list) else [text])]
+                text = "".join(p.get("text") or "" for p in parts
+                               if p.get("type") in (None, "text", "output_text"))
             if not isinstance(text or "", str):
                 raise ValueError("content is no text")
             reply = Reply.of(self.without_key(text or ""), finish)
@@ -463,7 +465,7 @@ def no_twins(pairs):
 
 def parse_json(text):
     """[D2] The one JSON object that a reply is, alone or in one code fence. Raises ReplyError."""
-    fence = re.fullmatch(r"\s*```[a-z]*\s*(.*?)\s*```\s*", text, re.S | re.I)
+    fence = re.fullmatch(r"\s*```[^\S\n]*\w*\s*(.*?)\s*```\s*", text, re.S)
     try:
         value = json.loads(fence[1] if fence else text, object_pairs_hook=no_twins)
     except (ValueError, RecursionError):

@@ -480,6 +480,7 @@ def test_an_empty_reply_is_not_asked_for_again_not_kept_and_told(
         '```json {"better": 2} ```',
         '```JSON\n{"better": 2}\n```',
         '```{"better": 2}```',
+        '``` json\n{"better": 2}\n```',
         '{"better": 2}<|im_end|>',
         '{"better": 2}</s>',
         '{"better": 2}\n<|eot_id|></s> ',
@@ -488,6 +489,8 @@ def test_an_empty_reply_is_not_asked_for_again_not_kept_and_told(
         [dict(type="text", text='{"better"'), dict(type="text", text=": 2}")],
         ['{"better"', ": 2}"],
         [dict(type="thinking", thinking="1?"), dict(type="text", text='{"better": 2}')],
+        [dict(type="text", text=None), dict(text='{"better": 2}')],
+        dict(type="text", text='{"better": 2}'),
     ],
     ids=str,
 )
