@@ -304,7 +304,9 @@ class ApiClient:
                     if attempt == attempts or not reply and (reply.cut or reply.withheld):
                         raise ReplyError(e.reason, f"{e} ({reply.about()})", reply) from None
                     self.count(repairs=1)
-                    said, complaint = str(reply) or "(nothing)", f"That reply cannot be used: {e}."
+                    # it may repeat an answer: no turn opens there either
+                    said = str(reply).replace("<", "&lt;") or "(nothing)"
+                    complaint = f"That reply cannot be used: {e}."
                     turns = [*turns, {"role": "assistant", "content": said},
                              {"role": "user", "content": f"{complaint} {plea}"}]
             kept = dict(model=self.model, reply=reply, finish=reply.finish)
