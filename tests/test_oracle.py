@@ -497,11 +497,15 @@ def test_any_answer_can_be_judged(judge, clips, answer):
 
 
 # --- scores 0-5 -----------------------------------------------------------------------------------
-def test_aspects_are_what_they_are_said_to_be(judge, clips):
+def test_aspects_are_what_they_are_said_to_be(judge, clips, monkeypatch, request):
     """Each against one unpadded forward pass per answer; and none depends on the other answers or
     groups."""
+    # what it says itself is long rubbish, and it is sure of everything: here it is not
+    monkeypatch.setattr(judge, "answer", lambda clips, questions: ["square"] * len(clips))
+    doubt = judge.model.get_output_embeddings().register_forward_hook(lambda *x: x[2] / 9)
+    request.addfinalizer(doubt.remove)
     points, ok = judge.aspects(clips, QUESTIONS, ANSWERS)
-    own = judge.answer(clips, QUESTIONS)
+    own, orders = judge.answer(clips, QUESTIONS), []
     assert points.shape == (3, 4, 4) and ok.all() and (points >= 0).all() and (points <= 5).all()
 
     def logprob(clip, question, answer):
@@ -515,17 +519,19 @@ def test_aspects_are_what_they_are_said_to_be(judge, clips):
         return (logits.log_softmax(-1)[torch.arange(len(reply)), torch.tensor(reply)].sum().item(),
                 len(reply))
 
-    for b, g in ((0, 0), (0, 1), (0, 3), (1, 0), (1, 3)):
+    for b, g in ((0, 0), (0, 1), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)):
         clip, question, answer, mine = clips[b], QUESTIONS[b], ANSWERS[b][g], own[b]
         (here, n), (elsewhere, _) = logprob(clip, question, answer), logprob(clip, DESCRIBE, answer)
         one = probability_of_the_first(judge, clip, question, answer, mine)
         two = probability_of_the_first(judge, clip, question, mine, answer)
+        orders.append(abs(min(1, one + 1 - two) - min(1, 2 * one)))
         wins = 0.5 if normalize(answer) == normalize(mine) else (one + 1 - two) / 2
         words, needed = (len(set(normalize(answer).split())),
                          max(len(set(normalize(mine).split())), 1))
         expected = [1 / (1 + math.exp(elsewhere - here)), min(1, 2 * wins), min(1, words / needed),
                     math.exp(here / n)]
         torch.testing.assert_close(points[b, g], 5 * torch.tensor(expected), rtol=1e-3, atol=1e-4)
+    assert max(orders) > 0.005  # one order alone gives other points
     # equal answers
     assert torch.equal(points[0, 2], points[0, 0]) and torch.equal(points[2, 0], points[2, 3])
     alone, _ = judge.aspects(clips[1:2], QUESTIONS[1:2], [ANSWERS[1][2:]])
