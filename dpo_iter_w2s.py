@@ -283,7 +283,10 @@ def main(args):
     # run that is resumed finds theta/ where DPO has ended, final/ where the iteration has.
     folder_of = lambda k: run.folder / f"iteration_{k}_s{args.seed}"
     start_of = lambda k: str(folder_of(k - 1) / "final") if k > 1 else args.model  # theta_{k-1}
-    trained = sum((folder_of(k) / "theta").exists() for k in range(1, args.iterations + 1))
+    made = [[(folder_of(k) / part).exists() for part in ("theta", "final")]
+            for k in range(1, args.iterations + 1)]
+    processes.check_same(f"{run.folder}: its iterations", made)
+    trained = sum(theta for theta, _ in made)
     run.first_step = trained * args.steps
     if run.checkpoint:
         run.first_step = max(run.first_step, int(run.checkpoint.name.split("-")[1]))

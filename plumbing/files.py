@@ -62,7 +62,8 @@ def collect_rows(run, file, parts, rows_of, answered=lambda row: True, flags=Non
     def rewrite():
         write(file, "".join(first_line + [json.dumps(row) + "\n" for row in rows]))
 
-    processes.all_gather(None)  # every process has read before the first one writes
+    # every process has read before the first one writes
+    processes.check_same(f"{file}: its rows", rows)
     if run.rank == 0 and done < len(parts):
         rewrite()
     silent = []  # parts of this source in a row in which it answered nothing

@@ -116,6 +116,8 @@ def held_out_questions(run, cache):
     evals = random.Random(0).sample(evals, min(run.args.eval_questions, len(evals)))
     bad = prepare_videos(run, cache, [r["clip"] for r in evals])
     evals = [r for r in evals if r["clip"] not in bad]
+    processes.check_same(f"{run.args.eval_data}: its records",
+                         [[r["id"], r["question"], r["answer"]] for r in evals])
     # sharded: the same number of forward passes on every process
     return evals[: len(evals) // run.world * run.world] if run.sharded else evals
 

@@ -309,6 +309,8 @@ def usable_pairs(run, read, cache, ids_of):
     fitting = [p for p in readable if fits(cache.processor, p, args.max_prompt_tokens)]
     ids = lambda p, length=None: [ids_of(p, side, cache.processor, length) for side in SIDES]
     usable = [p for p in fitting if len({*map(tuple, ids(p, args.max_new_tokens))}) == 2]
+    processes.check_same(f"{args.preferences}: its pairs",
+                         [[str(p[k]) for k in ("question", *SIDES)] for p in usable])
     cut = sum(len(answer) > args.max_new_tokens for p in usable for answer in ids(p))
     if run.rank == 0:
         print(f"{len(usable)} pairs; {len(broken)} broken videos; {cut} answers are cut at "

@@ -28,7 +28,7 @@ from inputs.features import FeatureCache
 from inputs.frames import VideoError
 from inputs.preferences import read_preferences, write_preferences
 from inputs.records import Clip
-from plumbing import embedded, zoo
+from plumbing import embedded, processes, zoo
 from plumbing.files import collect_rows
 from plumbing.flags import parse_args
 from plumbing.zoo import MISSING, Checkpoint, Server, collect_answers, collect_scores, write_card
@@ -893,6 +893,30 @@ def test_ai_feedback_and_the_first_stage_alone(world, policy, monkeypatch, capfd
     assert (ours / "final/model.safetensors").exists() and len(rows(ours / "metrics.jsonl")) == 4
     scores = [s for row in rows(ours / "iteration_1_s0/scores.jsonl") for s in row["scores"] if s]
     assert all(0 <= x <= 5 for s in scores for x in s) and len({tuple(s) for s in scores}) > 5
+
+
+def test_what_every_process_reads_for_itself_is_compared(world, policy, monkeypatch, tmp_path):
+    """Machines with disks of their own: who goes on from other files would wait for ever."""
+    compared = {}
+    note = lambda what, thing: compared.update({Path(what).name: copy.deepcopy(thing)})
+    monkeypatch.setattr(processes, "check_same", note)
+    flags = [*SELF, "--iterations", "2", "--stage", "build"]
+    main_of(monkeypatch, world, "dpo_iter_w2s.py", *flags, "--name", "same")
+    made = world / "runs/dpo_iter_w2s/same_s0/iteration_1_s0"
+    assert compared["same_s0: its iterations"] == [[False, False], [False, False]]
+    assert compared["same_s0: its last checkpoint"] is None
+    assert compared["answers.jsonl: its rows"] == compared["scores.jsonl: its rows"] == []
+    assert len(compared["val.json: its records"]) == 5 and compared["train.json: its records"]
+    (made / "theta").mkdir()
+    main_of(monkeypatch, world, "dpo_iter_w2s.py", *flags, "--name", "same", "--resume")
+    assert compared["same_s0: its iterations"] == [[True, False], [False, False]]
+    for file in ("answers.jsonl", "scores.jsonl"):
+        assert compared[f"{file}: its rows"] == rows(made / file)
+    pairs = made / "preferences.json"
+    with pytest.raises(SystemExit, match="fewer than --prompts_per_step"):
+        main_of(monkeypatch, world, "dpo_iter_w2s.py", *flags[:-2], "--prompts_per_step", "998",
+                "--name", "given", "--preferences", pairs)
+    assert len(compared["preferences.json: its pairs"]) == len(json.loads(pairs.read_text()))
 
 
 def test_no_alpha_is_chosen_by_an_oracle_that_scores_nothing(world, policy, monkeypatch):
