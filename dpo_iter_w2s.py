@@ -359,13 +359,12 @@ def main(args):
                 group["lr"] = lr
             asked = question_indices(len(pairs), step, args)
             mine = [pairs[i] for i in asked[run.rank :: run.world]]
-            micros = [[mine[i] for i in part]  # of like length
-                      for part in micro_batches(row_tokens(mine, processor, args),
-                                                args.tokens_per_micro_batch)]
-            for i, micro in enumerate(micros):
+            parts = micro_batches(row_tokens(mine, processor, args), args.tokens_per_micro_batch)
+            for i, part in enumerate(parts):
+                micro = [mine[j] for j in part]  # of like length
                 with torch.no_grad(), reference() as ref:
                     ref_logps, _ = logps_of(ref, micro)  # (B,2)
-                with processes.no_sync(ddp, when=i < len(micros) - 1):
+                with processes.no_sync(ddp, when=i < len(parts) - 1):
                     logps, lengths = logps_of(ddp, micro)  # (B,2), (B,2)
                     loss, rewards = dpo_loss(logps, ref_logps, args.beta)  # (B,), (B,2)
                     # DDP averages over processes; * world undoes it
@@ -481,8 +480,7 @@ def answer_logps(model, pairs, processor, cache, args, device):
 
 
 def ids_of(pair, side, processor, max_length=None):
-    """An answer's ids, with EOS where it ended; a file that does not say so holds answers that
-    did."""
+    """An answer's ids, with EOS where it ended, as it did where a file does not say."""
     ids, ended = processor.answer_ids(pair[side], max_length), pair.get("ended", {}).get(side, True)
     return ids if ended or ids[-1] != processor.tokenizer.eos_token_id else ids[:-1]
 
@@ -548,8 +546,7 @@ def oracle_scores(oracle, records, answers):
 # Data
 # --------------------------------------------------------------------------------------------------
 def open_data(run):
-    """-> records to ask about, pairs of --preferences, held-out records, oracle, cache of
-    features."""
+    """-> records to ask about, given pairs, held-out records, oracle, cache of features."""
     args, given, records, report = run.args, [], [], {}
     with processes.one_line_errors(DataError, OSError):
         if args.preferences:
