@@ -9,6 +9,8 @@
 PYTHON ?= python3
 PROCS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 PY = .venv/bin/python
+# two tests per core: half of their time is waiting for processes and servers of their own
+WORKERS ?= $(shell expr 2 \* $(PROCS))
 # one process per core with one thread each: small models are faster side by side than each on all cores
 DIST = $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(if $(filter 1,$(PROCS)),1,2)
 WORLD = data/moving_shapes
@@ -22,10 +24,10 @@ POLICY = --data $(WORLD)/train.json --num_clips 40 --batch_size 16
 	touch $@
 
 test: .venv/done
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/done
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow -o faulthandler_timeout=7200
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow -o faulthandler_timeout=7200
 
 mutants: .venv/done
 	$(PY) tests/mutants.py --out runs/mutants.json

@@ -137,7 +137,7 @@ def sft_loss(logprobs, mask):
 
 
 def lr_at(step, steps, peak, warmup=0.0):
-    """Linear warm-up over this share of the steps, then linear to zero at the last one."""
+    """Linear warm-up over this share of the steps, then linear to zero just after the end."""
     warm = max(1, int(warmup * steps))
     return peak * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 

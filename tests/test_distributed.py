@@ -56,7 +56,7 @@ def test_one_rank_hangs_in_sampling(world, policy, forked, tmp_path):
     waited for longer."""
     place = a_world(world, tmp_path / "hangs")
     plant = "from datetime import timedelta\nprocesses.STEP = timedelta(seconds=5)\n" + at_step_2(
-        "import time; time.sleep(12)")
+        "import time; time.sleep(8)")
     codes = forked.run(place, *GRPO, world=2, plant=plant)
     assert codes == [1, 1] and steps_done(place / FOLDER) == 2
 

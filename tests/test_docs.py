@@ -155,7 +155,7 @@ def command_lines(text):
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"(?<!`)`((?:python|torchrun) [^`]+)`",
                         re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
-    for line in map(str.strip, lines):
+    for line in (line.strip().removeprefix("$ ") for line in lines):
         if re.match(r"(\.venv/bin/)?python3? (?!-c|-m pytest)|torchrun ", line):
             yield shlex.split(line, comments=True)
 
@@ -180,6 +180,7 @@ def test_command_lines_are_valid(page, words, tmp_path, monkeypatch):
     other = script.split("/")[0] in ("benchmarks", "experiments", "docs", "tests")
     cls = None if other else getattr(importlib.import_module(script[:-3].replace("/", ".")), "Args",
                                      None)
+    assert other or "__main__" in (REPO / script).read_text(), f"{page}: {script} runs nothing"
     if cls is None or flags == ["--help"]:
         return
     parser = Parser(cls, allow_abbrev=False)
@@ -201,7 +202,8 @@ def test_commands_are_found_and_wrong_ones_noticed(tmp_path, monkeypatch):
     assert list(command_lines(text)) == [["torchrun", "--nproc_per_node=4", "sft.py", "--lr", "1"],
                                          ["python", "sft.py", "--help"]]
     for words in (["python", "sft.py", "--learning_rate", "1"], ["python", "nothing.py"],
-                  ["torchrun", "--nproc_per_node=3", "sft.py"]):
+                  ["torchrun", "--nproc_per_node=3", "sft.py"],
+                  ["python", "oracle.py", "--oracle", "judge"]):
         with pytest.raises((pytest.fail.Exception, AssertionError, ValueError)):
             test_command_lines_are_valid("page", words, tmp_path, monkeypatch)
 

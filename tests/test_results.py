@@ -12,7 +12,11 @@ from itertools import takewhile
 from conftest import REPO
 
 FAKE = """#!/bin/bash
-[ "$1" = "-c" ] && exec "{python}" "$@"
+if [ "$1" = "-c" ]; then  # really asked, and once: it imports torch
+  kept=asked_$(cksum <<<"$2" | tr ' ' _)
+  [ -s "$kept" ] || "{python}" "$@" > "$kept"
+  exec cat "$kept"
+fi
 printf '%q ' "$@" >> calls; echo >> calls
 """
 FOLDERS = dict(
