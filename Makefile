@@ -9,8 +9,8 @@
 PYTHON ?= python3
 PROCS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 PY = .venv/bin/python
-# two tests per core: half of their time is waiting for processes and servers of their own
-WORKERS ?= $(shell expr 2 \* $(PROCS))
+# of the tests: half of their time is waiting for processes and servers of their own, so two per core of a small machine
+WORKERS ?= 4
 # one process per core with one thread each: small models are faster side by side than each on all cores
 DIST = $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(if $(filter 1,$(PROCS)),1,2)
 WORLD = data/moving_shapes

@@ -69,7 +69,6 @@ alpha         alpha      ()      .3                      how far to go beyond th
 
 import math
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -176,7 +175,7 @@ from video_llm import Prefix, generate, has_adapter, token_logprobs, unwrap
 
 
 # --------------------------------------------------------------------------------------------------
-# Equations
+# Equations: tensors in, tensors out
 # --------------------------------------------------------------------------------------------------
 def dpo_loss(logps, ref_logps, beta):
     """[D Eq. 7] -log sigmoid(r_w - r_l) with r = beta (log pi - log pi_ref).
@@ -336,7 +335,7 @@ def main(args):
 
         # 4. DPO      from theta_{k-1}, against theta_{k-1}     [W Sec. 4.1; D Eq. 7; D4, D5]
         first_step = (k - 1) * args.steps
-        last_step = k * args.steps
+        last_step = first_step + args.steps
         resume_from = max(first_step, run.first_step)
         saved = folder / "theta" if k <= trained else resumed
         run.checkpoint = None if resume_from == first_step else saved
@@ -354,17 +353,18 @@ def main(args):
 
         for step in range(resume_from, last_step):
             evaluate(step, model, processor)
-            began, lr = time.time(), lr_at(step - first_step, args.steps, args.lr)
+            log.mark()
+            lr = lr_at(step - first_step, args.steps, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             asked = question_indices(len(pairs), step, args)
             mine = [pairs[i] for i in asked[run.rank :: run.world]]
-            parts = micro_batches(row_tokens(mine, processor, args), args.tokens_per_micro_batch)
-            for i, part in enumerate(parts):
-                micro = [mine[j] for j in part]  # of like length
+            micros = micro_batches(row_tokens(mine, processor, args), args.tokens_per_micro_batch)
+            for i, rows in enumerate(micros):
+                micro = [mine[j] for j in rows]  # of like length
                 with torch.no_grad(), reference() as ref:
                     ref_logps, _ = logps_of(ref, micro)  # (B,2)
-                with processes.no_sync(ddp, when=i < len(parts) - 1):
+                with processes.no_sync(ddp, when=i < len(micros) - 1):
                     logps, lengths = logps_of(ddp, micro)  # (B,2), (B,2)
                     loss, rewards = dpo_loss(logps, ref_logps, args.beta)  # (B,), (B,2)
                     # DDP averages over processes; * world undoes it
@@ -378,7 +378,7 @@ def main(args):
             log.add("policy/grad_norm", grad_norm)
             log.add("charts/lr", lr)
             log.add("charts/iteration", k)
-            log.add("time/update_s", time.time() - began)
+            log.mark("update")
             log.step(step, show=["losses/dpo", "rewards/accuracies", "rewards/margins",
                                  "eval/accuracy", "eval/len"])
             run.save(step + 1, model, processor, optimizer, steps=last_step)

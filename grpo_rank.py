@@ -9,7 +9,7 @@ Papers  [OR] Oracle-RLAIF, arXiv:2510.02561      [G] GRPO: DeepSeekMath, arXiv:2
 Claim   With few labels, an oracle's order of the policy's own answers to *unlabelled* videos
         improves the policy (docs/grpo_rank.md).
 
-One step of the algorithm
+The algorithm, one step:
   1. The policy samples G answers to each of B questions about unlabelled videos.
   2. The oracle ranks each group. A group that it cannot rank is masked.
   3. Ranks become advantages. An answer pays an nDCG penalty: 0 for the oracle's best, more for each
@@ -18,9 +18,9 @@ One step of the algorithm
   5. The step is logged; every --save_steps steps a checkpoint is written.
   6. Every --eval_steps steps held-out questions are answered greedily.
 
-Differs D1  The advantage. [OR] ranks the answers twice, by the oracle (t) and by the policy's own
-            log-probability (p), and rewards agreement, not quality (docs/published_advantage.md).
-            `published` does what [OR]'s public summaries give. The default, `oracle_rank`, uses t
+Differs D1  The advantage. [OR], by its summaries, ranks the answers twice, by the oracle (t) and by
+            the policy's log-probability (p): it rewards agreement (docs/published_advantage.md).
+            `published` does what these public summaries give. The default, `oracle_rank`, uses t
             only: delta_i = delta(0 -> t_i) = 1 - g(t_i). `signed`: [OR]'s penalty, direction p - t.
         D2  The penalty's closed form. Our sources print delta(0->4) = 0.4830, delta(4->3) = 0.0243
             and three properties (zero-sum, bounded, top-heavy), no formula. `penalty` is the
@@ -353,9 +353,9 @@ def log_groups(log, answers, lengths, ranks, policy_ranks, scores, ok, tokens, e
     log.add("objective/score", (scores * ok.unsqueeze(-1)).sum(), ok.sum() * G)
     log.add("rollout/len", lengths.sum(), B * G)
     log.add("rollout/eos_rate", ended.sum(), B * G)
-    log.add("rank/distinct_answers", sum(len(set(g)) for g in answers), B)
+    log.add("rollout/distinct_answers", sum(len(set(g)) for g in answers), B)
     log.add("rank/tied_groups", (tied & ok).sum(), B)
-    log.add("rank/masked_groups", (~ok).sum(), B)
+    log.add("oracle/masked_groups", (~ok).sum(), B)
     log.add("rank/policy_agrees", concordant.sum(), concordant.sum() + discordant.sum())
 
 

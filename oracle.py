@@ -1,6 +1,7 @@
 """The oracles: everything that ranks, judges or describes answers about a video.
 
-    scores, ranks, ok = oracle.rank(videos, questions, answers)    # answers: B lists of G strings
+    scores, ranks, ok = oracle.rank(videos, questions, answers)    # answers: B lists of G strings;
+                                                                   # videos: B Clips
     points, ok = oracle.aspects(videos, questions, answers)        # (B,G,4) in [0,5], see ASPECTS
 
 scores (B,G), higher is better; ranks (B,G) long, 0 = best, tied answers share the better place; ok
@@ -78,7 +79,7 @@ def one_of_equals(answers):
 
 def differ(answers):
     """Which groups hold answers that differ, and so need an order? B lists of G strings -> (B,)."""
-    return torch.tensor([len(set(one)) > 1 for one in one_of_equals(answers)])
+    return torch.tensor([len(set(places)) > 1 for places in one_of_equals(answers)])
 
 
 def ranks_of(scores):
@@ -204,10 +205,10 @@ def reward_batch(rows, clips, processor, cache, device, answer_first, max_prompt
         heads.append(texts[0][:shared])
         tails.append([ids[shared:] for ids in texts])
     G = max(map(len, tails))
-    flat = [tail for row in tails for tail in row + [[processor.tokenizer.eos_token_id]]
-            * (G - len(row))]
-    tokens = processor.pad(flat, "right")[0].view(len(rows), G, -1).to(device)
-    lengths = torch.tensor([len(tail) for tail in flat], device=device).view(-1, G)
+    eos = [processor.tokenizer.eos_token_id]
+    filled = [tail for row in tails for tail in row + [eos] * (G - len(row))]
+    tokens = processor.pad(filled, "right")[0].view(len(rows), G, -1).to(device)
+    lengths = torch.tensor([len(tail) for tail in filled], device=device).view(-1, G)
     videos = [clip for clip in clips if clip]
     features = cache(videos) if videos else (None, None)
     prefix = Prefix(*(x if x is None else x.to(device)
@@ -264,8 +265,8 @@ def readable_only(*width):
         def scored(self, videos, questions, answers):
             bad = self.unreadable(videos)
             keep = [b for b, video in enumerate(videos) if video not in bad]
-            out, ok = torch.zeros(len(videos), len(answers[0]),
-                                  *width), torch.zeros(len(videos), dtype=torch.bool)
+            out = torch.zeros(len(videos), len(answers[0]), *width)
+            ok = torch.zeros(len(videos), dtype=torch.bool)
             if keep:
                 out[keep], ok[keep] = method(self, *([x[b] for b in keep]
                                                      for x in (videos, questions, answers)))
@@ -366,24 +367,25 @@ class JudgeOracle(Oracle):
 
         All ordered pairs of *distinct* answers are compared."""
         B, G = len(answers), len(answers[0])
-        one = one_of_equals(answers)
-        asked = [(b, i, j) for b in range(B) for i in set(one[b]) for j in set(one[b]) if i != j]
-        p = self.ask(asked, videos, questions, answers)
+        first = one_of_equals(answers)
+        comparisons = [(b, i, j) for b in range(B) for i in set(first[b]) for j in set(first[b])
+                       if i != j]
+        p = self.ask(comparisons, videos, questions, answers)
         prefers = torch.full((B, G, G), 0.5)
         for b in range(B):
             for i in range(G):
                 for j in range(G):
-                    f, g = one[b][i], one[b][j]
-                    if f != g:
-                        prefers[b, i, j] = (p[b, f, g] + 1 - p[b, g, f]) / 2
+                    a, c = first[b][i], first[b][j]
+                    if a != c:
+                        prefers[b, i, j] = (p[b, a, c] + 1 - p[b, c, a]) / 2
         return prefers
 
-    def ask(self, asked, videos, questions, answers):
+    def ask(self, comparisons, videos, questions, answers):
         """Comparisons [(b,i,j), ...] -> {(b,i,j): P(answer i | i shown first, j second)}. The two
         possible replies to a comparison are answer i and answer j."""
         narratives = self.narratives(videos) if self.narrative else [None] * len(videos)
-        asked, groups = sorted(asked), []
-        for b, pairs in groupby(asked, key=lambda comparison: comparison[0]):
+        comparisons, groups = sorted(comparisons), []
+        for b, pairs in groupby(comparisons, key=lambda comparison: comparison[0]):
             pairs = [(i, j) for _, i, j in pairs]
             heads, tails = zip(*(judge_prompt(questions[b], answers[b][i], answers[b][j],
                                               narratives[b])
@@ -393,7 +395,7 @@ class JudgeOracle(Oracle):
             texts = [(tail, reply[k]) for tail, pair in zip(tails, pairs) for k in pair]
             groups.append((videos[b], head, texts))
         logprobs = reply_logprobs(self.model, self.processor, self.cache, groups, self.tokens)
-        return dict(zip(asked, torch.sigmoid(logprobs[0::2] - logprobs[1::2]).tolist()))
+        return dict(zip(comparisons, torch.sigmoid(logprobs[0::2] - logprobs[1::2]).tolist()))
 
     @readable_only()
     def score(self, videos, questions, answers):

@@ -149,6 +149,7 @@ class Args(OracleArgs, RolloutArgs, ModelArgs):  # memory, oracle, server: plumb
     adam_eps: float = flag(1e-5, "Adam's epsilon (I20)", above=0)
     adam_beta2: float = flag(0.95, "Adam's second beta [V: 0.999]", above=0, below=1)
     max_new_tokens: int = flag(16, "longest answer, EOS included", low=1)
+    max_prompt_tokens: int = flag(512, "of a longer question the end is cut, not the video", low=1)
     temperature: float = flag(1.0, "of sampling and of every log-probability (I1)", above=0)
     # -- data and models
     data: str = flag(f"{WORLD}/train.json", "videos and questions; labels: --oracle reference only")
@@ -337,7 +338,8 @@ def main(args):
         picks = step_questions(len(records), step, args)[run.rank :: run.world]  # B of this process
         batch = [records[i] for i, _ in picks]
         clips, questions = [r["clip"] for r in batch], [r["question"] for r in batch]
-        prefix = Prefix.build(processor, cache, questions, clips, run.device)
+        longest = args.max_prompt_tokens
+        prefix = Prefix.build(processor, cache, questions, clips, run.device, longest)
         uniforms = uniforms_of(args.seed, step, picks, args.G, args.max_new_tokens)  # (B,G,T)
         unpack = args.quantize == "nf4" and args.unpack_nf4
         with roles.as_("policy") as policy, unpacked(policy, unpack):

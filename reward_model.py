@@ -11,7 +11,7 @@ Papers  [V] VLM-RLAIF arXiv:2402.03746, Sec. 3.1    [BT] Bradley and Terry 1952,
 Makes   runs/reward_model/<name>_s<seed>/final: what oracle.py and ppo_rlaif.py read, and
         runs/reward_model/preferences/*.json: a preference file in VLM-RLAIF's own format
 
-The algorithm
+The algorithm:
   Collect  The policy draws --samples answers to each question. A judge that has read a narrative of
            the video chooses the better one of every two different answers, in both orders.
   1. Split the pairs: training and held-out pairs share no video.
@@ -33,10 +33,8 @@ Differs D1  Every two *different* answers among --samples draws are compared, up
             caption that the released code fills with None. `--narrative False`: ablation.
         D5  It starts from --base, the SFT model that judges and describes, as in [V] (there the 13B
             model), not from the weaker one that answers; from that one: a row of the ablation.
-        D6  The centring term is [C]'s mean of squares per pair; [V]'s |batch mean| depends on the
-            micro-batch.
-        D7  Accuracy is measured on pairs whose *videos* were not trained on; [V]'s scripts pass one
-            file for both.
+        D6  Centring is [C]'s mean of squares per pair; [V]'s |batch mean| depends on micro-batches.
+        D7  Held-out pairs are about other *videos* than training; [V]'s scripts pass one file.
         D8  At the end the head is shifted and scaled: mean 0 and deviation 1 over up to 1,000
             groups of training pairs [N], so that --reward_scale of ppo_rlaif.py means the same for
             each reward model. [V] normalises nothing; its PPO multiplies the shaped reward by 10.
@@ -312,7 +310,7 @@ def flags_of(args):
 
 
 # --------------------------------------------------------------------------------------------------
-# Train
+# The algorithm
 # --------------------------------------------------------------------------------------------------
 def main(args):
     if args.stage == "collect" or not args.own_file:
@@ -440,9 +438,8 @@ def trained_parts(model):
     for name, p in model.named_parameters():
         if "score_head" in name and name.endswith("bias"):
             p.requires_grad_(False)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return ([p for n, p in trained.items() if "score_head" not in n],
-            [p for n, p in trained.items() if "score_head" in n])
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [[p for n, p in trained if ("score_head" in n) == head] for head in (False, True)]
 
 
 class Batch(NamedTuple):
@@ -486,6 +483,9 @@ def rewards_of(model, batch, rows):
     return torch.cat([r[batch.columns[b]] for r, b in zip(rewards, rows)]), pairs
 
 
+# --------------------------------------------------------------------------------------------------
+# What is logged
+# --------------------------------------------------------------------------------------------------
 def measure(rewards, pairs):
     """rewards (n,2) of n pairs -> {one of MEASURES: (sum, count)}.
 

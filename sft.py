@@ -8,7 +8,7 @@ Run     python sft.py                                       the embedded world, 
 Paper   [V] VLM-RLAIF, arXiv:2402.03746, Sec. 3.2 (curriculum), Sec. 4.1 (hyper-parameters)
 Makes   runs/sft/<name>_s<seed>/final: the start of RL; with labels in plenty also the judge
 
-The algorithm
+The algorithm:
   1. Read labelled questions about videos; with --num_clips, those of a few clips only.
   2. Compose a model of a CLIP, a Q-Former and a decoder, or continue one.
   3. Encode every video once; leave out what cannot be read or does not fit.
@@ -62,6 +62,7 @@ class Args(ShardArgs):  # --dtype, --shard, ...: plumbing/flags.py
     easy_share: float = flag(0.65, "share of records that counts as easy [V: 214k of 327k]", low=0,
                              high=1)
     easy_steps: float = flag(0.4, "share of the steps spent in the easy stage", low=0, high=1)
+    judge_share: float = flag(0.25, "chance of a group to become comparisons (D3)", low=0, high=1)
     lora_r: int = flag(0, "LoRA rank on the decoder [V: 32]; 0: all weights but CLIP's", low=0)
     lora_alpha: int = flag(32, "LoRA alpha [V: 32]", low=1)
     quantize: str = flag("none", "none, or nf4: QLoRA, needs --lora_r", choices=("none", "nf4"))
@@ -74,7 +75,6 @@ class Args(ShardArgs):  # --dtype, --shard, ...: plumbing/flags.py
     lr: float = flag(1.5e-3, "peak learning rate; linear warm-up, then linear to zero", above=0)
     warmup: float = flag(0.03, "share of the steps that warm up", low=0, high=1)
     weight_decay: float = flag(0.05, "AdamW weight decay", low=0)
-    judge_share: float = flag(0.25, "chance of a group to become comparisons (D3)", low=0, high=1)
     # -- data and models
     data: str = flag(f"{WORLD}/pretrain.json", "annotation files, comma-separated: docs/sft.md")
     video_root: str = flag("", "where the videos are; empty: beside the annotation file")
@@ -122,7 +122,7 @@ from video_llm import Prefix, save_model, token_logprobs, unwrap
 
 
 # --------------------------------------------------------------------------------------------------
-# The curriculum, the loss, the schedule
+# Equations: the curriculum, the loss, the schedule
 # --------------------------------------------------------------------------------------------------
 def easy_and_hard(lengths, easy_share):
     """[V Sec. 3.2] Difficulty is answer length. lengths (R,) tokens -> bool (R,), True on the
@@ -180,7 +180,7 @@ def shorten(text, processor, max_tokens):
 
 
 # --------------------------------------------------------------------------------------------------
-# Training
+# The algorithm
 # --------------------------------------------------------------------------------------------------
 def main(args):
     run = Run(__file__, args)
@@ -217,8 +217,8 @@ def main(args):
     # 3. Videos and prompts. What does not fit would end the run in the middle, at every --resume.
     cache = FeatureCache(unwrap(model), processor, args.cache)
     records = fitting_records(run, cache, records, report)
-    lengths = np.array([len(processor.answer_ids(r["answer"])) for r in records])
-    easy = easy_and_hard(lengths, args.easy_share)
+    answer_lengths = np.array([len(processor.answer_ids(r["answer"])) for r in records])
+    easy = easy_and_hard(answer_lengths, args.easy_share)
     easy_groups = by_clip([r for r, e in zip(records, easy) if e], args.pack)
     all_groups = by_clip(records, args.pack)
     pools, narratives = judge_material(records)

@@ -1,4 +1,4 @@
-"""G answers behind one prefix: who sees whom in a packed row, attention that does not compute what
+"""G answers after one prefix: who sees whom in a packed row, attention that does not compute what
 nobody sees, and rows that grow in place while they are sampled, on a GPU as one CUDA graph a token.
 
         prefix  a1 a1 a1  a2  a3 a3 ...     one row of P + sum of lengths tokens

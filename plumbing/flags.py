@@ -81,12 +81,12 @@ class ModelArgs(Flags):
     """How a model lies in memory: flags of the training scripts, read in plumbing/run.py."""
 
     # -- memory
-    dtype: str = flag("float32", "float32, or bfloat16: of the weights that LoRA leaves alone",
+    dtype: str = flag("float32", "float32, or bfloat16: of the weights that LoRA does not train",
                       choices=DTYPES)
     attn_implementation: str = flag("sdpa", "sdpa | eager; flash attention cannot take the "
                                     "mask of packed groups", choices=("sdpa", "eager"))
-    gradient_checkpointing: bool = flag(False, "keep the inputs of layers alone and compute them "
-                                               "again: a third more time, a fraction of the "
+    gradient_checkpointing: bool = flag(False, "keep only each layer's input and recompute the "
+                                               "rest: a third more time, a fraction of the "
                                                "activations")
 
     def check_training(self, batch=None):

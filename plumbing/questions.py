@@ -23,8 +23,8 @@ def read_questions(run, answers=False):
     answers stay for --oracle reference, which compares with them, or if `answers`."""
     args, labelled = run.args, "reference" in run.args.raters
     with processes.one_line_errors(DataError, OSError):
-        files, root = args.data.split(","), args.video_root or None
-        records, report = read_records(files, root, labelled=labelled)
+        paths, root = args.data.split(","), args.video_root or None
+        records, report = read_records(paths, root, labelled=labelled)
     if not (labelled or answers):
         records = [{**r, "answer": None} for r in records]
     return records, report
@@ -123,9 +123,9 @@ def held_out_questions(run, cache):
 
 
 def step_questions(count, step, args):
-    """The questions of one step, over all processes: [(which, how often it stands in this step
-    before), ..]. Both are part of the key of every draw, or the groups of a question that comes
-    twice would be the same answers."""
+    """The questions of one step, over all processes: [(which, how often it came earlier in this
+    step), ..]. Both are part of the key of every draw, or the groups of a question that comes twice
+    would be the same answers."""
     indices = question_indices(count, step, args)
     return [(i, indices[:k].count(i)) for k, i in enumerate(indices)]
 

@@ -36,8 +36,10 @@ from plumbing.embedded import ROOT
 from plumbing.flags import world_size
 from video_llm import add_lora, has_adapter, load_model, merged, reference_of, save_model
 
-KL_WARNING = 10.0  # nats: so far from its start a policy says something else altogether
-NEUTRAL = (
+# nats, of a token in grpo_rank.py and of an answer in ppo_rlaif.py: so far from its start a policy
+# says something else altogether
+KL_WARNING = 10.0
+NEUTRAL = (  # may differ when resumed
     "tokens_per_micro_batch",
     "gradient_checkpointing",
     "unpack_nf4",
@@ -49,7 +51,7 @@ NEUTRAL = (
     "api_retries",
     "api_extra",
     "name",  # the folder says it; a run of sft.py named policy_s0 is policy with --seed 0 now
-)  # may differ when resumed
+)
 
 
 class Job:
@@ -129,7 +131,8 @@ class Run(Job):
 
     def scored_or_stop(self, step, ok, needed, what="oracle"):
         """Has the oracle ranked a group that needs an order? ok (B,): it gave one; needed (B,): the
-        answers differ. Equal answers are tied unasked, by a dead oracle too, and say nothing.
+        answers differ. Equal answers are tied without asking, even by an oracle that is down, so
+        they do not count.
 
         If not, momentum and KL must not move the weights. Three such steps in a row, all steps of
         a shorter run, or the evaluation at the end of a run end the script."""
@@ -195,8 +198,8 @@ class Run(Job):
         `cost.json` has the peak memory of all processes: of the GPUs where there are some, else of
         the machine."""
         model, folder = getattr(model, "module", model), self.folder
-        cuda, kilobytes = (torch.cuda.is_available(),
-                           resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        cuda = torch.cuda.is_available()
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak = sum(processes.all_gather(torch.cuda.max_memory_allocated() / 2**30 if cuda
                                         else kilobytes / 2**20))
         if self.rank == 0:

@@ -422,8 +422,8 @@ JUDGE_COPIES = "test_oracle.py::test_copies_of_an_answer_are_tied_and_inherit_it
 JUDGE_ASPECTS = "test_oracle.py::test_aspects_are_what_they_are_said_to_be"
 REWARDS = "test_oracle.py::test_rewards_are_read_at_the_end_of_the_text"
 
-judge("oracle_one_order", "prefers[b, i, j] = (p[b, f, g] + 1 - p[b, g, f]) / 2",
-      "prefers[b, i, j] = p[b, f, g]", "one order only", JUDGE_PAIRS)
+judge("oracle_one_order", "prefers[b, i, j] = (p[b, a, c] + 1 - p[b, c, a]) / 2",
+      "prefers[b, i, j] = p[b, a, c]", "one order only", JUDGE_PAIRS)
 judge("oracle_reply_sign", "torch.sigmoid(logprobs[0::2] - logprobs[1::2])",
       "torch.sigmoid(logprobs[1::2] - logprobs[0::2])", "the worse reply wins", JUDGE_PAIRS)
 plant("video_llm.py", "oracle_reply_eos", "iter([part.sum().item() for part",

@@ -1154,7 +1154,7 @@ def test_grpo_rank_learns_from_a_server(server, world, policy, monkeypatch, caps
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert sum(row["oracle/requests"] for row in rows) == len(server.seen) > 0
     assert all({f"oracle/{key}" for key in COUNTERS} <= set(row) for row in rows)
-    masked = [row["rank/masked_groups"] * 4 for row in rows]
+    masked = [row["oracle/masked_groups"] * 4 for row in rows]
     assert masked == [row["oracle/masked_no_json"] for row in rows]
     out = "".join(capsys.readouterr())
     for text in (out, *(p.read_bytes().decode("latin-1") for p in folder.rglob("*") if p.is_file()),

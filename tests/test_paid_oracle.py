@@ -79,7 +79,7 @@ def test_a_run_with_a_failing_server(world, policy, failing, monkeypatch, capfd)
     assert len(failing.failed) > 8, failing.failed  # most ways to fail were met
     total = lambda key: round(sum(row.get(f"oracle/{key}", 0) for row in metrics))
     masked = {reason: total(f"masked_{reason}") for reason in replies.REASONS}
-    groups = round(sum(row["rank/masked_groups"] for row in metrics) * 4)
+    groups = round(sum(row["oracle/masked_groups"] for row in metrics) * 4)
     # masked, reported by reason; most groups are not
     assert groups == sum(masked.values()) > 0 and groups < 24, masked
     assert total("retries") > 0 and total("repairs") > 0

@@ -305,7 +305,7 @@ def test_grpo_rank(script, world, policy, kind):
             == metrics[0]["policy/clipfrac_high"])
     assert metrics[0]["policy/ratio"] == pytest.approx(1, abs=1e-5)
     assert 1 <= metrics[0]["rollout/len"] <= 5 and 0 <= metrics[0]["rollout/eos_rate"] <= 1
-    assert metrics[0]["rank/masked_groups"] == 0 and metrics[0]["policy/entropy"] > 1
+    assert metrics[0]["oracle/masked_groups"] == 0 and metrics[0]["policy/entropy"] > 1
     check_samples(folder, kind)
     moved = changed(policy, folder / "final")
     assert {n.split(".")[0] for n in moved} == {"qformer", "projection", "language_model"}
