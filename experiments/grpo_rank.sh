@@ -23,6 +23,14 @@ done | side_by_side
     echo "signed_s$s $g --name signed --advantage signed --scale_advantages True"
     echo "published_undivided_s$s $g --name published_undivided --advantage published"
     echo "signed_undivided_s$s $g --name signed_undivided --advantage signed"
+    # undivided, the same KL weighs more: a KL weight of a twentieth, and other rates
+    for k in published signed; do
+      echo "${k}_undivided_beta_s$s $g --name ${k}_undivided_beta --advantage $k --beta 0.0015"
+      echo "${k}_undivided_lr1e-3_s$s $g --name ${k}_undivided_lr1e-3 --advantage $k --lr 1e-3"
+      echo "${k}_undivided_lr1e-4_s$s $g --name ${k}_undivided_lr1e-4 --advantage $k --lr 1e-4"
+      echo "context_${k}_undivided_s$s $PY grpo_rank.py --seed $s --resume --name context_${k}_undivided --advantage $k"
+      echo "flip20_${k}_undivided_s$s $PY experiments/distorted_rewards.py --distortion flip20 --advantage $k --name flip20_${k}_undivided --seed $s --resume"
+    done
     echo "score_s$s $g --name score --advantage score"
     # the published advantage with a noisy oracle, the labels' order with 20 % flips, and with an AI
     echo "flip20_published_s$s $PY experiments/distorted_rewards.py --distortion flip20 --advantage published --scale_advantages True --name flip20_published --seed $s --resume"
@@ -44,5 +52,13 @@ $SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/reference_s*" "runs/grpo_rank/
 $SHOW --runs "runs/sft/policy_s*" "runs/grpo_rank/published_s*" "runs/grpo_rank/published_undivided_s*" \
   "runs/grpo_rank/signed_s*" "runs/grpo_rank/signed_undivided_s*" \
   --labels "SFT,published divided,published undivided,signed divided,signed undivided" --out docs/results/undivided
+G=runs/grpo_rank
+$SHOW --runs "runs/sft/policy_s*" "$G/published_undivided_lr1e-4_s*" "$G/published_undivided_lr1e-3_s*" "$G/published_undivided_beta_s*" \
+  "$G/signed_undivided_lr1e-4_s*" "$G/signed_undivided_lr1e-3_s*" "$G/signed_undivided_beta_s*" \
+  --labels "SFT,published rate 1e-4,published rate 1e-3,published beta 0.0015,signed rate 1e-4,signed rate 1e-3,signed beta 0.0015" \
+  --out docs/results/undivided_rates
+$SHOW --runs "runs/sft/policy_s*" "$G/flip20_published_undivided_s*" "$G/context_published_undivided_s*" \
+  "$G/flip20_signed_undivided_s*" "$G/context_signed_undivided_s*" \
+  --labels "SFT,published 20 % flipped,published AI,signed 20 % flipped,signed AI" --out docs/results/undivided_oracles
 $SHOW --runs runs/sft/policy_s0 runs/grpo_rank/context_s0 runs/grpo_rank/judge_s0 runs/grpo_rank/self_s0 \
   --labels "SFT,context,judge,judges itself" --out docs/results/ai_feedback
