@@ -337,10 +337,10 @@ def main(args):
         first_step = (k - 1) * args.steps
         last_step = first_step + args.steps
         resume_from = max(first_step, run.first_step)
+        # where to continue: theta/ if it is trained, its checkpoint in its middle, else nowhere
         saved = folder / "theta" if k <= trained else resumed
         run.checkpoint = None if resume_from == first_step else saved
-        # the initialisation of LoRA; every other draw has a key of its own
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # LoRA's initialisation; every other draw has a key of its own
         with processes.one_line_errors(OSError):
             model, processor = run.load_policy(start_of(k))
             reference = run.reference_of(model, start_of(k))
@@ -350,6 +350,7 @@ def main(args):
         if run.checkpoint and k > trained:
             run.resume(optimizer, model)
         logps_of = lambda m, batch: answer_logps(m, batch, processor, cache, args, run.device)
+        tokens, most = row_tokens(pairs, processor, args), args.tokens_per_micro_batch
 
         for step in range(resume_from, last_step):
             evaluate(step, model, processor)
@@ -357,9 +358,8 @@ def main(args):
             lr = lr_at(step - first_step, args.steps, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            asked = question_indices(len(pairs), step, args)
-            mine = [pairs[i] for i in asked[run.rank :: run.world]]
-            micros = micro_batches(row_tokens(mine, processor, args), args.tokens_per_micro_batch)
+            asked = question_indices(len(pairs), step, args)[run.rank :: run.world]
+            mine, micros = [pairs[i] for i in asked], micro_batches(tokens[asked], most)
             for i, rows in enumerate(micros):
                 micro = [mine[j] for j in rows]  # of like length
                 with torch.no_grad(), reference() as ref:
@@ -390,8 +390,9 @@ def main(args):
         for alpha in args.alphas:
             go_to(line, alpha)
             texts, sums = greedy(evals_here, model, processor, cache, args)
-            some = pairs[:192][run.rank :: run.world]
-            sums |= rewards_on(some, logps_of, model, processor, reference, args)
+            some = range(min(192, len(pairs)))[run.rank :: run.world]
+            micros = [[pairs[some[i]] for i in rows] for rows in batches(tokens[some], most)]
+            sums |= rewards_on(micros, logps_of, model, reference, args)
             answers.append(texts)
             curve.append({"alpha": alpha} | processes.all_means(sums))
         with processes.one_line_errors(ApiError):
@@ -465,8 +466,8 @@ def questions_of(k, count, args):
 def row_tokens(pairs, processor, args):
     """Tokens of each pair's packed row, (B,): prompt and both answers."""
     prompt = lambda p: processor.prompt_ids(p["question"], True, args.max_prompt_tokens)
-    answers = lambda p: [ids_of(p, side, processor, args.max_new_tokens) for side in SIDES]
-    return torch.tensor([len(prompt(p)) + 2 * max(map(len, answers(p))) for p in pairs])
+    answer = lambda p, side: ids_of(p, side, processor, args.max_new_tokens)
+    return torch.tensor([len(prompt(p)) + sum(len(answer(p, s)) for s in SIDES) for p in pairs])
 
 
 def answer_logps(model, pairs, processor, cache, args, device):
@@ -510,17 +511,16 @@ def go_to(line, alpha):
 
 
 @torch.no_grad()
-def rewards_on(pairs, logps_of, model, processor, reference, args):
+def rewards_on(micros, logps_of, model, reference, args):
     """What DPO logs, on fixed pairs, for the model as it is now -> {key: (sum, count)}."""
-    out, tokens = Counter(), row_tokens(pairs, processor, args)
-    for part in batches(tokens, args.tokens_per_micro_batch):
-        micro = [pairs[i] for i in part]
+    out = Counter()
+    for micro in micros:
         with reference() as ref:
             ref_logps, _ = logps_of(ref, micro)
         logps, _ = logps_of(model, micro)
         for key, value in pair_metrics(*dpo_loss(logps, ref_logps, args.beta), logps).items():
             out[key] += float(value.sum())
-    return {key: (total, len(pairs)) for key, total in out.items()}
+    return {key: (total, sum(map(len, micros))) for key, total in out.items()}
 
 
 def greedy(records, model, processor, cache, args):

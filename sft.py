@@ -310,8 +310,8 @@ def by_clip(records, pack):
 
 
 def row_length(row):
-    """Tokens of a packed row: prefix + G times the longest tail."""
-    return len(row[0]) + len(row[1]) * max(map(len, row[1]))
+    """Tokens of a packed row (video_llm.packed): prefix and all tails."""
+    return len(row[0]) + sum(map(len, row[1]))
 
 
 def encode(group, processor, args):

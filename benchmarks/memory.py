@@ -124,7 +124,8 @@ def table(script, args, shape, processes, prompt, answer, rows=None):
     per_process = getattr(args, about["batch"]) // processes
     B = (rows or per_process) if about.get("samples") else b
     features = 4 * frames * S * v.hidden_size
-    out["video features"] = features * (B + b if about.get("samples") else b)
+    loaded = B if about.get("samples") else per_process if script == "reward_model" else 0
+    out["video features"] = features * (loaded + b)  # loaded: of a whole step, beside a micro-batch
     # of one video, in one layer of the Q-Former
     reading = frames * S * (v.hidden_size + 2 * q.hidden_size) * eq
     out["KV cache"] = out["sampled logits"] = 0

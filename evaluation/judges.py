@@ -65,16 +65,18 @@ QA_TASK = """You evaluate answers to questions about videos. Compare the predict
 correct answer and
 decide whether they mean the same. Synonyms and paraphrases count as a match; judge what is said, \
 not how it is put."""
-CRITERIA = ({"correctness": "Is the prediction factually consistent with the correct answer, "
-                            "without misinterpretation?",
-             "detail": "Is the prediction complete, covering all major points of the correct "
-                       "answer, and specific, not generic?",
-             "context": "Does the prediction fit the overall context and the main themes of the "
-                        "video's content?", "temporal": "Does the prediction give the events in "
-                                                        "the order in which the correct answer has "
-                                                        "them?",
-             "consistency": "Do the two predictions, to two phrasings of one question, agree with "
-                            "each other and with the correct answer, without contradiction?"})
+CRITERIA = {
+    "correctness": "Is the prediction factually consistent with the correct answer, without "
+                   "misinterpretation?",
+    "detail": "Is the prediction complete, covering all major points of the correct answer, and "
+              "specific, not generic?",
+    "context": "Does the prediction fit the overall context and the main themes of the video's "
+               "content?",
+    "temporal": "Does the prediction give the events in the order in which the correct answer has "
+                "them?",
+    "consistency": "Do the two predictions, to two phrasings of one question, agree with each "
+                   "other and with the correct answer, without contradiction?",
+}
 
 
 def plain(text):

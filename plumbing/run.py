@@ -273,7 +273,10 @@ def refusal(folder, args, flags):
     """Why a run with these flags cannot go on in a folder in use, None if it can."""
     if not args.resume:
         return f"{folder} is in use: continue it with --resume, or choose another --name"
-    saved = json.loads((folder / "args.json").read_text())["args"]
+    try:
+        saved = json.loads((folder / "args.json").read_text(encoding="utf-8"))["args"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{folder}: its args.json is missing or damaged; choose another --name"
     for flag, value in json.loads(json.dumps(flags)).items():
         if saved.get(flag) != value and flag not in NEUTRAL:
             return f"{folder} was started with another --{flag}: resume it with the same flags"

@@ -153,5 +153,17 @@ def test_a_finished_run_is_not_begun_again(tmp_path, capfd):
     assert stop.value.code == 1 and "in use" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"{}", b"\xff\xfe"])
+def test_a_run_without_its_flags_is_refused_in_one_line(tmp_path, capfd, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("{}\n")
+    if content is not None:
+        (tmp_path / "run/args.json").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        open_run(tmp_path / "run", resume=True)
+    said = capfd.readouterr().err
+    assert stop.value.code == 1 and said.count("\n") == 1 and "args.json is missing" in said
+
+
 def test_resume_without_a_run_is_a_new_run(tmp_path):
     assert open_run(tmp_path / "run", resume=True) is None and (tmp_path / "run/args.json").exists()
