@@ -378,7 +378,7 @@ def main(args):
         mask = answer_mask(lengths * ok.unsqueeze(-1), T)  # (N,T) D1, I3
         value_prefix = value_prompt(questions, clips, prefix)  # D5
         prompt_tokens = torch.maximum(*(p.attention_mask.sum(-1) for p in (prefix, value_prefix)))
-        row_tokens = (prompt_tokens + lengths.sum(-1)).cpu()  # (B,)
+        row_tokens = prompt_tokens + lengths.sum(-1)  # (B,)
         micros = by_length(torch.arange(B), row_tokens, args.tokens_per_micro_batch)
 
         def logprobs_of(model, i, entropy="none"):  # -> (n,T_i) x 2: log-probability, entropy

@@ -313,9 +313,9 @@ def batches(tokens, budget, stretch=math.inf):
     """tokens (B,) of a packed row each -> lists of places, together each place once: rows of like
     length, as many as `budget` holds when padded to the longest, one at least. The longest has at
     most `stretch` times the tokens of the shortest."""
-    parts = []
-    for i in tokens.argsort(stable=True).tolist():  # the last one is the longest
-        fits = parts and (len(parts[-1]) + 1) * int(tokens[i]) <= budget
+    parts, tokens = [], tokens.tolist()
+    for i in sorted(range(len(tokens)), key=lambda row: tokens[row]):  # the last is the longest
+        fits = parts and (len(parts[-1]) + 1) * tokens[i] <= budget
         if fits and tokens[i] <= stretch * tokens[parts[-1][0]]:
             parts[-1].append(i)
         else:

@@ -586,8 +586,8 @@ plant("plumbing/questions.py", "questions_order", "np.random.default_rng([args.s
 plant("plumbing/questions.py", "questions_labels", ' and r["clip"] not in known', "",
       "RL learns from videos whose labels SFT saw",
       "test_scripts.py::test_grpo_rank_evaluates_and_leaves_the_labelled_clips_out")
-packing("rollouts_longest", "(len(parts[-1]) + 1) * int(tokens[i]) <= budget",
-        "int(tokens[parts[-1]].sum() + tokens[i]) <= budget",
+packing("rollouts_longest", "(len(parts[-1]) + 1) * tokens[i] <= budget",
+        "sum(tokens[j] for j in parts[-1]) + tokens[i] <= budget",
         "padding is not part of a micro-batch's size", "test_rollouts.py")
 
 # --- inputs/preferences.py ------------------------------------------------------------------------
